@@ -1,0 +1,65 @@
+"""geomerge merges trained neural networks: two or more checkpoints that share an architecture in, one checkpoint out.
+
+    import geomerge as gm
+
+    gm.merge("recipe.yml", "merged/")                      # geomerge's or mergekit's YAML
+    gm.plan("recipe.yml").notes                            # what would happen
+    gm.methods.ties(base, [a, b], density=0.3, weight=1.0) # on plain tensors or state dicts
+
+Importing it is cheap: torch and the rest are imported by the first call that needs them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from geomerge.errors import (
+    DamagedCheckpoint,
+    GateFailed,
+    GeomergeError,
+    IncompatibleModels,
+    ModelError,
+    NotFiniteError,
+    RecipeError,
+    RunError,
+    UsageError,
+)
+from geomerge.version import __version__
+
+if TYPE_CHECKING:
+    from geomerge import methods
+    from geomerge.api import inspect, load_recipe, merge, merge_state_dicts, plan
+
+__all__ = [
+    "DamagedCheckpoint",
+    "GateFailed",
+    "GeomergeError",
+    "IncompatibleModels",
+    "ModelError",
+    "NotFiniteError",
+    "RecipeError",
+    "RunError",
+    "UsageError",
+    "__version__",
+    "inspect",
+    "load_recipe",
+    "merge",
+    "merge_state_dicts",
+    "methods",
+    "plan",
+]
+
+_FROM_API = ("inspect", "load_recipe", "merge", "merge_state_dicts", "plan")
+
+
+def __getattr__(name: str) -> Any:
+    if name == "methods":
+        return importlib.import_module("geomerge.methods")
+    if name in _FROM_API:
+        return getattr(importlib.import_module("geomerge.api"), name)
+    raise AttributeError(f"module 'geomerge' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

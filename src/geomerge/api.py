@@ -1,0 +1,141 @@
+"""The Python face: the same verbs as the command line's, on paths, recipes and state dicts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from geomerge import anatomy
+from geomerge.checkpoint import from_state_dict, open_checkpoint
+from geomerge.engine.plan import Plan
+from geomerge.engine.planner import make_plan
+from geomerge.engine.run import Progress, Report, run_in_memory, run_plan
+from geomerge.recipe import Pipeline, load, loads
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from geomerge.checkpoint import Checkpoint
+
+RecipeLike = str | Path | Pipeline
+"""A recipe's path, its YAML text (anything with a line break), or what `load_recipe` returned."""
+
+
+def load_recipe(recipe: RecipeLike, *, compat: str | None = None) -> Pipeline:
+    """Read a recipe, geomerge's or mergekit's.
+
+    Args:
+        recipe: A path, or YAML text (recognised by a line break).
+        compat: ``"mergekit"`` overrides what the recipe says.
+
+    Raises:
+        RecipeError: With the file and line.
+    """
+    if isinstance(recipe, Pipeline):
+        return recipe
+    if isinstance(recipe, str) and "\n" in recipe:
+        return loads(recipe, compat=compat)
+    return load(recipe, compat=compat)
+
+
+def plan(
+    recipe: RecipeLike,
+    *,
+    compat: str | None = None,
+    models: Mapping[str, Mapping[str, Tensor]] | None = None,
+    allow_pickle: bool = False,
+) -> Plan:
+    """Resolve a recipe against its models without merging anything.
+
+    Args:
+        recipe: See `load_recipe`.
+        compat: See `load_recipe`.
+        models: State dicts by the name that the recipe uses.
+        allow_pickle: Read pickled weights (weights only, no code is run).
+
+    Raises:
+        RecipeError: The recipe is wrong; the line is named.
+        ModelError: A model cannot be used, or the models do not fit.
+    """
+    made, opened = make_plan(load_recipe(recipe, compat=compat), models=_in_memory(models), allow_pickle=allow_pickle)
+    for checkpoint in opened:
+        checkpoint.close()
+    return made
+
+
+def merge(
+    recipe: RecipeLike | Plan,
+    out: str | Path,
+    *,
+    compat: str | None = None,
+    models: Mapping[str, Mapping[str, Tensor]] | None = None,
+    allow_pickle: bool = False,
+    threads: int | None = None,
+    device: str = "cpu",
+    resume: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Report:
+    """Merge models into a model directory.
+
+    Args:
+        recipe: See `load_recipe`; or a plan.
+        out: The directory to make. It appears whole or not at all.
+        compat, models, allow_pickle: See `plan`.
+        threads, device, resume, force, progress: See `geomerge.engine.run.run_plan`, as for further ``options``.
+
+    Raises:
+        GeomergeError: See `geomerge.errors`.
+    """
+    opened: list[Checkpoint] | None = None
+    if not isinstance(recipe, Plan):
+        recipe, opened = make_plan(
+            load_recipe(recipe, compat=compat), models=_in_memory(models), allow_pickle=allow_pickle
+        )
+    return run_plan(
+        recipe,
+        out,
+        inputs=opened,
+        threads=threads,
+        device=device,
+        resume=resume,
+        force=force,
+        progress=progress,
+        **options,
+    )
+
+
+def merge_state_dicts(
+    recipe: RecipeLike,
+    models: Mapping[str, Mapping[str, Tensor]] | None = None,
+    *,
+    compat: str | None = None,
+    threads: int | None = None,
+) -> dict[str, Tensor]:
+    """Merge into a state dict in memory: bit for bit what `merge` writes.
+
+    Args:
+        recipe, compat: See `load_recipe`.
+        models: State dicts by the name that the recipe uses; other names are paths or hub ids.
+        threads: By default one for each core that the process may use.
+    """
+    made, opened = make_plan(load_recipe(recipe, compat=compat), models=_in_memory(models))
+    return run_in_memory(made, opened, threads=threads)
+
+
+def inspect(model: str | Path, revision: str | None = None) -> dict[str, Any]:
+    """A model's anatomy as plain data: see `geomerge.anatomy.summary`. No weight is read.
+
+    Raises:
+        ModelError: The model cannot be opened.
+    """
+    with open_checkpoint(str(model), revision) as checkpoint:
+        found = anatomy.read(checkpoint.shapes, checkpoint.config)
+        dtypes = {name: info.dtype for name, info in checkpoint.tensors.items()}
+        return anatomy.summary(found, checkpoint.shapes, dtypes)
+
+
+def _in_memory(models: Mapping[str, Mapping[str, Tensor]] | None) -> dict[str, Checkpoint]:
+    return {name: from_state_dict(tensors, name=name) for name, tensors in (models or {}).items()}

@@ -1,0 +1,98 @@
+"""From a plan's nodes to scans over their sources: the piece between values and mathematics that all executors share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from geomerge.checkpoint.checkpoint import Checkpoint
+from geomerge.checkpoint.dtypes import to_torch
+from geomerge.engine import rounding
+from geomerge.engine.plan import Node, Operand, Plan
+from geomerge.engine.sources import FileSource, RowSource, StageSource
+from geomerge.methods.kernel import Prepared, prepare
+from geomerge.methods.tile import TILE, Scan, Segment, Source, TensorSource
+
+Run = Callable[[Callable[[Segment], Any], Iterable[Segment]], Iterable[Any]]
+
+
+class Builder:
+    """Makes what a node needs to be computed.
+
+    Args:
+        plan: The plan.
+        inputs: The opened models in the plan's order.
+        tile: Elements in a tile.
+        device: Where tiles are computed.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        inputs: Sequence[Checkpoint],
+        *,
+        tile: int = TILE,
+        device: torch.device | str = "cpu",
+        read_ahead: bool = False,
+    ) -> None:
+        self.plan, self.inputs = plan, inputs
+        self.tile, self.device, self.read_ahead = tile, torch.device(device), read_ahead
+
+    def prepare(self, node: Node, run: Run = map) -> Prepared:
+        """Measure what the node's method needs; `run` maps over segments."""
+        assert node.method is not None
+        level = len(self.plan.stages) - 1 - node.stage
+        sources = [self.source(operand, node) for operand in node.operands]
+
+        def open_scan(columns: int | None = None) -> Scan:
+            return Scan(
+                sources,
+                node.shape,
+                name=node.name,
+                seed=self.plan.stages[node.stage].seed,
+                columns=columns,
+                tile=self.tile,
+                run=run,
+                device=self.device,
+                level=level,
+                read_ahead=self.read_ahead,
+            )
+
+        return prepare(node.method, open_scan, node.shape, node.scale)
+
+    def rounding(self, node: Node) -> Callable[[int, Tensor], Tensor]:
+        """The rounding of a node's elements to its dtype."""
+        stage = self.plan.stages[node.stage]
+        return rounding.make(stage.rounding, to_torch(node.dtype), seed=stage.seed, name=node.name)
+
+    def source(self, operand: Operand, node: Node) -> Source:
+        """An operand as a source of elements."""
+        if operand.rows >= 0:
+            rows = self.plan.rows[operand.rows]
+            columns = node.numel // max(node.shape[0], 1)
+            matrices = [None if m is None else self.source(m, node) for m in rows.matrices]
+            return RowSource(matrices, rows.plan, columns, self._label(operand))
+        if operand.node >= 0:
+            made = self.plan.nodes[operand.node]
+            if made.method is None:
+                return self.source(made.operands[0], made)
+            return StageSource(self.prepare(made), self.rounding(made), self._label(operand))
+        checkpoint = self.inputs[operand.input]
+        info = checkpoint.tensors[operand.tensor]
+        if info.file is None:
+            return TensorSource(checkpoint.memory[operand.tensor], self._label(operand))
+        return FileSource(checkpoint.descriptor(info.file), info, self._label(operand))
+
+    def raw(self, node: Node) -> tuple[Checkpoint, str]:
+        """Where the bytes of a copied node come from."""
+        operand = node.operands[0]
+        while operand.node >= 0:
+            operand = self.plan.nodes[operand.node].operands[0]
+        return self.inputs[operand.input], operand.tensor
+
+    def _label(self, operand: Operand) -> str:
+        model = self.plan.stages[self.plan.nodes[operand.node].stage].name if operand.node >= 0 else None
+        return f"{model or self.plan.inputs[operand.input].ref}: {operand.tensor}"

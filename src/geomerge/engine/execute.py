@@ -1,0 +1,198 @@
+"""Carrying out a plan's nodes on threads: which tensor when, and what happens when one fails.
+
+Tensors of more than one segment are made one after the other, all threads on their segments; then the smaller ones, largest
+first, a thread for each (tiny ones in bundles). The bits do not depend on any of this.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from geomerge.checkpoint.dtypes import DTYPES, to_torch
+from geomerge.engine.build import Builder
+from geomerge.engine.loss import RoundingLoss
+from geomerge.engine.plan import Node
+from geomerge.engine.sinks import Sink
+from geomerge.engine.sources import read_into, staging
+from geomerge.errors import GeomergeError, NotFiniteError
+from geomerge.methods.kernel import Prepared
+from geomerge.methods.tile import SEGMENT, Segment
+
+_BUNDLE_ELEMENTS = 1 << 18
+_BUNDLE_TENSORS = 256
+_COPY = 1 << 20
+_SAMPLED = 1 << 14
+"""Smaller tensors are left out of the estimate of the rounding loss."""
+
+Facts = dict[str, Any]
+"""What the manifest says of a tensor: coefficients, rounding loss."""
+
+
+class Executor(Protocol):
+    """Makes the nodes of a plan, in any order, each exactly once."""
+
+    def run(self, nodes: Sequence[tuple[int, Node]], done: Callable[[list[tuple[int, Facts]]], None]) -> None:
+        """Make the nodes.
+
+        Args:
+            nodes: Index (the caller's) and node.
+            done: Called, from any thread, with nodes whose bytes are all with the sink.
+        """
+
+
+class Interrupted(Exception):
+    """Another thread failed or the user stopped the run: leave quietly."""
+
+
+@dataclass
+class Work:
+    """Makes single nodes; shared by all threads.
+
+    Attributes:
+        builder: Gives the nodes' scans.
+        sink: Takes their elements.
+        advance: Called with the number of output bytes written since the last call, from any thread.
+        stop: Set when the run is over, whatever the reason.
+    """
+
+    builder: Builder
+    sink: Sink
+    advance: Callable[[int], None]
+    stop: threading.Event
+
+    def make(self, node: Node, run: Callable[..., Iterable[Any]] = map) -> Facts:
+        """Compute a node and write all of it; `run` maps over its segments."""
+        if node.method is None:
+            self._copy(node)
+            return {}
+        prepared = self.builder.prepare(node, self._watched(run))
+        losses = list(run(lambda segment: self._segment(node, prepared, segment), prepared.scan.segments))
+        facts: Facts = {}
+        if prepared.coefficients is not None:
+            facts["coefficients"] = list(prepared.coefficients)
+        loss = sum(losses, RoundingLoss())
+        if loss.elements:
+            facts["loss"] = [loss.change, loss.error, loss.elements]
+        return facts
+
+    def _watched(self, run: Callable[..., Iterable[Any]]) -> Callable[..., Iterable[Any]]:
+        """The same map, leaving when the run is over: measuring a large tensor takes its time too."""
+
+        def mapped(work: Callable[[Segment], Any], segments: Iterable[Segment]) -> Iterable[Any]:
+            def watched(segment: Segment) -> Any:
+                if self.stop.is_set():
+                    raise Interrupted
+                return work(segment)
+
+            return run(watched, segments)
+
+        return mapped
+
+    def _segment(self, node: Node, prepared: Prepared, segment: Segment) -> RoundingLoss:
+        round_ = self.builder.rounding(node)
+        itemsize = DTYPES[node.dtype].itemsize
+        loss = RoundingLoss()
+        sampled = prepared.scan.numel >= _SAMPLED
+        for start, values in prepared.tiles(segment):
+            if self.stop.is_set():
+                raise Interrupted
+            rounded = round_(start, values)
+            self.sink.write(node, start, rounded)
+            if sampled and start == segment.start:
+                reference = torch.empty_like(values)
+                prepared.scan.sources[0].read(start, reference)
+                loss.add(values, rounded, reference)
+            self.advance(values.numel() * itemsize)
+        return loss
+
+    def _copy(self, node: Node) -> None:
+        checkpoint, name = self.builder.raw(node)
+        info = checkpoint.tensors[name]
+        if info.file is None:
+            self.sink.write(node, 0, checkpoint.memory[name].reshape(-1))
+            self.advance(node.nbytes)
+            return
+        itemsize = DTYPES[info.dtype].itemsize
+        descriptor = checkpoint.descriptor(info.file)
+        for start in range(0, node.numel, _COPY):
+            count = min(_COPY, node.numel - start)
+            raw = staging(count * itemsize)
+            read_into(descriptor, raw, info.offset + start * itemsize, f"{checkpoint.ref}: {name}")
+            values = raw.view(to_torch(info.dtype))
+            if values.is_floating_point() and itemsize > 1 and not bool(torch.isfinite(values).all()):
+                raise NotFiniteError("the tensor holds NaN or Inf", where=f"{checkpoint.ref}: {name}")
+            self.sink.write(node, start, values)
+            self.advance(count * itemsize)
+
+
+class Threads:
+    """The executor of one machine.
+
+    Args:
+        work: Makes the nodes.
+        threads: How many; by default one for each core that the process may use.
+    """
+
+    def __init__(self, work: Work, threads: int | None = None) -> None:
+        self.work = work
+        self.threads = threads or len(os.sched_getaffinity(0))
+
+    def run(self, nodes: Sequence[tuple[int, Node]], done: Callable[[list[tuple[int, Facts]]], None]) -> None:
+        large = sorted((item for item in nodes if item[1].numel > SEGMENT), key=lambda item: -item[1].numel)
+        small = sorted((item for item in nodes if item[1].numel <= SEGMENT), key=lambda item: -item[1].numel)
+        before = torch.get_num_threads()
+        # The tiles are the parallelism; torch's own threads would only wait for each other. New threads take this over.
+        torch.set_num_threads(1)
+        pool = ThreadPoolExecutor(self.threads, thread_name_prefix="geomerge")
+        try:
+            for index, node in large:
+                done([(index, self.work.make(node, lambda f, segments: _map(pool, f, segments)))])
+            futures = [pool.submit(self._bundle, bundle, done) for bundle in _bundles(small)]
+            _gather(futures)
+        except BaseException:
+            self.work.stop.set()
+            raise
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+            torch.set_num_threads(before)
+
+    def _bundle(self, bundle: list[tuple[int, Node]], done: Callable[[list[tuple[int, Facts]]], None]) -> None:
+        made = []
+        for index, node in bundle:
+            if self.work.stop.is_set():
+                raise Interrupted
+            made.append((index, self.work.make(node)))
+        done(made)
+
+
+def _bundles(nodes: Iterable[tuple[int, Node]]) -> Iterator[list[tuple[int, Node]]]:
+    bundle: list[tuple[int, Node]] = []
+    size = 0
+    for item in nodes:
+        bundle.append(item)
+        size += item[1].numel
+        if size >= _BUNDLE_ELEMENTS or len(bundle) >= _BUNDLE_TENSORS:
+            yield bundle
+            bundle, size = [], 0
+    if bundle:
+        yield bundle
+
+
+def _map(pool: ThreadPoolExecutor, work: Callable[[Segment], Any], segments: Iterable[Segment]) -> list[Any]:
+    return _gather([pool.submit(work, segment) for segment in segments])
+
+
+def _gather(futures: Sequence[Future[Any]]) -> list[Any]:
+    """All results in order; the first real failure ends the wait (those that merely left because of it do not count)."""
+    finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
+    errors = [f.exception() for f in finished if not f.cancelled()]
+    for error in sorted((e for e in errors if e is not None), key=lambda e: not isinstance(e, GeomergeError)):
+        raise error
+    return [future.result() for future in futures]

@@ -1,0 +1,97 @@
+"""What a run has finished, so that another can go on after it was killed.
+
+One line for each finished tensor, written after the tensor's bytes. The first line names the plan and the machine's boot:
+bytes that a process wrote outlive it, but a power cut may lose those that had not reached the disk, so after a reboot the
+journal is not believed (unless the run flushed its files).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from geomerge.errors import UsageError
+
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
+
+
+def boot_id() -> str:
+    """Changes with every start of the machine; empty where the system does not tell."""
+    try:
+        return _BOOT.read_text().strip()
+    except OSError:
+        return ""
+
+
+class Journal:
+    """The journal of one output.
+
+    Args:
+        path: Its file.
+        plan_hash: The plan that is carried out.
+        resume: Read what an earlier run finished; otherwise begin anew.
+        durable: Flush each line (the tensor's bytes were flushed before).
+
+    Raises:
+        UsageError: The journal belongs to another plan.
+    """
+
+    def __init__(self, path: Path, plan_hash: str, *, resume: bool, durable: bool = False) -> None:
+        self.finished: dict[int, dict[str, Any]] = {}
+        self._durable = durable
+        self._lock = threading.Lock()
+        head = {"plan": plan_hash, "boot": boot_id(), "durable": durable}
+        lines = _lines(path) if resume else []
+        if lines and lines[0].get("plan") != plan_hash:
+            raise UsageError(
+                "the interrupted run carried out another plan: the recipe, an option or an input has changed",
+                where=str(path.parent),
+                hint="start anew with --force",
+            )
+        believed = bool(lines) and (lines[0].get("durable") or lines[0].get("boot") == head["boot"])
+        if believed:
+            for line in lines[1:]:
+                self.finished[line.pop("tensor")] = line
+        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_APPEND
+        self._file = os.open(path, flags if believed else flags | os.O_TRUNC, 0o666)
+        if believed:
+            # A line that was cut off by the kill must not swallow the next one.
+            os.write(self._file, b"\n")
+        else:
+            self._write([head])
+
+    def record(self, entries: Iterable[tuple[int, dict[str, Any]]]) -> None:
+        """Tensors are finished: their indices and what the manifest shall say of them."""
+        self._write([{"tensor": index, **facts} for index, facts in entries])
+
+    def _write(self, lines: list[dict[str, Any]]) -> None:
+        text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines).encode()
+        with self._lock:
+            os.write(self._file, text)
+            if self._durable:
+                os.fdatasync(self._file)
+
+    def close(self) -> None:
+        """Close the file; it stays."""
+        os.close(self._file)
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a journal; a last one that was cut off is left out."""
+    found: list[dict[str, Any]] = []
+    try:
+        text = path.read_bytes()
+    except OSError:
+        return []
+    for raw in text.split(b"\n"):
+        try:
+            line = json.loads(raw)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and (not found or "tensor" in line):
+            found.append(line)
+    return found

@@ -1,0 +1,172 @@
+"""Who goes into a tensor: a slice's sources in the order that its method wants, and the method's parameters for each tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from geomerge.engine.models import Model, Models
+from geomerge.errors import RecipeError, UsageError
+from geomerge.methods import registry
+from geomerge.methods.base import Method
+from geomerge.recipe.resolve import Lookup, scopes
+from geomerge.recipe.values import Module, Recipe, Slice, Source
+
+if TYPE_CHECKING:
+    from geomerge.anatomy import Part
+    from geomerge.engine.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """One input of a slice: a model, and the source that names it (`None` for a base that no source names)."""
+
+    model: Model
+    source: Source | None
+
+
+class Lineup:
+    """The inputs of one slice in order, base first where the method has one, and the parameters of its method.
+
+    Raises:
+        RecipeError: A missing base, a wrong number of models, a slice whose base has no layer range.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        module: Module,
+        each: Slice,
+        models: Models,
+        used: set[int],
+        schedule: Schedule | None,
+    ) -> None:
+        self.recipe, self.slice = recipe, each
+        self.method: type[Method] = registry.get(recipe.method)
+        self.schedule = schedule
+        entrants = [Entrant(models.get(s.model, s.where), s) for s in each.sources]
+        base_ref = each.base_model or recipe.base_model
+        base = None if base_ref is None else models.get(base_ref, recipe.at("base_model"))
+        use = self.method.base_use
+        self.based = use == "required" or (use == "optional" and base is not None)
+        if use == "required" and base is None:
+            raise RecipeError(
+                f"{self.method.name} needs a base model",
+                where=str(recipe.at("merge_method")),
+                hint="add `base_model: PATH`, the model that the others were fine-tuned from",
+            )
+        if self.based:
+            first = next((e for e in entrants if e.model is base), None) or self._unlisted(base, entrants)
+            self.entrants = [first, *(e for e in entrants if e.model is not base)]
+        else:
+            listed = base is None or any(e.model is base for e in entrants)
+            whole = all(e.source is not None and e.source.layer_range is None for e in entrants)
+            # mergekit counts an unlisted base as one more model of a method that knows no base.
+            appended = not listed and whole and self.method.models[1] is None
+            self.entrants = entrants + ([Entrant(base, None)] if appended and base is not None else [])
+        self.others = self.entrants[1:] if self.based else self.entrants
+        self._check_count()
+        shared = scopes(recipe, module, each)
+        self._shared: dict[str, Lookup] = {}
+        self._each: dict[str, list[Lookup]] = {}
+        for name, p in self.method.parameters().items():
+            if p.per_model:
+                self._each[name] = [
+                    Lookup(name, scopes(recipe, module, each, e.source) if e.source else shared, used)
+                    for e in self.others
+                ]
+            else:
+                self._shared[name] = Lookup(name, shared, used)
+        self._made: dict[tuple[Any, ...], Method] = {}
+
+    def _unlisted(self, base: Model | None, entrants: list[Entrant]) -> Entrant:
+        """A base that no source names stands in with the range of blocks that all sources agree on."""
+        assert base is not None
+        ranges = {e.source.layer_range for e in entrants if e.source}
+        if len(ranges) > 1:
+            raise RecipeError(
+                f"the base {base} is none of this slice's sources, and their layer ranges differ",
+                where=str(self.slice.where),
+                hint="list the base among the sources with its own layer_range",
+            )
+        return Entrant(base, None)
+
+    def _check_count(self) -> None:
+        low, high = self.method.models
+        count = len(self.others)
+        if count < low or (high is not None and count > high):
+            given = ", ".join(str(e.model) for e in self.others) or "none"
+            beside = " beside the base" if self.based else ""
+            raise RecipeError(
+                f"{self.method.name} takes {self.method.models_text()}; {count} {'is' if count == 1 else 'are'} "
+                f"given{beside}: {given}",
+                where=str(self.slice.where),
+            )
+
+    def range(self, entrant: Entrant) -> tuple[int, int] | None:
+        """An entrant's range of blocks."""
+        if entrant.source is not None:
+            return entrant.source.layer_range
+        return next((e.source.layer_range for e in self.entrants if e.source), None)
+
+    def make(self, part: Part, inputs: list[Part], t: float) -> Method:
+        """The method with its parameters for one tensor.
+
+        Args:
+            part: The output's tensor, which shared parameters' filters test.
+            inputs: The tensor of each non-base model, which its own parameters' filters test.
+            t: The depth in the slice.
+
+        Raises:
+            RecipeError: A missing or impossible value, with the line that gives it.
+        """
+        values: dict[str, Any] = {}
+        key: list[Any] = []
+        where = None
+        for name, lookup in self._shared.items():
+            found = lookup.at(part, t)
+            if self.schedule is not None and name == "t":
+                values[name] = self.schedule(part)
+                key.append(values[name])
+                continue
+            if found is not None:
+                values[name] = found.value
+                where = where or found.where
+            key.append(None if found is None else found.value)
+        for name, lookups in self._each.items():
+            several = [lookup.at(p, t) for lookup, p in zip(lookups, inputs, strict=True)]
+            if any(s is not None for s in several):
+                where = where or next(s.where for s in several if s is not None)
+                values[name] = self._fill(name, several)
+            key.append(tuple(None if s is None else s.value for s in several))
+        frozen = tuple(key)
+        made = self._made.get(frozen)
+        if made is None:
+            try:
+                made = self.method.make(
+                    values, count=len(self.others), compat=self.recipe.compat, extrapolate=self.recipe.extrapolate
+                )
+            except UsageError as error:
+                place = where or self.recipe.at("merge_method")
+                raise RecipeError(f"{error.what} (for {part.name})", where=str(place), hint=error.hint) from None
+            self._made[frozen] = made
+        return made
+
+    def _fill(self, name: str, several: list[Any]) -> list[Any]:
+        """Values of a per-model parameter, where some models leave it to the default."""
+        p = self.method.parameters()[name]
+        values = []
+        for entrant, found in zip(self.others, several, strict=True):
+            if found is not None:
+                values.append(found.value)
+            elif p.required:
+                raise RecipeError(
+                    f"{self.method.name} needs {name!r} for {entrant.model}",
+                    where=str(entrant.source.where if entrant.source else self.slice.where),
+                    hint=f"add `parameters: {{{name}: …}}` beside that model, or for all models at the top level",
+                )
+            else:
+                defaults: Mapping[str, Any] = self.method.mergekit if self.recipe.compat == "mergekit" else {}
+                values.append(defaults.get(name, p.default))
+        return values

@@ -1,0 +1,100 @@
+"""The record of a merge, ``geomerge.json``: versions, inputs, seed, and what was done to every tensor.
+
+It holds no date and no path, so the same command writes the same bytes, and a resumed run the same as one that was not.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from pathlib import PurePath
+from typing import Any
+
+from geomerge.engine.loss import RoundingLoss
+from geomerge.engine.plan import Node, Plan
+from geomerge.version import __version__
+
+
+def manifest(plan: Plan, facts: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+    """The manifest's content.
+
+    Args:
+        plan: What was carried out.
+        facts: For each output tensor (by its position in `Plan.outputs`) what the run found: coefficients, loss.
+    """
+    methods: list[dict[str, Any]] = []
+    known: dict[int, int] = {}
+    tensors: dict[str, Any] = {}
+    for position, node in enumerate(plan.output_nodes()):
+        entry: dict[str, Any] = {"rule": node.rule}
+        if node.method is not None:
+            index = known.setdefault(id(node.method), len(methods))
+            if index == len(methods):
+                methods.append({"name": node.method.name, "parameters": node.method.values()})
+            entry["method"] = index
+        if node.scale != 1.0:
+            entry["scale"] = node.scale
+        found = facts.get(position, {})
+        if "coefficients" in found:
+            entry["coefficients"] = found["coefficients"]
+        share = None if "loss" not in found else RoundingLoss(*found["loss"]).share
+        if share is not None:
+            entry["rounding_loss"] = round(share, 6)
+        tensors[node.name] = entry
+    total = total_loss(facts)
+    return {
+        "geomerge": __version__,
+        "versions": versions(),
+        "plan": plan.hash,
+        "inputs": [
+            {
+                "model": i.hub_id or (PurePath(i.path).name if i.path else i.ref),
+                "revision": i.revision,
+                "fingerprint": i.fingerprint,
+                "files": {name: {"size": size, "header_sha256": header} for name, size, header in i.files},
+            }
+            for i in plan.inputs
+        ],
+        "stages": [
+            {"name": s.name, "method": s.method, "seed": s.seed, "rounding": s.rounding, "compat": s.compat}
+            for s in plan.stages
+        ],
+        "rounding_loss": None if total.share is None else round(total.share, 6),
+        "notes": list(plan.notes),
+        "methods": methods,
+        "tensors": tensors,
+        "left_out": dict(plan.left_out),
+    }
+
+
+def total_loss(facts: Mapping[int, Mapping[str, Any]]) -> RoundingLoss:
+    """The loss over all sampled tensors."""
+    losses = (RoundingLoss(*found["loss"]) for _, found in sorted(facts.items()) if "loss" in found)
+    return sum(losses, RoundingLoss())
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result may depend on."""
+    import numpy
+    import torch
+
+    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__}
+
+
+def describe_method(node: Node) -> str:
+    """A node's method with its parameters, for people: ``slerp(t=0.5)``; defaults are left out."""
+    if node.method is None:
+        return node.rule
+    defaults = {name: p.default for name, p in type(node.method).parameters().items()}
+    said = []
+    for name, value in node.method.values().items():
+        several = value if isinstance(value, tuple) else (value,)
+        if any(v != defaults[name] for v in several):
+            values = ", ".join(_number(v) for v in several)
+            said.append(f"{name}=[{values}]" if isinstance(value, tuple) and len(value) > 1 else f"{name}={values}")
+    text = f"{node.method.name}({', '.join(said)})"
+    return text if node.scale == 1.0 else f"{text} × {node.scale:.4g}"
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,160 @@
+"""The models of a recipe as the planner sees them: opened checkpoints, and the results of earlier stages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from geomerge import anatomy
+from geomerge.anatomy import Anatomy
+from geomerge.checkpoint.checkpoint import Checkpoint
+from geomerge.checkpoint.reader import open_checkpoint
+from geomerge.engine.plan import Operand
+from geomerge.errors import IncompatibleModels, RecipeError
+from geomerge.recipe.values import ModelRef
+from geomerge.tokens.vocabulary import Vocabulary
+
+
+class Kind(NamedTuple):
+    """A tensor's dtype (safetensors name) and shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(eq=False)
+class Model:
+    """A parent: its tensors, what each of them is, and where a plan gets them from.
+
+    Attributes:
+        ref: As the recipe names it.
+        tensors: Name → dtype and shape.
+        anatomy: What each tensor is.
+        config: Its ``config.json``.
+        operand: Makes the operand of one tensor.
+        checkpoint: The opened files; `None` for the result of an earlier stage.
+        donor: The model whose side files go with it (itself, unless it is a stage's result).
+        vocabulary: Its tokenizer's, read when first asked for.
+    """
+
+    ref: ModelRef
+    tensors: Mapping[str, Kind]
+    anatomy: Anatomy
+    config: dict[str, Any] | None
+    operand: Callable[[str], Operand]
+    checkpoint: Checkpoint | None
+    donor: Checkpoint | None
+    _vocabulary: list[Vocabulary | None] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return str(self.ref)
+
+    def find(self, name: str) -> str | None:
+        """The stored name of a tensor: its own, or the one that a tied name stands for; `None` when it is not there."""
+        if name in self.anatomy.tied and self.anatomy.tied[name] in self.tensors:
+            return self.anatomy.tied[name]
+        if name in self.tensors:
+            return name
+        return next((a for a, s in self.anatomy.tied.items() if s == name and a in self.tensors), None)
+
+    @property
+    def vocabulary(self) -> Vocabulary | None:
+        if not self._vocabulary:
+            folder = self.donor.folder if self.donor else None
+            self._vocabulary.append(Vocabulary.load(folder) if folder else None)
+        return self._vocabulary[0]
+
+    def embedding_rows(self) -> int | None:
+        """Rows of the largest matrix over the vocabulary."""
+        sizes = [
+            self.tensors[name].shape[axis] for name, axis in self.anatomy.vocabulary.items() if name in self.tensors
+        ]
+        return max(sizes, default=None)
+
+
+class Models:
+    """Opens each model once, whatever its number of mentions; anatomies are shared between equal layouts.
+
+    Args:
+        given: Models in memory by the name that the recipe uses.
+        allow_pickle: Read pickled weights (weights only).
+    """
+
+    def __init__(self, given: Mapping[str, Checkpoint] | None = None, *, allow_pickle: bool = False) -> None:
+        self.inputs: list[Checkpoint] = []
+        self._given = given or {}
+        self._allow_pickle = allow_pickle
+        self._models: dict[ModelRef, Model] = {}
+        self._stages: dict[str, Model] = {}
+        self._anatomies: list[tuple[dict[str, tuple[int, ...]], Any, Anatomy]] = []
+
+    def add_stage(self, name: str, model: Model) -> None:
+        """Make an earlier recipe's result known under its name."""
+        self._stages[name] = model
+
+    def get(self, ref: ModelRef, where: object) -> Model:
+        """The model that a recipe names.
+
+        Raises:
+            RecipeError: It asks for an adapter, which this version cannot merge.
+            ModelError: It cannot be opened, or is quantised.
+        """
+        if ref.lora is not None:
+            raise RecipeError(
+                f"{ref} asks for a LoRA adapter, which this version does not merge",
+                where=str(where),
+                hint="merge the adapter into its base first (peft: merge_and_unload), and name the result here",
+            )
+        if ref.revision is None and ref.path in self._stages:
+            return self._stages[ref.path]
+        if ref not in self._models:
+            self._models[ref] = self._open(ref)
+        return self._models[ref]
+
+    def _open(self, ref: ModelRef) -> Model:
+        checkpoint = self._given.get(ref.path) or open_checkpoint(
+            ref.path, ref.revision, allow_pickle=self._allow_pickle
+        )
+        if checkpoint.quantization is not None:
+            raise IncompatibleModels(
+                f"the model is quantised ({_scheme(checkpoint.quantization)}); merging its codes would destroy it",
+                where=str(ref),
+                hint="name the original 16-bit model, or dequantise it first",
+            )
+        index = len(self.inputs)
+        self.inputs.append(checkpoint)
+        tensors = {name: Kind(info.dtype, info.shape) for name, info in checkpoint.tensors.items()}
+        return Model(
+            ref=ref,
+            tensors=tensors,
+            anatomy=self.anatomy(tensors, checkpoint.config),
+            config=checkpoint.config,
+            operand=lambda name: Operand(index, name),
+            checkpoint=checkpoint,
+            donor=checkpoint,
+        )
+
+    def anatomy(self, tensors: Mapping[str, Kind], config: dict[str, Any] | None) -> Anatomy:
+        """What each tensor is; models with the same names, shapes and family share the answer."""
+        shapes = {name: kind.shape for name, kind in tensors.items()}
+        key = _family_key(config)
+        for known, family, found in self._anatomies:
+            if family == key and known == shapes:
+                return found
+        found = anatomy.read(shapes, config)
+        self._anatomies.append((shapes, key, found))
+        return found
+
+
+def _family_key(config: dict[str, Any] | None) -> Any:
+    """The parts of a config that an anatomy depends on: everything but what training wrote there."""
+    if config is None:
+        return None
+    return {
+        k: v for k, v in config.items() if k not in ("_name_or_path", "dtype", "torch_dtype", "transformers_version")
+    }
+
+
+def _scheme(quantization: Mapping[str, Any]) -> str:
+    return str(quantization.get("quant_method") or quantization.get("format") or "codes with scales")

@@ -1,0 +1,288 @@
+"""What will be done, as values: every output tensor with its inputs, its method with all parameters, and the rule it follows.
+
+A plan is made once (`geomerge.engine.planner`) and then only read: it can be printed, hashed, saved as JSON and run on
+another machine that has the same input files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from geomerge.checkpoint.dtypes import DTYPES
+from geomerge.errors import UsageError
+from geomerge.methods import registry
+from geomerge.methods.base import Method
+from geomerge.tokens.rows import RowPlan
+from geomerge.version import __version__
+
+FORMAT = 1
+"""The version of the saved form. A plan of another version is refused, not guessed at."""
+
+
+class Operand(NamedTuple):
+    """One input tensor of a node.
+
+    Attributes:
+        input: Index in `Plan.inputs`, or -1 when an earlier stage makes the tensor.
+        tensor: The name in that input.
+        node: Index in `Plan.nodes` for a tensor of an earlier stage, else -1.
+        rows: Index in `Plan.rows` when the rows are put in another vocabulary's order, else -1.
+    """
+
+    input: int
+    tensor: str
+    node: int = -1
+    rows: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One tensor that is made: of the output, or of an earlier stage.
+
+    Attributes:
+        name, shape, dtype: The tensor (`dtype` in safetensors' name).
+        operands: Its inputs, base first.
+        method: The method with its parameters; `None` copies the first operand's bytes.
+        scale: What the steps after the method multiply the merged task vector by.
+        rule: In words why it is done so: ``"merge"``, ``"copy: integer buffer"``, …
+        stage: Which recipe of the pipeline makes it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    operands: tuple[Operand, ...]
+    method: Method | None
+    scale: float = 1.0
+    rule: str = "merge"
+    stage: int = 0
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * DTYPES[self.dtype].itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class InputModel:
+    """One parent.
+
+    Attributes:
+        ref: As the recipe writes it.
+        path: Where it was found; empty for a model in memory.
+        hub_id, revision: When it came from the hub.
+        files: Name, size in bytes and sha256 of the header of each weight file.
+        fingerprint: See `Checkpoint.fingerprint`.
+        licence: The licence its model card states, if any.
+    """
+
+    ref: str
+    path: str
+    hub_id: str | None
+    revision: str | None
+    files: tuple[tuple[str, int, str], ...]
+    fingerprint: str
+    licence: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """What holds for all nodes of one recipe."""
+
+    name: str | None
+    method: str
+    seed: int
+    rounding: str
+    compat: str | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All of a merge.
+
+    Attributes:
+        inputs: The parents.
+        stages: One for each recipe; the last makes the output.
+        nodes: All tensors that are made.
+        outputs: Indices in `nodes` of the output's tensors, in the order of its files.
+        left_out: Tensors of the parents that the output does not have, with the rule: ``"a: lm_head.weight"`` → why.
+        rows: For vocabulary matrices in a new order: the inputs' matrices and where each row comes from.
+        config: The output's ``config.json``, or `None` when the parents have none.
+        copies: Files to copy into the output: name → path.
+        texts: Files to write: name → content.
+        recipe: The recipe's text.
+        notes: What the user should know.
+    """
+
+    inputs: tuple[InputModel, ...]
+    stages: tuple[Stage, ...]
+    nodes: tuple[Node, ...]
+    outputs: tuple[int, ...]
+    left_out: Mapping[str, str]
+    rows: tuple[Rows, ...]
+    config: dict[str, Any] | None
+    copies: Mapping[str, str]
+    texts: Mapping[str, str]
+    recipe: str
+    notes: tuple[str, ...] = ()
+    _hash: list[str] = field(default_factory=list, compare=False, repr=False)
+
+    def output_nodes(self) -> Iterable[Node]:
+        """The output's tensors in order."""
+        return (self.nodes[i] for i in self.outputs)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the output's tensors."""
+        return sum(node.nbytes for node in self.output_nodes())
+
+    @property
+    def hash(self) -> str:
+        """sha256 of what the plan does: the same for the same recipe on the same inputs, wherever they lie."""
+        if not self._hash:
+            data = self.to_dict()
+            for model in data["inputs"]:
+                model["path"] = ""
+            data["copies"] = sorted(data["copies"])
+            self._hash.append(hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest())
+        return self._hash[0]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, from which `from_dict` makes an equal plan."""
+        methods: dict[Method | None, int] = {}
+        nodes = []
+        for n in self.nodes:
+            index = methods.setdefault(n.method, len(methods))
+            operands = [list(o) for o in n.operands]
+            nodes.append([n.name, list(n.shape), n.dtype, operands, index, n.scale, n.rule, n.stage])
+        return {
+            "geomerge_plan": FORMAT,
+            "version": __version__,
+            "inputs": [
+                {
+                    "ref": i.ref,
+                    "path": i.path,
+                    "hub_id": i.hub_id,
+                    "revision": i.revision,
+                    "files": [list(f) for f in i.files],
+                    "fingerprint": i.fingerprint,
+                    "licence": i.licence,
+                }
+                for i in self.inputs
+            ],
+            "stages": [[s.name, s.method, s.seed, s.rounding, s.compat] for s in self.stages],
+            "methods": [None if m is None else {"name": m.name, "parameters": _plain(m.values())} for m in methods],
+            "nodes": nodes,
+            "outputs": list(self.outputs),
+            "left_out": dict(self.left_out),
+            "rows": [r.to_dict() for r in self.rows],
+            "config": self.config,
+            "copies": dict(self.copies),
+            "texts": dict(self.texts),
+            "recipe": self.recipe,
+            "notes": list(self.notes),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Plan:
+        """The plan that `to_dict` described.
+
+        Raises:
+            UsageError: It is not a plan, or one of another version.
+        """
+        if data.get("geomerge_plan") != FORMAT:
+            raise UsageError(
+                f"this is not a plan of format {FORMAT}", hint="make it again with `geomerge plan RECIPE --save FILE`"
+            )
+        try:
+            methods = [None if m is None else _method(m) for m in data["methods"]]
+            nodes = tuple(
+                Node(name, tuple(shape), dtype, tuple(Operand(*o) for o in operands), methods[m], scale, rule, stage)
+                for name, shape, dtype, operands, m, scale, rule, stage in data["nodes"]
+            )
+            return cls(
+                inputs=tuple(
+                    InputModel(**{**i, "files": tuple((str(a), int(b), str(c)) for a, b, c in i["files"])})
+                    for i in data["inputs"]
+                ),
+                stages=tuple(Stage(*s) for s in data["stages"]),
+                nodes=nodes,
+                outputs=tuple(data["outputs"]),
+                left_out=data["left_out"],
+                rows=tuple(Rows.from_dict(r) for r in data["rows"]),
+                config=data["config"],
+                copies=data["copies"],
+                texts=data["texts"],
+                recipe=data["recipe"],
+                notes=tuple(data["notes"]),
+            )
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise UsageError(f"the plan is damaged: {error}", hint="make it again with `geomerge plan`") from error
+
+    def save(self, path: Path | str) -> None:
+        """Write the plan as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict(), ensure_ascii=False, separators=(",", ":")) + "\n", "utf-8")
+
+    @classmethod
+    def load(cls, path: Path | str) -> Plan:
+        """Read a saved plan.
+
+        Raises:
+            UsageError: The file is not a plan.
+        """
+        try:
+            data = json.loads(Path(path).read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise UsageError(f"the plan cannot be read: {error}", where=str(path)) from None
+        return cls.from_dict(data if isinstance(data, dict) else {})
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows:
+    """Where the rows of one re-ordered vocabulary matrix come from.
+
+    Attributes:
+        matrices: Every input's matrix, in the token plan's order; `None` for an input without one.
+        plan: The row plan of one of them.
+    """
+
+    matrices: tuple[Operand | None, ...]
+    plan: RowPlan
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "matrices": [None if m is None else list(m) for m in self.matrices],
+            "model": self.plan.model,
+            "source": self.plan.source.tolist(),
+            "row": self.plan.row.tolist(),
+            "owners": self.plan.owners.tolist(),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Rows:
+        arrays = [np.array(data[key], dtype=np.int64) for key in ("source", "row", "owners")]
+        return cls(tuple(None if m is None else Operand(*m) for m in data["matrices"]), RowPlan(data["model"], *arrays))
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
+def _method(data: Mapping[str, Any]) -> Method:
+    cls = registry.get(data["name"])
+    parameters = cls.parameters()
+    values = {}
+    for name, value in data["parameters"].items():
+        values[parameters[name].attribute] = tuple(value) if isinstance(value, list) else value
+    return cls(**values)

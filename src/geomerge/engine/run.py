@@ -1,0 +1,261 @@
+"""Carrying out a plan: the output directory from the first tile to its name."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from geomerge.checkpoint.card import Parent, model_card
+from geomerge.checkpoint.checkpoint import Checkpoint
+from geomerge.checkpoint.layout import DEFAULT_SHARD_SIZE, plan_layout
+from geomerge.checkpoint.reader import open_checkpoint
+from geomerge.checkpoint.writer import OutputDirectory
+from geomerge.engine.build import Builder
+from geomerge.engine.execute import Threads, Work
+from geomerge.engine.journal import Journal
+from geomerge.engine.manifest import manifest, total_loss
+from geomerge.engine.plan import Plan
+from geomerge.engine.sinks import FileSink, MemorySink
+from geomerge.errors import RunError, UsageError
+from geomerge.methods import registry
+from geomerge.methods.tile import TILE
+from geomerge.version import __version__
+
+RECIPE_NAME = "geomerge.yml"
+MANIFEST_NAME = "geomerge.json"
+
+
+class Progress(Protocol):
+    """Watches a run. Called from several threads, one at a time."""
+
+    def start(self, total: int, done: int) -> None:
+        """The run begins: bytes to write in all, and bytes that an earlier run has written."""
+
+    def advance(self, nbytes: int) -> None:
+        """So many more bytes were written."""
+
+    def finish(self) -> None:
+        """The run is over."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run did.
+
+    Attributes:
+        out: The output directory.
+        seconds: From opening the output to its name, measured by a monotonic clock.
+        nbytes: Bytes of tensors in the output.
+        tensors, resumed: How many tensors it has, and how many of them an earlier run had written.
+        rounding_loss: The share of the task vectors' norm that rounding took, estimated on a sample.
+        notes: What the user should know.
+    """
+
+    out: Path
+    seconds: float
+    nbytes: int
+    tensors: int
+    resumed: int
+    rounding_loss: float | None
+    notes: tuple[str, ...]
+
+
+def run_plan(
+    plan: Plan,
+    out: Path | str,
+    *,
+    inputs: Sequence[Checkpoint] | None = None,
+    threads: int | None = None,
+    device: str = "cpu",
+    tile: int | None = None,
+    shard_size: int = DEFAULT_SHARD_SIZE,
+    resume: bool = False,
+    force: bool = False,
+    durable: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Write the output of a plan as a model directory.
+
+    Args:
+        plan: The plan.
+        out: The directory to make. It appears whole or not at all.
+        inputs: The opened inputs, if the caller has them; they are closed in any case.
+        threads: By default one for each core that the process may use.
+        device: ``cpu``, or a torch device to compute on.
+        tile: Elements in a tile; the result does not depend on it.
+        shard_size: The most bytes in one file of the output.
+        resume: Continue what an interrupted run left.
+        force: Replace an existing model directory.
+        durable: Flush to the disk before a tensor counts as finished, so that even a power cut can be resumed from.
+        progress: Told how far the run is.
+
+    Raises:
+        UsageError: The output's place is taken or unsafe.
+        ModelError: A parent holds NaN or Inf, or is not the one that the plan was made for.
+        RunError: The disk is full, an input changed, a file cannot be read.
+    """
+    begun = time.perf_counter()
+    opened = list(inputs) if inputs is not None else open_inputs(plan)
+    try:
+        nodes = list(plan.output_nodes())
+        layout = plan_layout([(n.name, n.dtype, n.shape) for n in nodes], shard_size, {"geomerge": __version__})
+        places = [Path(i.path) for i in plan.inputs if i.path]
+        with OutputDirectory(out, force, resume, inputs=places, durable=durable) as output:
+            output.create(layout)
+            journal = Journal(
+                output.journal, _identity(plan, shard_size, device), resume=output.resumed, durable=durable
+            )
+            try:
+                facts: dict[int, Mapping[str, Any]] = dict(journal.finished)
+                left = [(i, node) for i, node in enumerate(nodes) if i not in facts]
+                lock = threading.Lock()
+                if progress is not None:
+                    progress.start(plan.nbytes, sum(nodes[i].nbytes for i in facts))
+
+                def advance(nbytes: int) -> None:
+                    if progress is not None:
+                        with lock:
+                            progress.advance(nbytes)
+
+                def done(entries: list[tuple[int, dict[str, Any]]]) -> None:
+                    if durable:
+                        for descriptor in output.descriptors:
+                            _flush(descriptor)
+                    journal.record(entries)
+                    with lock:
+                        facts.update(entries)
+
+                builder = _builder(plan, opened, device, tile)
+                work = Work(builder, FileSink(output, layout), advance, threading.Event())
+                Threads(work, threads).run(left, done)
+                if progress is not None:
+                    progress.finish()
+            finally:
+                journal.close()
+            for checkpoint in opened:
+                checkpoint.verify_unchanged()
+            _write_side_files(plan, output, facts)
+            final = output.finish()
+    finally:
+        for checkpoint in opened:
+            checkpoint.close()
+    return Report(
+        out=final,
+        seconds=time.perf_counter() - begun,
+        nbytes=plan.nbytes,
+        tensors=len(nodes),
+        resumed=len(nodes) - len(left),
+        rounding_loss=total_loss(facts).share,
+        notes=plan.notes,
+    )
+
+
+def run_in_memory(
+    plan: Plan,
+    inputs: Sequence[Checkpoint] | None = None,
+    *,
+    threads: int | None = None,
+    device: str = "cpu",
+    tile: int | None = None,
+) -> dict[str, Tensor]:
+    """The output of a plan as a state dict, bit for bit what `run_plan` writes. Arguments as there."""
+    opened = list(inputs) if inputs is not None else open_inputs(plan)
+    try:
+        sink = MemorySink(plan)
+        work = Work(_builder(plan, opened, device, tile), sink, lambda nbytes: None, threading.Event())
+        Threads(work, threads).run(list(enumerate(plan.output_nodes())), lambda entries: None)
+        return sink.tensors
+    finally:
+        for checkpoint in opened:
+            checkpoint.close()
+
+
+def open_inputs(plan: Plan) -> list[Checkpoint]:
+    """Open a saved plan's inputs.
+
+    Raises:
+        RunError: An input is not the one that the plan was made for.
+    """
+    opened: list[Checkpoint] = []
+    for model in plan.inputs:
+        if not model.path:
+            raise UsageError(f"the model {model.ref} was in memory when the plan was made; it cannot be opened again")
+        checkpoint = open_checkpoint(model.path)
+        opened.append(checkpoint)
+        files = tuple((f.path.name, f.size, f.header_sha256) for f in checkpoint.files)
+        if files != model.files or checkpoint.fingerprint() != model.fingerprint:
+            raise RunError(
+                f"the model {model.ref} is not the one that the plan was made for",
+                where=model.path,
+                hint="make the plan again",
+            )
+    return opened
+
+
+def _builder(plan: Plan, opened: Sequence[Checkpoint], device: str, tile: int | None) -> Builder:
+    try:
+        place = torch.device(device)
+        if place.type != "cpu":
+            torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else "unknown"
+        raise UsageError(f"the device {device!r} cannot be used: {reason}") from None
+    accelerated = place.type != "cpu"
+    # A device wants tiles that are worth a transfer; a core wants tiles that stay in its cache.
+    return Builder(plan, opened, tile=tile or (1 << 22 if accelerated else TILE), device=place, read_ahead=accelerated)
+
+
+def _identity(plan: Plan, shard_size: int, device: str) -> str:
+    return f"{plan.hash}/{shard_size}/{torch.device(device).type}/{__version__}"
+
+
+def _flush(descriptor: int) -> None:
+    import os
+
+    os.fdatasync(descriptor)
+
+
+def _write_side_files(plan: Plan, output: OutputDirectory, facts: Mapping[int, Mapping[str, Any]]) -> None:
+    if plan.config is not None:
+        output.write_json("config.json", plan.config)
+    for name, path in plan.copies.items():
+        output.copy(Path(path), name)
+    for name, content in plan.texts.items():
+        output.write_text(name, content)
+    output.write_text(RECIPE_NAME, plan.recipe)
+    output.write_json(MANIFEST_NAME, manifest(plan, facts))
+    output.write_text("README.md", _card(plan, output.out.name))
+
+
+def _card(plan: Plan, name: str) -> str:
+    method = registry.get(plan.stages[-1].method)
+    parents = [
+        Parent(
+            name=i.hub_id or (Path(i.path).name if i.path else i.ref),
+            fingerprint=i.fingerprint,
+            hub_id=i.hub_id,
+            revision=i.revision,
+            licence=i.licence,
+            base=method.base_use == "required" and any(n.operands[0].input == k for n in plan.output_nodes()),
+        )
+        for k, i in enumerate(plan.inputs)
+    ]
+    library = "transformers" if plan.config is not None else "safetensors"
+    return model_card(
+        name=name,
+        method=method.name,
+        title=method.title,
+        paper=method.paper,
+        parents=parents,
+        recipe=plan.recipe,
+        version=__version__,
+        library=library,
+        warnings=plan.notes,
+    )

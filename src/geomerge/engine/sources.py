@@ -1,0 +1,195 @@
+"""Where a merge's inputs come from: a file, memory, an earlier stage of the recipe, rows in another vocabulary's order.
+
+Each is a `geomerge.methods.tile.Source`, so the mathematics never knows. File contents are read with `preadv` into a
+buffer that each thread keeps: as fast as mapped memory when the page cache is warm, and a file that is cut short while it
+is read gives an error instead of a bus error.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from geomerge.checkpoint.dtypes import DTYPES, to_torch
+from geomerge.errors import RunError
+from geomerge.methods.kernel import Prepared
+from geomerge.tokens.rows import MEAN, PAD
+
+if TYPE_CHECKING:
+    from geomerge.checkpoint.reader import TensorInfo
+    from geomerge.methods.tile import Segment, Source
+    from geomerge.tokens.rows import RowPlan
+
+_local = threading.local()
+
+
+def staging(nbytes: int, *, pinned: bool = False, slot: int = 0) -> Tensor:
+    """This thread's byte buffer of at least that size; `slot` tells several apart."""
+    buffers: dict[tuple[int, bool], Tensor] = _local.__dict__.setdefault("staging", {})
+    found = buffers.get((slot, pinned))
+    if found is None or found.numel() < nbytes:
+        found = buffers[slot, pinned] = torch.empty(max(nbytes, 1 << 17), dtype=torch.uint8, pin_memory=pinned)
+    return found[:nbytes]
+
+
+def read_into(descriptor: int, buffer: Tensor, offset: int, label: str) -> None:
+    """Fill a byte tensor from a file, all of it.
+
+    Raises:
+        RunError: The file ends too early or cannot be read.
+    """
+    view = memoryview(buffer.numpy().data)
+    while view:
+        try:
+            got = os.preadv(descriptor, [view], offset)
+        except OSError as error:
+            raise RunError(
+                f"reading failed: {error.strerror}", where=label, hint="is the disk or network drive still there?"
+            ) from error
+        if got == 0:
+            raise RunError(
+                "the file ended early: it was cut short while the merge ran",
+                where=label,
+                hint="restore it and run again with --resume",
+            )
+        view, offset = view[got:], offset + got
+
+
+class FileSource:
+    """A tensor in a safetensors file."""
+
+    def __init__(self, descriptor: int, info: TensorInfo, label: str) -> None:
+        self.label = label
+        self._descriptor = descriptor
+        self._offset = info.offset
+        self._itemsize = DTYPES[info.dtype].itemsize
+        self._dtype = to_torch(info.dtype)
+
+    def read(self, start: int, out: Tensor) -> None:
+        pinned = out.device.type == "cuda"
+        if pinned:
+            # The copy of the tile before last from this buffer must be over: two buffers take turns.
+            torch.cuda.current_stream().synchronize()
+        raw = staging(out.numel() * self._itemsize, pinned=pinned)
+        read_into(self._descriptor, raw, self._offset + start * self._itemsize, self.label)
+        out.copy_(raw.view(self._dtype), non_blocking=pinned)
+
+
+class StageSource:
+    """The output of an earlier stage, computed tile by tile and rounded as if it had been written.
+
+    Reads that follow each other, as those of a scan do, cost one evaluation of each tile; each thread remembers where it is.
+    """
+
+    def __init__(self, prepared: Prepared, round_: Callable[[int, Tensor], Tensor], label: str) -> None:
+        self.label = label
+        self._prepared = prepared
+        self._round = round_
+        self._place = threading.local()
+
+    def read(self, start: int, out: Tensor) -> None:
+        filled = 0
+        while filled < out.numel():
+            at = start + filled
+            place: _Place | None = getattr(self._place, "now", None)
+            if place is None or not place.holds(at):
+                place = self._place.now = self._find(place, at)
+            piece = place.values[at - place.start :][: out.numel() - filled]
+            out[filled : filled + piece.numel()].copy_(piece)
+            filled += piece.numel()
+
+    def _find(self, place: _Place | None, at: int) -> _Place:
+        """The tile that holds the element `at`: the next one if possible, else from the start of its segment."""
+        if place is None or not place.segment.start <= place.start < at < place.segment.stop:
+            segment = next(s for s in self._prepared.scan.segments if s.start <= at < s.stop)
+            place = _Place(segment, self._prepared.tiles(segment))
+        while not place.holds(at):
+            place.start, values = next(place.tiles)
+            # A copy: a later stage may hold this piece while the next tile is computed.
+            place.values = self._round(place.start, values).clone()
+        return place
+
+
+class _Place:
+    """Where one thread is in a stage's output."""
+
+    def __init__(self, segment: Segment, tiles: Iterator[tuple[int, Tensor]]) -> None:
+        self.segment, self.tiles = segment, tiles
+        self.start = segment.start
+        self.values = torch.empty(0)
+
+    def holds(self, at: int) -> bool:
+        return self.start <= at < self.start + self.values.numel()
+
+
+class RowSource:
+    """A matrix over a vocabulary, its rows in the order of the output's vocabulary, missing ones filled in by rule.
+
+    Args:
+        models: The matrices of all models, in the token plan's order; `None` for a model without one.
+        plan: Where each output row of this model comes from.
+        columns: Elements in a row.
+        label: Model and tensor.
+    """
+
+    def __init__(self, models: Sequence[Source | None], plan: RowPlan, columns: int, label: str) -> None:
+        self.label = label
+        self._models = models
+        self._plan = plan
+        self._columns = max(columns, 1)
+        self._lock = threading.Lock()
+        self._padding: Tensor | None = None
+
+    def read(self, start: int, out: Tensor) -> None:
+        columns = self._columns
+        first, last = start // columns, -(-(start + out.numel()) // columns)
+        rows = self._filled(first, last, pad=True)
+        out.copy_(rows.view(-1)[start - first * columns :][: out.numel()])
+
+    def _filled(self, first: int, last: int, *, pad: bool) -> Tensor:
+        """Rows `first` to `last` of the output's order: shape ``(last − first, columns)``."""
+        part = self._plan.tile(first, last)
+        rows = torch.zeros(last - first, self._columns, dtype=torch.float64)
+        for begin, end, source, row in part.runs().tolist():
+            if source >= 0:
+                self._row_source(source).read(row * self._columns, rows[begin:end].view(-1))
+            elif source == MEAN:
+                for r in range(begin, end):
+                    rows[r] = self._mean(part.owners[:, r])
+            elif source == PAD and pad:
+                rows[begin:end] = self._pad_row()
+        return rows
+
+    def _row_source(self, model: int) -> Source:
+        source = self._models[model]
+        if source is None:
+            raise RunError("a row is to come from a model that has no such matrix", where=self.label)
+        return source
+
+    def _mean(self, owners: np.ndarray) -> Tensor:
+        total = torch.zeros(self._columns, dtype=torch.float64)
+        row = torch.empty(self._columns, dtype=torch.float64)
+        having = np.flatnonzero(owners >= 0)
+        for k in having.tolist():
+            self._row_source(k).read(int(owners[k]) * self._columns, row)
+            total += row
+        return total / max(len(having), 1)
+
+    def _pad_row(self) -> Tensor:
+        """The mean of all rows that are not padding themselves."""
+        with self._lock:
+            if self._padding is None:
+                total = torch.zeros(self._columns, dtype=torch.float64)
+                step = max((1 << 18) // self._columns, 1)
+                for first in range(0, len(self._plan), step):
+                    last = min(first + step, len(self._plan))
+                    kept = torch.from_numpy(self._plan.source[first:last] != PAD)
+                    total += self._filled(first, last, pad=False)[kept].sum(0)
+                self._padding = total / max(int((self._plan.source != PAD).sum()), 1)
+            return self._padding

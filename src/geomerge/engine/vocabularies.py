@@ -1,0 +1,119 @@
+"""What happens to the matrices over the vocabulary: checked when no policy is given, re-ordered by one that is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from geomerge.engine.models import Model
+from geomerge.engine.plan import Operand, Rows
+from geomerge.errors import IncompatibleModels
+from geomerge.recipe.values import Recipe
+from geomerge.tokens.compare import without_policy
+from geomerge.tokens.policy import build
+from geomerge.tokens.rows import TokenPlan
+
+_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "added_tokens.json")
+
+
+class Vocabularies:
+    """The vocabularies of one recipe's models.
+
+    Args:
+        recipe: Its ``tokenizer_source`` or ``tokenizer`` is the policy, if it has one.
+        members: All models of the recipe.
+        base: Its base.
+        rows: Where row plans are collected; operands refer to them by index.
+
+    Raises:
+        RecipeError, IncompatibleModels: The policy cannot be carried out.
+    """
+
+    def __init__(self, recipe: Recipe, members: list[Model], base: Model | None, rows: list[Rows]) -> None:
+        self.members = members
+        self.plan: TokenPlan | None = None
+        self.notes: list[str] = []
+        self._rows = rows
+        self._made: dict[tuple[int, str], Operand] = {}
+        self._checked: set[frozenset[int]] = set()
+        if recipe.tokenizer is not None:
+            vocabularies = [(m.ref, m.vocabulary, m.embedding_rows() or 0) for m in members]
+            index = None if base is None else members.index(base)
+            self.plan = build(recipe.tokenizer, vocabularies, index, cut_padding=recipe.compat == "mergekit")
+            self.notes.extend(self.plan.notes)
+
+    @property
+    def size(self) -> int:
+        """Rows of the output's matrices over the vocabulary, where they are re-ordered."""
+        assert self.plan is not None
+        return self.plan.size
+
+    @property
+    def changes(self) -> bool:
+        """Whether the policy re-orders anything."""
+        return self.plan is not None and not self.plan.identity
+
+    def reorders(self, model: Model, name: str) -> bool:
+        """Whether this tensor's rows are to be re-ordered.
+
+        Raises:
+            IncompatibleModels: They should be, but the vocabulary does not run along the first axis.
+        """
+        axis = model.anatomy.vocabulary.get(name)
+        if axis is None or not self.changes:
+            return False
+        if axis != 0:
+            raise IncompatibleModels(
+                f"the vocabulary of {name} runs along axis {axis}; only rows can be re-ordered", where=str(model)
+            )
+        return True
+
+    def reordered(self, model: Model, name: str) -> Operand:
+        """The operand of a matrix with its rows in the output's order."""
+        assert self.plan is not None
+        key = (id(model), name)
+        if key not in self._made:
+            k = self.members.index(model)
+            matrices = []
+            for member in self.members:
+                stored = member.find(name)
+                matrices.append(None if stored is None else member.operand(stored))
+            self._made[key] = model.operand(name)._replace(rows=len(self._rows))
+            self._rows.append(Rows(tuple(matrices), self.plan.rows_for(k)))
+        return self._made[key]
+
+    def check(self, models: list[Model]) -> None:
+        """Refuse to merge rows that mean different tokens, when no policy says what to do.
+
+        Raises:
+            IncompatibleModels: With the shapes, the tokens that differ and the policies to choose from.
+        """
+        key = frozenset(id(m) for m in models)
+        if self.plan is not None or key in self._checked:
+            return
+        self._checked.add(key)
+        refusal = self.refusal(models)
+        if refusal is not None:
+            raise refusal
+
+    def refusal(self, models: list[Model]) -> IncompatibleModels | None:
+        """Why these models' rows cannot be merged as they are; warnings go to `notes`."""
+        rows = [m.embedding_rows() or 0 for m in models]
+        folders = [m.donor.folder if m.donor else None for m in models]
+        if len(set(rows)) == 1 and all(_same_tokenizer(folders[0], f) for f in folders[1:]):
+            return None
+        error, warnings = without_policy([(m.ref, m.vocabulary, n) for m, n in zip(models, rows, strict=True)])
+        self.notes.extend(warnings)
+        return error
+
+
+def _same_tokenizer(a: Path | None, b: Path | None) -> bool:
+    """Whether two directories hold the same tokenizer files byte for byte: much quicker than comparing vocabularies."""
+    if a is None or b is None:
+        return False
+    for name in _FILES:
+        here, there = a / name, b / name
+        if here.is_file() != there.is_file():
+            return False
+        if here.is_file() and (here.stat().st_size != there.stat().st_size or here.read_bytes() != there.read_bytes()):
+            return False
+    return True

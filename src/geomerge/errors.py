@@ -1,0 +1,89 @@
+"""Every error that geomerge raises on purpose.
+
+    GeomergeError
+    ├── RecipeError          (ValueError)         exit 2   the recipe is wrong: file and line are given
+    ├── UsageError           (ValueError)         exit 2   the call is wrong: an argument, an option, the output's place
+    ├── ModelError           (ValueError)         exit 3   a model cannot be used
+    │   ├── DamagedCheckpoint                     exit 3   its files are broken or hostile
+    │   ├── IncompatibleModels                    exit 3   it does not fit the others
+    │   └── NotFiniteError                        exit 3   it holds NaN or Inf
+    ├── RunError             (RuntimeError)       exit 1   the machine or the files failed while running
+    └── GateFailed           (AssertionError)     exit 4   a quality gate said no
+
+An error says what happened, where, why, and what to do. The command line prints `str(error)` and exits with
+`error.exit_code`; a traceback appears only with `--debug`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class GeomergeError(Exception):
+    """The root of the tree.
+
+    Args:
+        what: One sentence: what is wrong, with the names, shapes and values that matter.
+        where: A recipe's ``file:line``, or a model and a tensor. Printed before the sentence.
+        hint: What to do about it. Printed on a line of its own.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, where: str | None = None, hint: str | None = None) -> None:
+        self.what, self.where, self.hint = what, where, hint
+        super().__init__(what)
+
+    def __str__(self) -> str:
+        text = f"{self.where}: {self.what}" if self.where else self.what
+        return f"{text}\n  {self.hint}" if self.hint else text
+
+
+class RecipeError(GeomergeError, ValueError):
+    """The recipe is wrong; `where` is its ``file:line``."""
+
+    exit_code = 2
+
+
+class UsageError(GeomergeError, ValueError):
+    """An argument or an option is wrong, or the output's place is taken."""
+
+    exit_code = 2
+
+
+class ModelError(GeomergeError, ValueError):
+    """A model cannot be used as it is."""
+
+    exit_code = 3
+
+
+class DamagedCheckpoint(ModelError):
+    """A model's files are truncated, inconsistent, unreadable or unsafe."""
+
+
+class IncompatibleModels(ModelError):
+    """The models do not fit each other: shapes, tensors, vocabularies, layer counts."""
+
+
+class NotFiniteError(ModelError):
+    """A parent holds NaN or Inf; `where` names model and tensor."""
+
+
+class RunError(GeomergeError, RuntimeError):
+    """The run failed: the disk is full, an input changed, a file vanished."""
+
+
+class GateFailed(GeomergeError, AssertionError):
+    """A quality gate that the user asked for was not passed."""
+
+    exit_code = 4
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str | None:
+    """A hint that names the closest of the `known` words, or lists them when they are few."""
+    words = sorted(set(known))
+    close = difflib.get_close_matches(word, words, n=3, cutoff=0.6)
+    if close:
+        return f"did you mean {' or '.join(repr(c) for c in close)}?"
+    return f"known: {', '.join(words)}" if 0 < len(words) <= 30 else None

@@ -1,0 +1,311 @@
+"""What a merge method is: a frozen value of parameters with one pure function of mathematics.
+
+Three families (docs/architecture.md): `Span` (the output is a linear combination of the inputs),
+`Elementwise` (each output element is a function of the same element of the inputs and of a few statistics),
+and, when its turn comes, matrix. A method subclasses its family, declares its parameters with `parameter` and
+`per_model`, and says in class attributes which models it takes. Everything else (recipe validation, help, schema,
+documentation, conformance tests) is derived from the class by `geomerge.methods.registry`.
+
+Inputs are always ordered: the base first (when the method works on one), then the others in the recipe's order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from geomerge.errors import UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from geomerge.methods.gram import Gram
+    from geomerge.methods.tile import Scan, Tile
+
+BaseUse = Literal["required", "optional", "ignored"]
+"""How a method uses the base model: as the origin of the task vectors or first endpoint, if given, or as any other model."""
+
+Axis = Literal["tensor", "row", "column"]
+"""What a span method measures at a time: whole tensors, slices along the last dimension, or slices along the first."""
+
+_METADATA = "geomerge"
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of a method, as its class declares it.
+
+    Attributes:
+        name: The recipe's key (a trailing underscore of the Python name is dropped: ``lambda_`` is ``lambda``).
+        attribute: The Python attribute.
+        kind: ``float``, ``int``, ``bool`` or ``str``.
+        per_model: One value for each non-base model (given in the recipe beside that model) instead of one in all.
+        required: There is no default: the recipe must give it.
+        default: The value when the recipe is silent.
+        within: Inclusive bounds for numbers.
+        above: An exclusive lower bound (which the profile ``compat: mergekit`` lets touch, as that tool does).
+        extrapolates: The recipe's ``extrapolate: true`` lifts the bounds.
+        choices: The allowed words for strings.
+        doc: One sentence.
+    """
+
+    name: str
+    attribute: str
+    kind: type
+    per_model: bool
+    required: bool
+    default: Any
+    within: tuple[float, float] | None
+    choices: tuple[str, ...]
+    doc: str
+    above: float | None = None
+    extrapolates: bool = False
+
+    def check(self, value: Any, *, compat: str | None = None, extrapolate: bool = False) -> Any:
+        """The value as the parameter's kind; raises `ValueError` with the reason when it cannot be one."""
+        if value is None:
+            if not self.required and self.default is None:
+                return None
+            raise ValueError(f"{self.name} must be {_kind_name(self.kind)}, not empty")
+        if self.kind is bool:
+            if isinstance(value, bool) or value in (0, 1):
+                return bool(value)
+            raise ValueError(f"{self.name} must be true or false, not {value!r}")
+        if self.kind is str:
+            if not isinstance(value, str) or (self.choices and value not in self.choices):
+                raise ValueError(f"{self.name} must be one of {', '.join(self.choices)}, not {value!r}")
+            return value
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise ValueError(f"{self.name} must be a number, not {value!r}") from None
+        if not math.isfinite(number):
+            raise ValueError(f"{self.name} must be finite, not {number}")
+        if self.within and not extrapolate * self.extrapolates and not self.within[0] <= number <= self.within[1]:
+            low, high = self.within
+            more = " (or set `extrapolate: true`)" if self.extrapolates else ""
+            raise ValueError(f"{self.name} must lie in [{low:g}, {high:g}], not {number:g}{more}")
+        if self.above is not None and number <= self.above and compat is None:
+            raise ValueError(f"{self.name} must be greater than {self.above:g}, not {number:g}")
+        if self.kind is int:
+            if number != int(number):
+                raise ValueError(f"{self.name} must be a whole number, not {number:g}")
+            return int(number)
+        return number
+
+
+def _kind_name(kind: type) -> str:
+    return {float: "a number", int: "a whole number", bool: "true or false", str: "a word"}[kind]
+
+
+def parameter(
+    default: Any = dataclasses.MISSING,
+    *,
+    doc: str,
+    within: tuple[float, float] | None = None,
+    above: float | None = None,
+    choices: Sequence[str] = (),
+    extrapolates: bool = False,
+) -> Any:
+    """Declare a parameter with one value for each tensor. Without a default the recipe must give it."""
+    return _declare(
+        default, doc=doc, within=within, above=above, choices=choices, extrapolates=extrapolates, per_model=False
+    )
+
+
+def per_model(
+    default: Any = dataclasses.MISSING,
+    *,
+    doc: str,
+    within: tuple[float, float] | None = None,
+    above: float | None = None,
+    choices: Sequence[str] = (),
+    extrapolates: bool = False,
+) -> Any:
+    """Declare a parameter with one value for each tensor *and* each non-base model: a tuple in the models' order."""
+    return _declare(
+        default, doc=doc, within=within, above=above, choices=choices, extrapolates=extrapolates, per_model=True
+    )
+
+
+def _declare(default: Any, **meta: Any) -> Any:
+    required = default is dataclasses.MISSING
+    meta |= {"required": required, "default": None if required else default}
+    # A per-model default is widened to the models' number when a method is made: see `Method.make`.
+    return field(default=None if required else default, kw_only=True, metadata={_METADATA: meta})
+
+
+_KINDS = {"float": float, "int": int, "bool": bool, "str": str, "tuple[float, ...]": float, "tuple[bool, ...]": bool}
+_KINDS |= {"float | None": float, "tuple[float | None, ...]": float}
+
+
+@dataclass(frozen=True)
+class Method:
+    """The common part of all families. Subclasses are frozen dataclasses whose fields are `parameter`s.
+
+    Class attributes that a method states:
+        name, aliases: The recipe's ``merge_method``.
+        title, paper: For people: what it is, and the publication (authors, year, arXiv id).
+        formula: The output in the paper's symbols, one line.
+        when: One or two sentences: when to use it, and when not.
+        models: Smallest and largest number of models *without* the base (``None``: no limit); for a method whose
+            `base_use` is ``ignored``, of all models.
+        base_use: See `BaseUse`.
+        properties: Which metamorphic properties hold, by the names of `geomerge.methods.properties`.
+        mergekit: Parameter values that the profile ``compat: mergekit`` puts in place of the defaults.
+        rows: The method needs whole rows (slices along the last dimension) in a tile.
+    """
+
+    name: ClassVar[str]
+    aliases: ClassVar[tuple[str, ...]] = ()
+    title: ClassVar[str]
+    paper: ClassVar[str]
+    formula: ClassVar[str]
+    when: ClassVar[str]
+    family: ClassVar[str]
+    models: ClassVar[tuple[int, int | None]] = (1, None)
+    base_use: ClassVar[BaseUse] = "required"
+    properties: ClassVar[frozenset[str]] = frozenset()
+    mergekit: ClassVar[Mapping[str, Any]] = {}
+    example: ClassVar[str]
+
+    @classmethod
+    def parameters(cls) -> dict[str, Parameter]:
+        """The method's parameters by their recipe names, in the order of declaration."""
+        found = cls.__dict__.get("_parameters")
+        if found is None:
+            found = {}
+            for f in dataclasses.fields(cls):
+                meta = f.metadata.get(_METADATA)
+                if meta is not None:
+                    name = f.name.rstrip("_")
+                    kind = _KINDS[str(f.type)]
+                    meta = meta | {"choices": tuple(meta["choices"])}
+                    found[name] = Parameter(name=name, attribute=f.name, kind=kind, **meta)
+            cls._parameters = found  # type: ignore[attr-defined]
+        return found
+
+    @classmethod
+    def make(
+        cls, values: Mapping[str, Any], *, count: int, compat: str | None = None, extrapolate: bool = False
+    ) -> Method:
+        """Build the method from recipe values.
+
+        Args:
+            values: Parameter values by recipe name; a per-model parameter may be one value or a sequence of `count`.
+            count: The number of models without the base (of all models when the base is ignored).
+            compat: ``"mergekit"`` puts that tool's numeric choices in place of the defaults.
+            extrapolate: Lift the bounds of interpolation coefficients.
+
+        Raises:
+            UsageError: An unknown name, a missing required parameter, a value out of bounds, a wrong number of models.
+        """
+        known = cls.parameters()
+        for name in values:
+            if name not in known:
+                raise UsageError(f"{cls.name} has no parameter {name!r}", hint=did_you_mean(name, known))
+        low, high = cls.models
+        if count < low or (high is not None and count > high):
+            raise UsageError(f"{cls.name} takes {cls.models_text()}, not {count}")
+        defaults = cls.mergekit if compat == "mergekit" else {}
+        made: dict[str, Any] = {}
+        for name, p in known.items():
+            if name in values:
+                value = values[name]
+            elif name in defaults:
+                value = defaults[name]
+            elif p.required:
+                raise UsageError(f"{cls.name} needs the parameter {name!r}: {p.doc}")
+            else:
+                value = p.default
+            try:
+                if p.per_model:
+                    several = value if isinstance(value, list | tuple) else [value] * count
+                    if len(several) != count:
+                        raise ValueError(f"{name} has {len(several)} values for {count} models")
+                    made[p.attribute] = tuple(p.check(v, compat=compat, extrapolate=extrapolate) for v in several)
+                else:
+                    made[p.attribute] = p.check(value, compat=compat, extrapolate=extrapolate)
+            except ValueError as error:
+                raise UsageError(f"{cls.name}: {error}") from None
+        method = cls(**made)
+        try:
+            method.check(count)
+        except ValueError as error:
+            raise UsageError(f"{cls.name}: {error}") from None
+        return method
+
+    @classmethod
+    def models_text(cls) -> str:
+        """``exactly 2 models``, ``at least 1 model beside the base``."""
+        low, high = cls.models
+        number = f"exactly {low}" if low == high else f"at least {low}" if high is None else f"{low} to {high}"
+        beside = " beside the base" if cls.base_use == "required" else ""
+        return f"{number} model{'' if low == high == 1 or (high is None and low == 1) else 's'}{beside}"
+
+    def check(self, count: int) -> None:
+        """Raise `ValueError` for parameters that do not go together. `count` is as in `make`."""
+
+    @property
+    def rows(self) -> bool:
+        """Whether a tile must hold whole rows."""
+        return False
+
+    def values(self) -> dict[str, Any]:
+        """The parameters by recipe name, as `make` takes them back."""
+        return {name: getattr(self, p.attribute) for name, p in type(self).parameters().items()}
+
+
+@dataclass(frozen=True)
+class Span(Method):
+    """The output is Σ cᵢ·xᵢ: a method writes the coefficients as a function of the inputs' Gram matrix."""
+
+    family: ClassVar[str] = "span"
+
+    @property
+    def axis(self) -> Axis:
+        """What one Gram matrix is measured over."""
+        return "tensor"
+
+    @property
+    def needs_gram(self) -> bool:
+        """Whether the coefficients depend on the weights at all (when not, nothing is measured)."""
+        return True
+
+    @property
+    def rows(self) -> bool:
+        return self.axis == "row"
+
+    def coefficients(self, gram: Gram) -> Any:
+        """The coefficients of the K inputs.
+
+        Args:
+            gram: The Gram matrix of the inputs; for the axes ``row`` and ``column`` one matrix for each slice.
+
+        Returns:
+            Shape ``(K,)`` for the axis ``tensor``, ``(slices, K)`` otherwise, float64.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Elementwise(Method):
+    """Each output element is a function of the same element of all inputs, and of statistics of the tensor."""
+
+    family: ClassVar[str] = "elementwise"
+
+    def measure(self, scan: Scan) -> Any:
+        """Statistics of one tensor that `blend` needs; computed with additive passes over its tiles."""
+        return None
+
+    def blend(self, tile: Tile, stats: Any) -> Tensor:
+        """The output's elements, float64, shaped as the tile's inputs.
+
+        Args:
+            tile: The inputs' elements, each a float64 tensor that may be overwritten.
+            stats: What `measure` returned.
+        """
+        raise NotImplementedError

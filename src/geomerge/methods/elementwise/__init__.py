@@ -1,0 +1,1 @@
+"""Methods whose output elements depend on the same elements of the inputs."""

@@ -1,0 +1,65 @@
+"""Model Breadcrumbs: drop the smallest and the very largest task-vector elements."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from geomerge.methods.base import per_model
+from geomerge.methods.elementwise.task_vectors import TaskVectors
+from geomerge.methods.properties import BASE, PERMUTATION, SCALE, SIGN
+from geomerge.methods.registry import register
+from geomerge.methods.sparsify import Outliers, Sparsifier
+
+
+@dataclass(frozen=True)
+class _Breadcrumbs(TaskVectors):
+    paper: ClassVar[str] = "Davari & Belilovsky 2023, Model Breadcrumbs, arXiv:2312.06795"
+    mergekit: ClassVar[dict[str, Any]] = {"rescale_norm": "l1"}
+
+    gamma: tuple[float, ...] = per_model(0.01, within=(0, 1), doc="share of the largest elements that is dropped")
+
+    def sparsifier(self) -> Sparsifier:
+        return Outliers(self.density, self.gamma, self.rescaling)
+
+
+@register
+@dataclass(frozen=True)
+class Breadcrumbs(_Breadcrumbs):
+    """Task arithmetic on task vectors without their smallest and very largest elements."""
+
+    name: ClassVar[str] = "breadcrumbs"
+    title: ClassVar[str] = "Model Breadcrumbs"
+    formula: ClassVar[str] = "θ = θ₀ + λ Σ wₖ τ̂ₖ,  τ̂ keeps ranks [n − γn − density·n, n − γn) of |τ|"
+    when: ClassVar[str] = "Many experts, where outliers of single task vectors spoil the sum."
+    properties: ClassVar[frozenset[str]] = frozenset({PERMUTATION, BASE, SCALE, SIGN})
+    elect: ClassVar[bool] = False
+    example: ClassVar[str] = """\
+merge_method: breadcrumbs
+base_model: ./base
+models:
+  - {model: ./chat, parameters: {weight: 0.5, density: 0.9, gamma: 0.01}}
+  - {model: ./code, parameters: {weight: 0.5, density: 0.9, gamma: 0.01}}
+dtype: bfloat16
+"""
+
+
+@register
+@dataclass(frozen=True)
+class BreadcrumbsTies(_Breadcrumbs):
+    """Sign election and disjoint merge on task vectors without their smallest and very largest elements."""
+
+    name: ClassVar[str] = "breadcrumbs_ties"
+    title: ClassVar[str] = "Model Breadcrumbs (TIES)"
+    formula: ClassVar[str] = "τ̂ as in breadcrumbs;  θ = θ₀ + λ Σ{wₖτ̂ₖ : sgn wₖτ̂ₖ = sgn Σ wⱼτ̂ⱼ}"
+    when: ClassVar[str] = "As Breadcrumbs, when the experts also disagree about signs."
+    properties: ClassVar[frozenset[str]] = frozenset({PERMUTATION, BASE, SCALE})
+    elect: ClassVar[bool] = True
+    example: ClassVar[str] = """\
+merge_method: breadcrumbs_ties
+base_model: ./base
+models:
+  - {model: ./chat, parameters: {weight: 0.5, density: 0.9, gamma: 0.01}}
+  - {model: ./code, parameters: {weight: 0.5, density: 0.9, gamma: 0.01}}
+dtype: bfloat16
+"""

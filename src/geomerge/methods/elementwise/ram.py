@@ -1,0 +1,100 @@
+"""RAM: sum what only one expert changed, average what several changed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from geomerge.methods.base import Elementwise, parameter
+from geomerge.methods.properties import BASE, IDENTICAL, PERMUTATION, SIGN, SINGLE
+from geomerge.methods.registry import register
+from geomerge.methods.tile import Scan, Tile
+
+
+def _active(deltas: list[Tensor], epsilon: float) -> tuple[list[Tensor], Tensor]:
+    """For each expert 1.0 where |δ| > ε, and how many experts are active at each position."""
+    masks = [torch.hardshrink(d, epsilon).ne_(0.0) for d in deltas]
+    number = masks[0].clone()
+    for m in masks[1:]:
+        number.add_(m)
+    return masks, number
+
+
+@register
+@dataclass(frozen=True)
+class Ram(Elementwise):
+    """Changes that one expert alone made are kept whole; shared ones are averaged over those that made them."""
+
+    name: ClassVar[str] = "ram"
+    title: ClassVar[str] = "RAM (reinforced agent merging)"
+    paper: ClassVar[str] = "Reinforced agent merging, 2026 (mergekit)"
+    formula: ClassVar[str] = "θ = θ₀ + Σ{δₖ : |δₖ| > ε} / max(1, #active)"
+    when: ClassVar[str] = "Experts with sparse task vectors, such as those of reinforcement learning."
+    properties: ClassVar[frozenset[str]] = frozenset({PERMUTATION, BASE, IDENTICAL, SIGN})
+    example: ClassVar[str] = """\
+merge_method: ram
+base_model: ./base
+models: [{model: ./agent1}, {model: ./agent2}]
+dtype: bfloat16
+"""
+
+    epsilon: float = parameter(1e-5, within=(0, 1e6), doc="changes up to this count as none")
+
+    def blend(self, tile: Tile, stats: None) -> Tensor:
+        deltas = tile.task_vectors()
+        _, number = _active(deltas, self.epsilon)
+        total = torch.hardshrink(deltas[0], self.epsilon)
+        for d in deltas[1:]:
+            total.add_(torch.hardshrink(d, self.epsilon))
+        return tile.base.addcdiv_(total, number.clamp_(min=1.0))
+
+
+@register
+@dataclass(frozen=True)
+class RamPlusTl(Elementwise):
+    """RAM whose unshared changes are strengthened in experts that share much with others."""
+
+    name: ClassVar[str] = "ramplus_tl"
+    title: ClassVar[str] = "RAM+ (tensor level)"
+    paper: ClassVar[str] = "Reinforced agent merging, 2026 (mergekit)"
+    formula: ClassVar[str] = "as RAM; unshared δₖ are multiplied by 1 + r·clip(sharedₖ/uniqueₖ, 0, α)"
+    when: ClassVar[str] = "As RAM, when averaging the shared changes weakens the experts."
+    properties: ClassVar[frozenset[str]] = frozenset({PERMUTATION, BASE, SINGLE, IDENTICAL, SIGN})
+    example: ClassVar[str] = """\
+merge_method: ramplus_tl
+base_model: ./base
+models: [{model: ./agent1}, {model: ./agent2}]
+parameters: {r: 0.1, alpha: 0.2}
+dtype: bfloat16
+"""
+
+    r: float = parameter(0.1, doc="strength of the amplification")
+    alpha: float = parameter(0.2, within=(0, 1e6), doc="largest ratio of shared to unshared changes that counts")
+    epsilon: float = parameter(1e-5, within=(0, 1e6), doc="changes up to this count as none")
+
+    def measure(self, scan: Scan) -> list[float]:
+        def counts(tile: Tile) -> list[Tensor]:
+            masks, number = _active(tile.task_vectors(), self.epsilon)
+            alone = number.eq(1.0).to(number.dtype)
+            return [*(m * alone for m in masks), *masks]
+
+        if not scan.numel:
+            return [1.0] * scan.experts
+        sums = scan.sums(counts)
+        unique, active = sums[: scan.experts], sums[scan.experts :]
+        pairs = zip(unique, active, strict=True)
+        ratios = [(a - u) / max(u, self.epsilon) if max(u, self.epsilon) > 0 else 0.0 for u, a in pairs]
+        return [1 + self.r * min(max(ratio, 0.0), self.alpha) for ratio in ratios]
+
+    def blend(self, tile: Tile, stats: list[float]) -> Tensor:
+        deltas = tile.task_vectors()
+        masks, number = _active(deltas, self.epsilon)
+        alone = number.eq(1.0).to(number.dtype)
+        shared = torch.sub(1.0, alone).div_(number.clamp(min=1.0))
+        total = torch.zeros_like(number)
+        for factor, mask, d in zip(stats, masks, deltas, strict=True):
+            total.addcmul_(d.mul_(mask), torch.add(shared, alone, alpha=factor))
+        return tile.base.add_(total)

@@ -1,0 +1,107 @@
+"""SCE: select by variance, calculate weights by energy, erase minority signs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from geomerge.methods.base import Elementwise, parameter
+from geomerge.methods.order import Selection, largest
+from geomerge.methods.properties import BASE, IDENTICAL, PERMUTATION, SCALE, SINGLE
+from geomerge.methods.registry import register
+from geomerge.methods.tile import Scan, Tile
+
+
+def _variance(deltas: Sequence[Tensor]) -> Tensor:
+    """Population variance over the experts at each position."""
+    k = len(deltas)
+    mean = deltas[0].clone()
+    for d in deltas[1:]:
+        mean.add_(d)
+    mean.div_(k)
+    total = torch.zeros_like(mean)
+    for d in deltas:
+        total.add_(torch.sub(d, mean).square_())
+    return total.div_(k)
+
+
+@register
+@dataclass(frozen=True)
+class Sce(Elementwise):
+    """Merge the positions where the experts differ most, each expert weighted by the energy of its task vector."""
+
+    name: ClassVar[str] = "sce"
+    title: ClassVar[str] = "SCE (Select, Calculate, Erase)"
+    paper: ClassVar[str] = "Wan et al. 2024, FuseChat, arXiv:2408.07990"
+    formula: ClassVar[str] = (
+        "θ = θ₀ + Σ cₖτₖmₖ / Σ cₖmₖ,  cₖ ∝ mean τₖ² on the positions of largest variance, m = sign agrees"
+    )
+    when: ClassVar[str] = "Fused chat models of one base, without any weights to choose."
+    properties: ClassVar[frozenset[str]] = frozenset({PERMUTATION, BASE, SINGLE, IDENTICAL, SCALE})
+    mergekit: ClassVar[dict[str, Any]] = {"energy_floor": 1e-6, "divisor_floor": 1e-6}
+    example: ClassVar[str] = """\
+merge_method: sce
+base_model: ./base
+models: [{model: ./chat}, {model: ./code}, {model: ./maths}]
+parameters: {select_topk: 0.5}
+dtype: bfloat16
+"""
+
+    select_topk: float = parameter(
+        1.0, within=(0, 1), doc="share of the positions with nonzero variance that is merged"
+    )
+    select_only_for_weights: bool = parameter(
+        False, doc="let the selection decide the weights only and merge all positions (the released FuseChat code)"
+    )
+    energy_floor: float = parameter(0.0, within=(0, 1), doc="equal weights below this total energy (mergekit: 1e-6)")
+    divisor_floor: float = parameter(0.0, within=(0, 1), doc="smallest divisor (mergekit: 1e-6)")
+
+    def measure(self, scan: Scan) -> tuple[Selection | None, list[float]]:
+        selection = None
+        if self.select_topk < 1 and scan.numel:
+            (nonzero,) = scan.sums(lambda tile: [_variance(tile.task_vectors()).ne_(0.0)])
+            count = math.floor(self.select_topk * nonzero + 1e-9)
+            (selection,) = largest(scan, lambda tile: [_variance(tile.task_vectors())], [count])
+
+        def energies(tile: Tile) -> list[Tensor]:
+            deltas = tile.task_vectors()
+            self._select(deltas, tile, selection, "energy")
+            return [d.square_() for d in deltas]
+
+        energy = np.array(scan.sums(energies) if scan.numel else [0.0] * scan.experts)
+        total = energy.sum()
+        if total == 0 or total / max(scan.numel, 1) < self.energy_floor:
+            return selection, [1 / scan.experts] * scan.experts
+        return selection, (energy / total).tolist()
+
+    @staticmethod
+    def _select(deltas: list[Tensor], tile: Tile, selection: Selection | None, label: str) -> None:
+        if selection is not None:
+            mask = selection.shrink_(_variance(deltas), tile, label).ne_(0.0)
+            for d in deltas:
+                d.mul_(mask)
+
+    def blend(self, tile: Tile, stats: tuple[Selection | None, list[float]]) -> Tensor:
+        selection, weights = stats
+        deltas = tile.task_vectors()
+        if not self.select_only_for_weights:
+            self._select(deltas, tile, selection, "blend")
+        elected = deltas[0].clone()
+        for d in deltas[1:]:
+            elected.add_(d)
+        elected = elected.sign_().add_(0.5).sign_()
+        total, divisor = torch.zeros_like(elected), torch.zeros_like(elected)
+        for c, d in zip(weights, deltas, strict=True):
+            d.mul_(elected).clamp_(min=0.0)
+            total.add_(d, alpha=c)
+            divisor.add_(d.sign_(), alpha=c)
+        if self.divisor_floor:
+            divisor.clamp_(min=self.divisor_floor)
+        divisor.add_((divisor == 0.0).to(divisor.dtype))
+        return tile.base.addcdiv_(total.mul_(elected), divisor)

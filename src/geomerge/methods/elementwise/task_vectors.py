@@ -1,0 +1,56 @@
+"""The common course of TIES, DARE, DELLA and Breadcrumbs: thin each task vector, combine them, scale, add to the base."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from geomerge.methods.base import Elementwise, parameter, per_model
+from geomerge.methods.combine import disjoint_merge, weighted_sum
+from geomerge.methods.sparsify import Rescale, Sparsifier, apply_, with_rescale
+from geomerge.methods.tile import Scan, Tile
+
+
+@dataclass(frozen=True)
+class TaskVectors(Elementwise):
+    """θ = θ₀ + λ·combine(sparsify(θₖ − θ₀), wₖ). Subclasses say how to sparsify, and whether signs are elected."""
+
+    elect: ClassVar[bool]
+
+    weight: tuple[float, ...] = per_model(doc="the task vector's factor")
+    density: tuple[float, ...] = per_model(1.0, within=(0, 1), above=0, doc="share of the elements that is kept")
+    normalize: bool = parameter(False, doc="divide by the weights that took part")
+    rescale: bool = parameter(False, doc="make up for what was dropped")
+    rescale_norm: str = parameter(
+        "inverse", choices=("inverse", "l1"), doc="how: divide by the kept share, or keep the L1 norm (mergekit)"
+    )
+    lambda_: float = parameter(1.0, doc="factor of the merged task vector")
+
+    def sparsifier(self) -> Sparsifier:
+        """The first step."""
+        raise NotImplementedError
+
+    @property
+    def rescaling(self) -> Rescale:
+        """The step's rescaling as the parameters ask for it."""
+        return ("l1" if self.rescale_norm == "l1" else "inverse") if self.rescale else "none"
+
+    @property
+    def rows(self) -> bool:
+        return self.sparsifier().rows
+
+    def check(self, count: int) -> None:
+        if self.normalize and not self.elect and abs(sum(self.weight)) < 1e-8:
+            raise ValueError(f"the weights {list(self.weight)} sum to zero; set normalize: false or change them")
+
+    def measure(self, scan: Scan) -> Any:
+        return with_rescale(self.sparsifier(), scan)
+
+    def blend(self, tile: Tile, stats: Any) -> Tensor:
+        step = self.sparsifier()
+        deltas = [apply_(step, delta, k, tile, stats) for k, delta in enumerate(tile.task_vectors())]
+        combine = disjoint_merge if self.elect else weighted_sum
+        merged = combine(deltas, self.weight, normalize=self.normalize)
+        return tile.base.add_(merged, alpha=self.lambda_)

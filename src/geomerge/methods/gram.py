@@ -1,0 +1,151 @@
+"""The Gram matrix of the inputs, centred on the first of them.
+
+A linear combination of K tensors whose coefficients depend on norms and angles needs nothing of the tensors but their
+K×K inner products: however many iterations a method makes, it makes them on this small matrix. Stored are the inner
+products of (x₀, x₁ − x₀, …, x_{K−1} − x₀): for parents that share an ancestor the differences are a thousand times
+smaller than the tensors, and angles computed from the raw products would be noise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from geomerge.methods.tile import BLOCK, Scan, Tile
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Gram:
+    """Inner products of (x₀, x₁ − x₀, …): shape ``(K, K)``, or ``(slices, K, K)`` when measured slice by slice."""
+
+    centred: NDArray[np.float64]
+
+    @property
+    def count(self) -> int:
+        """K, the number of inputs."""
+        return int(self.centred.shape[-1])
+
+    def dot(self, i: int, j: int) -> NDArray[np.float64]:
+        """⟨xᵢ, xⱼ⟩."""
+        c = self.centred
+        value = c[..., 0, 0]
+        if i:
+            value = value + c[..., 0, i]
+        if j:
+            value = value + c[..., 0, j]
+        if i and j:
+            value = value + c[..., i, j]
+        return np.asarray(value)
+
+    def norm(self, i: int) -> NDArray[np.float64]:
+        """‖xᵢ‖."""
+        return np.sqrt(np.maximum(self.dot(i, i), 0.0))
+
+    def raw(self) -> NDArray[np.float64]:
+        """The inner products of the inputs themselves: shape ``(…, K, K)``."""
+        k = self.count
+        return np.stack([np.stack([self.dot(i, j) for j in range(k)], -1) for i in range(k)], -2)
+
+    def angle(self, i: int, j: int) -> NDArray[np.float64]:
+        """The angle between xᵢ and xⱼ in radians, 0 where one of them is zero.
+
+        ω = atan2(√(‖x‖²‖δ‖² − ⟨x, δ⟩²), ⟨x, x⟩ + ⟨x, δ⟩) with δ = xⱼ − xᵢ: Lagrange's identity on the difference,
+        which keeps its relative precision down to angles that arccos in float32 would call zero.
+        """
+        c = self.centred
+        if i == 0:
+            n, e, f = c[..., 0, 0], c[..., 0, j], c[..., j, j]
+        else:
+            n, e, f = self.dot(i, i), self.dot(i, j) - self.dot(i, i), self._squared_distance(i, j)
+        return np.arctan2(np.sqrt(np.maximum(n * f - e * e, 0.0)), n + e)
+
+    def _squared_distance(self, i: int, j: int) -> NDArray[np.float64]:
+        c = self.centred
+        return np.asarray(c[..., j, j] - 2 * c[..., i, j] + c[..., i, i])
+
+    def task_vectors(self) -> Gram:
+        """The Gram matrix of the task vectors x₁ − x₀, x₂ − x₀, …, itself centred on the first of them."""
+        c = self.centred[..., 1:, 1:]
+        k = c.shape[-1]
+        change = np.eye(k)
+        change[1:, 0] = -1.0
+        return Gram(change @ c @ change.T)
+
+
+def measure(scan: Scan, axis: str) -> Gram:
+    """The Gram matrix of a scan's inputs over whole tensors (`axis` ``tensor``) or over each column (``column``)."""
+    if axis == "column":
+        return _measure_columns(scan)
+    parts = scan.over(_block_products)
+    k = len(scan.sources)
+    totals = np.zeros((k, k))
+    pairs = [(i, j) for i in range(k) for j in range(i, k)]
+    for p, (i, j) in enumerate(pairs):
+        totals[i, j] = totals[j, i] = math.fsum(v for part in parts for v in part[p])
+    return Gram(totals)
+
+
+def of_rows(tile: Tile) -> Gram:
+    """The Gram matrices of each row of a tile; leaves the tile's inputs as they are."""
+    stacked = torch.stack([tile.inputs[0], *(x - tile.inputs[0] for x in tile.inputs[1:])], 1)
+    k = stacked.shape[1]
+    centred = np.empty((stacked.shape[0], k, k))
+    for i in range(k):
+        for j in range(i, k):
+            centred[:, i, j] = centred[:, j, i] = (stacked[:, i] * stacked[:, j]).sum(1).cpu().numpy()
+    return Gram(centred)
+
+
+def _block_products(tiles: Iterator[Tile]) -> list[list[float]]:
+    """For each pair of centred inputs the sums of products over the segment's blocks."""
+    found: list[list[float]] | None = None
+    for tile in tiles:
+        vectors = [tile.inputs[0], *tile.task_vectors()]
+        pairs = [(x, y) for i, x in enumerate(vectors) for y in vectors[i:]]
+        if found is None:
+            found = [[] for _ in pairs]
+        for sums, (x, y) in zip(found, pairs, strict=True):
+            sums.extend(_products(x, y))
+    return found or []
+
+
+def _products(x: Tensor, y: Tensor) -> list[float]:
+    whole = x.numel() // BLOCK * BLOCK
+    sums: list[float] = []
+    if whole:
+        sums = torch.linalg.vecdot(x[:whole].view(-1, BLOCK), y[:whole].view(-1, BLOCK)).tolist()
+    if whole < x.numel():
+        sums.append(torch.linalg.vecdot(x[whole:].view(1, -1), y[whole:].view(1, -1)).item())
+    return sums
+
+
+def _measure_columns(scan: Scan) -> Gram:
+    """One Gram matrix for each position of the dimensions after the first: products added row after row, in order."""
+    k, width = len(scan.sources), max(scan.columns or 1, 1)
+    pairs = [(i, j) for i in range(k) for j in range(i, k)]
+
+    def accumulate(tiles: Iterator[Tile]) -> Tensor:
+        sums = torch.zeros(len(pairs), width, dtype=torch.float64, device=scan.device)
+        for tile in tiles:
+            vectors = [tile.inputs[0], *tile.task_vectors()]
+            for row in range(vectors[0].shape[0]):
+                for p, (i, j) in enumerate(pairs):
+                    sums[p].addcmul_(vectors[i][row], vectors[j][row])
+        return sums
+
+    centred = np.zeros((width, k, k))
+    for part in scan.over(accumulate):
+        for p, (i, j) in enumerate(pairs):
+            centred[:, i, j] += part[p].cpu().numpy()
+            if i != j:
+                centred[:, j, i] = centred[:, i, j]
+    return Gram(centred)

@@ -1,0 +1,116 @@
+"""From a method and a tensor's inputs to the output's tiles: the one piece of code that all executors share."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from geomerge.methods import gram
+from geomerge.methods.base import Elementwise, Method, Span
+from geomerge.methods.tile import Scan, Segment, Tile
+
+Open = Callable[..., Scan]
+"""Makes the scan of one output tensor, with the tiling that a method asks for as keyword arguments."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A method bound to one tensor: its statistics are measured, its tiles can be blended in any order of segments."""
+
+    scan: Scan
+    blend: Callable[[Tile], Tensor]
+    coefficients: tuple[float, ...] | None = None
+
+    @property
+    def copies(self) -> int | None:
+        """The one input that the output equals bit for bit, if the coefficients say so."""
+        c = self.coefficients
+        if c is not None and sum(x != 0.0 for x in c) == 1 and 1.0 in c:
+            return c.index(1.0)
+        return None
+
+    def tiles(self, segment: Segment) -> Iterator[tuple[int, Tensor]]:
+        """Start and float64 elements of the output's tiles; each is valid until the next is asked for."""
+        for tile in self.scan.tiles(segment):
+            yield tile.start, self.blend(tile).reshape(-1)
+
+
+def prepare(method: Method, open_scan: Open, shape: tuple[int, ...], scale: float = 1.0) -> Prepared:
+    """Measure what a method needs of one tensor.
+
+    Args:
+        method: The method with its parameters.
+        open_scan: Makes the scan.
+        shape: The tensor's shape.
+        scale: What a step after the method multiplies the merged task vector by: θ₀ + scale·(merge − θ₀).
+    """
+    last = shape[-1] if len(shape) > 1 else max(_numel(shape), 1)
+    if isinstance(method, Span):
+        if method.axis == "row" and len(shape) > 1:
+            return Prepared(open_scan(columns=last), functools.partial(_blend_rows, method, scale))
+        if method.axis == "column" and len(shape) > 1:
+            scan = open_scan(columns=max(_numel(shape[1:]), 1))
+            table = _scaled(np.asarray(method.coefficients(gram.measure(scan, "column"))), scale)
+            columns = torch.from_numpy(np.ascontiguousarray(table.T)).to(scan.device)
+            return Prepared(scan, functools.partial(_combine_columns, columns))
+        scan = open_scan()
+        k = len(scan.sources)
+        measured = gram.measure(scan, "tensor") if method.needs_gram else gram.Gram(np.full((k, k), np.nan))
+        vector = np.asarray(method.coefficients(measured), dtype=np.float64)
+        coefficients = tuple(_scaled(vector, scale).tolist())
+        return Prepared(scan, functools.partial(_combine, coefficients), coefficients)
+    if not isinstance(method, Elementwise):
+        raise TypeError(f"{type(method).__name__} belongs to no family")
+    scan = open_scan(columns=last) if method.rows else open_scan()
+    stats = method.measure(scan)
+    if scale == 1.0:
+        return Prepared(scan, lambda tile: method.blend(tile, stats))
+    return Prepared(scan, lambda tile: _rescale(tile.base.clone(), method.blend(tile, stats), scale))
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    return int(np.prod(shape, dtype=np.int64))
+
+
+def _scaled(coefficients: Any, scale: float) -> Any:
+    """θ₀ + s·(Σ cᵢxᵢ − θ₀) is again a linear combination."""
+    if scale == 1.0:
+        return coefficients
+    scaled = coefficients * scale
+    scaled[..., 0] += 1.0 - scale
+    return scaled
+
+
+def _rescale(base: Tensor, merged: Tensor, scale: float) -> Tensor:
+    return base.add_(merged.sub_(base), alpha=scale)
+
+
+def _combine(coefficients: tuple[float, ...], tile: Tile) -> Tensor:
+    """Σ cᵢ·xᵢ; inputs with coefficient 0 are left out, so that one coefficient 1 gives that input's very bits."""
+    total: Tensor | None = None
+    for c, x in zip(coefficients, tile.inputs, strict=True):
+        if c == 0.0:
+            continue
+        if total is None:
+            total = x if c == 1.0 else x.mul_(c)
+        else:
+            total.add_(x, alpha=c)
+    return tile.inputs[0].zero_() if total is None else total
+
+
+def _combine_columns(columns: Tensor, tile: Tile) -> Tensor:
+    total = tile.inputs[0].mul_(columns[0])
+    for c, x in zip(columns[1:], tile.inputs[1:], strict=True):
+        total.addcmul_(x, c)
+    return total
+
+
+def _blend_rows(method: Span, scale: float, tile: Tile) -> Tensor:
+    rows = _scaled(np.asarray(method.coefficients(gram.of_rows(tile))), scale)
+    return _combine_columns(torch.from_numpy(np.ascontiguousarray(rows.T)).to(tile.base.device).unsqueeze(-1), tile)

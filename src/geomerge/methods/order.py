@@ -1,0 +1,233 @@
+"""Exact order statistics of magnitudes in bounded memory: which elements are the k largest?
+
+No sort of a tensor, ever. A sample predicts a narrow bracket for each threshold; one pass counts what lies above it and
+collects the few values inside; a selection among those is exact. When the bracket misses (or more falls into it than
+memory should hold), the answer is found by counting the magnitudes' bit patterns 16 bits at a time: a non-negative
+float's bits, read as an integer, are in the order of the values.
+
+The k largest are well defined down to the last element: of equal magnitudes the one with the lowest flat index wins.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from geomerge.methods.tile import Scan, Tile
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    Floats = NDArray[np.float64]
+
+Magnitudes = Callable[[Tile], Sequence["Tensor"]]
+"""Computes the magnitudes (float64, not negative) to be ranked, one tensor for each selection."""
+
+_SAMPLE = 1 << 16
+_COLLECT = 1 << 20
+"""Values a bracket is meant to hold at most; beyond four times that, counting takes over."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The k largest magnitudes of a tensor.
+
+    Attributes:
+        threshold: The k-th largest magnitude (``inf`` for k = 0).
+        keep: How many of the elements equal to the threshold are among the k.
+        equal: How many elements equal it, in each segment.
+        every: All elements equal to the threshold are kept, or all of them are zeros.
+    """
+
+    threshold: float
+    keep: int
+    equal: tuple[int, ...]
+
+    @property
+    def every(self) -> bool:
+        return self.keep >= sum(self.equal) or self.threshold == 0.0
+
+    def shrink_(self, values: Tensor, tile: Tile, label: object) -> Tensor:
+        """Set the elements of `values` that are not among the k largest to zero, in place.
+
+        Args:
+            values: The signed values whose magnitudes were ranked, one tile of them.
+            tile: The tile; tiles of a segment must come in order, as the engine's do.
+            label: Names this selection among those applied to the same tile.
+        """
+        if self.threshold == math.inf:
+            return values.zero_()
+        if self.threshold == 0.0:
+            return values
+        below = math.nextafter(self.threshold, 0.0)
+        if self.every:
+            return torch.hardshrink(values, below, out=values)
+        key = ("equal", label)
+        left = tile.carry.get(key)
+        if left is None:
+            left = self.keep - sum(self.equal[: tile.segment])
+        if left <= 0:
+            return torch.hardshrink(values, self.threshold, out=values)
+        ties = np.flatnonzero(np.abs(values.reshape(-1).cpu().numpy()) == self.threshold)
+        tile.carry[key] = left - len(ties)
+        torch.hardshrink(values, below, out=values)
+        if len(ties) > left:
+            values.view(-1)[torch.from_numpy(ties[left:]).to(values.device)] = 0.0
+        return values
+
+    def mask(self, magnitudes: Tensor, tile: Tile, label: object) -> Tensor:
+        """1.0 where an element is among the k largest, else 0.0 (zeros count as selected only above threshold 0)."""
+        return self.shrink_(magnitudes.clone(), tile, label).ne_(0.0) if self.threshold else torch.ones_like(magnitudes)
+
+
+NOTHING = Selection(math.inf, 0, ())
+
+
+def largest(scan: Scan, magnitudes: Magnitudes, counts: Sequence[int]) -> list[Selection]:
+    """The `counts[i]` largest elements of the i-th magnitude, exactly.
+
+    Args:
+        scan: The tensor.
+        magnitudes: See `Magnitudes`; called for each tile of one or more passes.
+        counts: How many elements to select of each; 0 selects nothing, the number of elements or more everything.
+    """
+    n = scan.numel
+    found = [NOTHING if k <= 0 else Selection(0.0, n, (n,)) for k in counts]
+    wanted = [i for i, k in enumerate(counts) if 0 < k < n]
+    if wanted:
+        brackets = _brackets(scan, magnitudes, {i: counts[i] for i in wanted})
+        segments = scan.over(lambda tiles: _collect(tiles, magnitudes, brackets))
+        for i in wanted:
+            found[i] = _choose([s[i] for s in segments], counts[i]) or _by_counting(scan, magnitudes, i, counts[i])
+    return found
+
+
+def nth_smallest(scan: Scan, magnitudes: Magnitudes, ranks: Sequence[int]) -> list[float]:
+    """The values at the 0-based `ranks` of the ascending order; `magnitudes` gives one tensor for each rank."""
+    return [s.threshold for s in largest(scan, magnitudes, [scan.numel - r for r in ranks])]
+
+
+class _Bracket:
+    """What one segment knows of one bracket: how many values lie above it, and which lie in it."""
+
+    def __init__(self, low: float, high: float) -> None:
+        self.low, self.high = low, high
+        self.above = 0
+        self.overflow = False
+        self.values: Floats = np.empty(0)
+        self.counts: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+        self._pending: list[Floats] = []
+        self._held = 0
+
+    def add(self, magnitudes: Floats) -> None:
+        """Take in one tile."""
+        if self.overflow:
+            return
+        not_above = magnitudes <= self.high
+        self.above += magnitudes.size - int(np.count_nonzero(not_above))
+        inside = magnitudes[np.flatnonzero(not_above != (magnitudes < self.low))]
+        self._pending.append(inside)
+        self._held += inside.size
+        if self._held > _COLLECT:
+            self.fold()
+            # Many equal values fold into few; many different ones mean that the sample was not like the tensor.
+            self.overflow = self.values.size > _COLLECT
+
+    def fold(self) -> None:
+        """Distinct values and their numbers in place of the values themselves."""
+        values, counts = np.unique(np.concatenate(self._pending or [self.values[:0]]), return_counts=True)
+        if self.values.size:
+            both = np.concatenate([self.values, values])
+            values, place = np.unique(both, return_inverse=True)
+            counts = np.bincount(place, np.concatenate([self.counts, counts]), values.size).astype(np.int64)
+        self.values, self.counts = values, counts
+        self._pending, self._held = [], 0
+
+
+def _brackets(scan: Scan, magnitudes: Magnitudes, counts: dict[int, int]) -> dict[int, tuple[float, float]]:
+    """For each selection bounds that very probably hold its threshold."""
+    n = scan.numel
+    if n <= scan.tile:
+        return dict.fromkeys(counts, (0.0, math.inf))
+    size = min(max(_SAMPLE, int((3.2 * n / _COLLECT) ** 2)), 1 << 20)
+    taken: dict[int, list[Floats]] = {i: [] for i in counts}
+    for tile in scan.sample(size):
+        for i, m in enumerate(magnitudes(tile)):
+            if i in taken:
+                taken[i].append(m.reshape(-1).cpu().numpy().copy())
+    brackets = {}
+    for i, k in counts.items():
+        values = np.sort(np.concatenate(taken.pop(i)))
+        m = len(values)
+        centre = m * (1 - k / n)
+        spread = 4 * math.sqrt(m * (k / n) * (1 - k / n)) + 16
+        low, high = int(centre - spread), int(centre + spread)
+        brackets[i] = (float(values[low]) if low > 0 else 0.0, float(values[high]) if high < m else math.inf)
+    return brackets
+
+
+def _collect(
+    tiles: Iterator[Tile], magnitudes: Magnitudes, brackets: dict[int, tuple[float, float]]
+) -> dict[int, _Bracket]:
+    found = {i: _Bracket(*bounds) for i, bounds in brackets.items()}
+    for tile in tiles:
+        for i, m in enumerate(magnitudes(tile)):
+            if i in found:
+                found[i].add(m.reshape(-1).cpu().numpy())
+    for bracket in found.values():
+        bracket.fold()
+    return found
+
+
+def _choose(segments: list[_Bracket], count: int) -> Selection | None:
+    """The selection, or `None` when the threshold does not lie in the bracket."""
+    above = sum(s.above for s in segments)
+    if any(s.overflow for s in segments) or above >= count:
+        return None
+    values, place = np.unique(np.concatenate([s.values for s in segments]), return_inverse=True)
+    number = np.bincount(place, np.concatenate([s.counts for s in segments]), values.size)
+    reached = above + np.cumsum(number[::-1])
+    at = int(np.searchsorted(reached, count))
+    if at >= values.size:
+        return None
+    threshold = float(values[values.size - 1 - at])
+    greater = above if at == 0 else int(reached[at - 1])
+    return Selection(threshold, count - greater, tuple(_equal(s, threshold) for s in segments))
+
+
+def _equal(segment: _Bracket, value: float) -> int:
+    at = int(np.searchsorted(segment.values, value))
+    return int(segment.counts[at]) if at < segment.values.size and segment.values[at] == value else 0
+
+
+def _by_counting(scan: Scan, magnitudes: Magnitudes, which: int, count: int) -> Selection:
+    """The same answer from four passes that count 16 bits of the magnitudes' patterns each."""
+    prefix, greater = 0, 0
+    parts: list[NDArray[np.int64]] = []
+    for shift in (48, 32, 16, 0):
+        parts = scan.over(lambda tiles, s=shift, p=prefix: _count_bits(tiles, magnitudes, which, s, p))  # type: ignore[misc]
+        reached = greater + np.cumsum(sum(parts)[::-1])  # type: ignore[index]
+        at = int(np.searchsorted(reached, count))
+        greater = int(reached[at - 1]) if at else greater
+        prefix = prefix << 16 | (0xFFFF - at)
+    threshold = float(np.array(prefix, dtype=np.uint64).view(np.float64))
+    return Selection(threshold, count - greater, tuple(int(p[prefix & 0xFFFF]) for p in parts))
+
+
+def _count_bits(
+    tiles: Iterator[Tile], magnitudes: Magnitudes, which: int, shift: int, prefix: int
+) -> NDArray[np.int64]:
+    total = np.zeros(1 << 16, dtype=np.int64)
+    for tile in tiles:
+        flat: Floats = magnitudes(tile)[which].reshape(-1).cpu().numpy()
+        bits = (flat + 0.0).view(np.uint64) >> np.uint64(shift)
+        if shift < 48:
+            bits = bits[bits >> np.uint64(16) == prefix]
+        total += np.bincount((bits & np.uint64(0xFFFF)).astype(np.int64), minlength=1 << 16)
+    return total

@@ -1,0 +1,54 @@
+"""All methods by name. A method is registered by its class; third parties use `register` as a decorator."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+from typing import TypeVar
+
+from geomerge.errors import UsageError, did_you_mean
+from geomerge.methods.base import Method
+
+M = TypeVar("M", bound=type[Method])
+
+_registered: dict[str, type[Method]] = {}
+
+
+def register(method: M) -> M:
+    """Class decorator: make a method known under its name and aliases."""
+    for name in (method.name, *method.aliases):
+        if _registered.get(name, method).__qualname__ != method.__qualname__:
+            raise ValueError(
+                f"two methods are called {name!r}: {_registered[name].__qualname__}, {method.__qualname__}"
+            )
+        _registered[name] = method
+    return method
+
+
+@functools.cache
+def _load() -> None:
+    from geomerge.methods import elementwise, span
+
+    for package in (span, elementwise):
+        for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
+            importlib.import_module(module.name)
+
+
+def all_methods() -> dict[str, type[Method]]:
+    """Name → class, without aliases, in alphabetic order."""
+    _load()
+    return {name: method for name, method in sorted(_registered.items()) if name == method.name}
+
+
+def get(name: str) -> type[Method]:
+    """The method of that name or alias.
+
+    Raises:
+        UsageError: There is none.
+    """
+    _load()
+    try:
+        return _registered[name]
+    except KeyError:
+        raise UsageError(f"there is no method {name!r}", hint=did_you_mean(name, _registered)) from None

@@ -1,0 +1,1 @@
+"""Methods whose output is a linear combination of the inputs."""

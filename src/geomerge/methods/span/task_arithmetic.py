@@ -1,0 +1,55 @@
+"""Sums of task vectors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from geomerge.methods.base import Span, parameter, per_model
+from geomerge.methods.gram import Gram
+from geomerge.methods.properties import BASE, PERMUTATION, ROTATION, SCALE, SIGN, SINGLE
+from geomerge.methods.registry import register
+
+
+@register
+@dataclass(frozen=True)
+class TaskArithmetic(Span):
+    """Add weighted task vectors to the base; negative weights take skills away."""
+
+    name: ClassVar[str] = "task_arithmetic"
+    aliases: ClassVar[tuple[str, ...]] = ("ta", "task_vector_sum")
+    title: ClassVar[str] = "Task arithmetic"
+    paper: ClassVar[str] = "Ilharco et al. 2023, Editing models with task arithmetic, arXiv:2212.04089"
+    formula: ClassVar[str] = "θ = θ₀ + λ Σ wₖ (θₖ − θ₀)"
+    when: ClassVar[str] = (
+        "Several fine-tunes of one base whose skills should add up. With many experts take λ near 0.3, or 1/K for their mean."
+    )
+    properties: ClassVar[frozenset[str]] = frozenset({PERMUTATION, BASE, SINGLE, SCALE, SIGN, ROTATION})
+    example: ClassVar[str] = """\
+merge_method: task_arithmetic
+base_model: ./base
+models:
+  - {model: ./chat, parameters: {weight: 0.5}}
+  - {model: ./code, parameters: {weight: 0.5}}
+parameters: {lambda: 1.0}
+dtype: bfloat16
+"""
+
+    weight: tuple[float, ...] = per_model(doc="the task vector's factor; negative forgets")
+    normalize: bool = parameter(False, doc="divide by the sum of the weights")
+    lambda_: float = parameter(1.0, doc="factor of the merged task vector")
+
+    @property
+    def needs_gram(self) -> bool:
+        return False
+
+    def check(self, count: int) -> None:
+        if self.normalize and abs(sum(self.weight)) < 1e-8:
+            raise ValueError(f"the weights {list(self.weight)} sum to zero; set normalize: false or change them")
+
+    def coefficients(self, gram: Gram) -> np.ndarray:
+        w = np.array(self.weight, dtype=np.float64)
+        c = self.lambda_ * (w / w.sum() if self.normalize else w)
+        return np.concatenate([[1 - c.sum()], c])

@@ -1,0 +1,188 @@
+"""Steps that thin out task vectors: by magnitude, at random, at random by magnitude, or both ends cut off.
+
+Each step is a frozen value with two functions: `measure` looks at a whole tensor in additive passes, `apply_` thins one
+tile of one expert's task vector in place. A published method is a chain of such a step and a rule of combination.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from geomerge.methods.order import Selection, largest
+from geomerge.methods.random import bernoulli
+from geomerge.methods.tile import Scan, Tile
+
+Rescale = Literal["none", "inverse", "l1"]
+"""What is done for the dropped elements: nothing; division by the kept share (unbiased, as in the papers); or
+multiplication by ‖δ‖₁/‖δ⊙m‖₁ (mergekit)."""
+
+
+class Sparsifier(Protocol):
+    """A step on task vectors."""
+
+    @property
+    def rescale(self) -> Rescale:
+        """What is done for the dropped elements."""
+
+    @property
+    def rows(self) -> bool:
+        """Whether whole rows are needed."""
+
+    def measure(self, scan: Scan) -> Any:
+        """Statistics of the tensor, or `None`."""
+
+    def keep_(self, delta: Tensor, k: int, tile: Tile, stats: Any) -> Tensor:
+        """Drop elements of the k-th expert's task vector in place (without the l1 rescaling)."""
+
+
+def with_rescale(step: Sparsifier, scan: Scan) -> Any:
+    """A step's statistics together with the factors of an l1 rescaling: ``(stats, factors)``."""
+    stats = step.measure(scan)
+    if step.rescale != "l1":
+        return stats, None
+
+    def norms(tile: Tile) -> list[Tensor]:
+        found = []
+        for k, delta in enumerate(tile.task_vectors()):
+            found.append(delta.abs())
+            found.append(step.keep_(delta, k, tile, stats).abs_())
+        return found
+
+    sums = scan.sums(norms) if scan.numel else [0.0] * (2 * scan.experts)
+    pairs = zip(sums[::2], sums[1::2], strict=True)
+    return stats, [before / after if before > 1e-7 and after > 1e-7 else 1.0 for before, after in pairs]
+
+
+def apply_(step: Sparsifier, delta: Tensor, k: int, tile: Tile, measured: Any) -> Tensor:
+    """Thin one expert's task vector in place, rescaled as the step says. `measured` is from `with_rescale`."""
+    stats, factors = measured
+    step.keep_(delta, k, tile, stats)
+    return delta.mul_(factors[k]) if factors is not None and factors[k] != 1.0 else delta
+
+
+def kept(density: float, n: int) -> int:
+    """⌊density·n⌋ as a user means it: 0.1 of 10 elements is 1, whatever binary fractions say; at least 1 of them."""
+    return min(max(math.floor(density * n + 1e-9), 1 if density > 0 else 0), n)
+
+
+@dataclass(frozen=True)
+class Everything:
+    """No sparsification."""
+
+    rescale: Rescale = "none"
+    rows: bool = False
+
+    def measure(self, scan: Scan) -> None:
+        return None
+
+    def keep_(self, delta: Tensor, k: int, tile: Tile, stats: Any) -> Tensor:
+        return delta
+
+
+@dataclass(frozen=True)
+class Magnitude:
+    """The ⌊density·n⌋ largest magnitudes of each tensor; among equals the lowest index."""
+
+    density: Sequence[float]
+    rescale: Rescale = "none"
+    rows: bool = False
+
+    def measure(self, scan: Scan) -> list[Selection]:
+        counts = [kept(d, scan.numel) for d in self.density]
+        return largest(scan, lambda tile: [d.abs_() for d in tile.task_vectors()], counts)
+
+    def keep_(self, delta: Tensor, k: int, tile: Tile, stats: list[Selection]) -> Tensor:
+        stats[k].shrink_(delta, tile, k)
+        if self.rescale == "inverse" and self.density[k] > 0:
+            delta.div_(self.density[k])
+        return delta
+
+
+@dataclass(frozen=True)
+class Random:
+    """Each element survives with probability `density`, independently (DARE)."""
+
+    density: Sequence[float]
+    rescale: Rescale = "inverse"
+    rows: bool = False
+
+    def measure(self, scan: Scan) -> None:
+        return None
+
+    def keep_(self, delta: Tensor, k: int, tile: Tile, stats: None) -> Tensor:
+        density = self.density[k]
+        if density >= 1:
+            return delta
+        if density <= 0:
+            return delta.zero_()
+        delta.mul_(bernoulli(tile, f"dare/{k}", density))
+        return delta.div_(density) if self.rescale == "inverse" else delta
+
+
+@dataclass(frozen=True)
+class Outliers:
+    """The ⌊density·n⌋ largest magnitudes after the ⌊gamma·n⌋ very largest are taken away (Breadcrumbs)."""
+
+    density: Sequence[float]
+    gamma: Sequence[float]
+    rescale: Rescale = "none"
+    rows: bool = False
+
+    def measure(self, scan: Scan) -> list[Selection]:
+        n = scan.numel
+        top = [math.floor(g * n + 1e-9) for g in self.gamma]
+        both = [min(t + math.floor(d * n + 1e-9), n) for t, d in zip(top, self.density, strict=True)]
+
+        def twice(tile: Tile) -> list[Tensor]:
+            magnitudes = [d.abs_() for d in tile.task_vectors()]
+            return magnitudes + magnitudes
+
+        return largest(scan, twice, top + both)
+
+    def keep_(self, delta: Tensor, k: int, tile: Tile, stats: list[Selection]) -> Tensor:
+        outliers = stats[k].shrink_(delta.clone(), tile, ("top", k))
+        stats[len(self.density) + k].shrink_(delta, tile, ("both", k))
+        delta.sub_(outliers)
+        if self.rescale == "inverse" and self.density[k] > 0:
+            delta.div_(self.density[k])
+        return delta
+
+
+@dataclass(frozen=True)
+class MagPrune:
+    """Each element survives with a probability that rises with its rank in its row (DELLA).
+
+    q = (density − ε) + 2ε·rank/(n − 1), ranks ascending in |δ|, equal magnitudes by index; a row of one element has
+    q = density. ``inverse`` divides each survivor by its own q.
+    """
+
+    density: Sequence[float]
+    epsilon: Sequence[float]
+    rescale: Rescale = "inverse"
+    rows: bool = True
+
+    def measure(self, scan: Scan) -> None:
+        return None
+
+    def probabilities(self, delta: Tensor, k: int) -> Tensor:
+        """The keep probabilities of one tile's rows: shape ``(rows, columns)``."""
+        n = delta.shape[-1]
+        density, epsilon = self.density[k], self.epsilon[k]
+        if n == 1:
+            return torch.full_like(delta, density)
+        order = delta.abs().argsort(dim=-1, stable=True)
+        steps = torch.arange(n, dtype=delta.dtype, device=delta.device) * (2 * epsilon / (n - 1)) + (density - epsilon)
+        return torch.empty_like(delta).scatter_(-1, order, steps.expand_as(delta))
+
+    def keep_(self, delta: Tensor, k: int, tile: Tile, stats: None) -> Tensor:
+        if self.density[k] >= 1:
+            return delta
+        q = self.probabilities(delta, k)
+        delta.mul_(bernoulli(tile, f"della/{k}", q))
+        return delta.div_(q) if self.rescale == "inverse" else delta
