@@ -2,7 +2,7 @@
 
     PEER_ENVIRONMENT/bin/python tests/peer/make_cases.py [FOLDER]
 
-Everything happens in one process with one thread. The default folder is ``tests/data/mergekit``, which is replaced.
+Everything happens in one process with one thread. The default folder is ``tests/data/mergekit``; what is there is replaced.
 """
 
 from __future__ import annotations
@@ -182,8 +182,8 @@ def main() -> None:
     torch.set_num_threads(1)
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE.parent / "data" / "mergekit"
     folder = folder.resolve()
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    shutil.rmtree(folder / "models", ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
     os.chdir(folder)
     tiny_models.write_all(folder / "models")
     vocabularies.write_all(folder / "models")

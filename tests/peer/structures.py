@@ -412,7 +412,7 @@ case("modules/t5_passthrough", """
         slices:
           - sources: [{model: "@t5_b", layer_range: [0, 2]}]
       shared:
-        models: [{model: "@t5_b"}]
+        models: [{model: "@t5_a"}]
     merge_method: passthrough
     base_model: "@t5_a"
 """, "stacks from different models; the encoder loses a layer")  # fmt: skip

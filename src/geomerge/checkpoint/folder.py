@@ -84,6 +84,14 @@ def weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
                 where=str(folder),
                 hint="remove the stale one, or give one of the two as the model",
             )
+        shard = re.compile(re.escape(whole.removesuffix(".safetensors")) + r"-\d+-of-\d+\.safetensors")
+        strange = [n for n in single if shard.fullmatch(n) and folder / n not in files]
+        if strange:
+            raise DamagedCheckpoint(
+                f"has the shard {strange[0]}, which {index} does not name",
+                where=str(folder),
+                hint="remove it if it is left over from another download, or fetch the index again",
+            )
         return files, weight_map
     if len(indices) > 1:
         raise _ambiguous(folder, indices)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from geomerge.errors import ModelError, RunError, UsageError
 
+_LONGEST_ID = 200
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 _WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.spm", "*.tiktoken"]
@@ -39,7 +40,12 @@ class Located:
 
 def is_hub_id(ref: str) -> bool:
     """Whether a reference can be a hub id: ``owner/name``, neither part a dot, and no local path of that name."""
-    return bool(_HUB_ID.fullmatch(ref)) and not ref.startswith((".", "-")) and not Path(ref).exists()
+    return (
+        len(ref) <= _LONGEST_ID
+        and bool(_HUB_ID.fullmatch(ref))
+        and not ref.startswith((".", "-"))
+        and not Path(ref).exists()
+    )
 
 
 def locate(ref: str, revision: str | None = None, *, allow_pickle: bool = False) -> Located:

@@ -179,18 +179,13 @@ class OutputDirectory:
         """Copy a side file's content, not its permissions. `name` is its path in the output, by default its own name.
 
         Raises:
-            RunError: The source vanished, or the disk is full.
+            UsageError, DamagedCheckpoint, RunError: As `write_bytes`; also when the source cannot be read.
         """
-        path = self._path(source.name if name is None else name)
         try:
-            size = source.stat().st_size
+            content = source.read_bytes()
         except OSError as error:
             raise RunError(f"cannot be copied: {error.strerror}", where=str(source)) from None
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, path)
-        except OSError as error:
-            raise disk_error(error, path, size) from None
+        self.write_bytes(source.name if name is None else name, content)
 
     def _path(self, name: str) -> Path:
         check_name(name, str(self.partial), what="the output")

@@ -18,6 +18,7 @@ import torch
 from geomerge.checkpoint.dtypes import DTYPES, to_torch
 from geomerge.engine.build import Builder
 from geomerge.engine.loss import RoundingLoss
+from geomerge.engine.memory import keep_freed_memory
 from geomerge.engine.plan import Node
 from geomerge.engine.sinks import Sink
 from geomerge.engine.sources import read_into, staging
@@ -147,6 +148,7 @@ class Threads:
     def run(self, nodes: Sequence[tuple[int, Node]], done: Callable[[list[tuple[int, Facts]]], None]) -> None:
         large = sorted((item for item in nodes if item[1].numel > SEGMENT), key=lambda item: -item[1].numel)
         small = sorted((item for item in nodes if item[1].numel <= SEGMENT), key=lambda item: -item[1].numel)
+        keep_freed_memory()
         before = torch.get_num_threads()
         # The tiles are the parallelism; torch's own threads would only wait for each other. New threads take this over.
         torch.set_num_threads(1)

@@ -20,6 +20,11 @@ def weighted_sum(deltas: Sequence[Tensor], weights: Sequence[float], *, normaliz
     return total.div_(divisor) if normalize and abs(divisor) >= 1e-8 else total
 
 
+def elected_sign_(total: Tensor) -> Tensor:
+    """The sign of each element in place, + where it is zero (adding 10⁻³⁰⁰ changes no other number)."""
+    return total.add_(1e-300).sign_()
+
+
 def disjoint_merge(deltas: Sequence[Tensor], weights: Sequence[float], *, normalize: bool) -> Tensor:
     """Elect a sign for each element and merge the task vectors that agree with it (TIES).
 
@@ -40,7 +45,7 @@ def disjoint_merge(deltas: Sequence[Tensor], weights: Sequence[float], *, normal
     elected = deltas[0].clone()
     for x in deltas[1:]:
         elected.add_(x)
-    elected = elected.sign_().add_(0.5).sign_()
+    elected_sign_(elected)
     total: Tensor | None = None
     agreeing: Tensor | None = None
     for w, x in zip(weights, deltas, strict=True):
@@ -53,6 +58,9 @@ def disjoint_merge(deltas: Sequence[Tensor], weights: Sequence[float], *, normal
     total.mul_(elected)
     if agreeing is not None:
         # Where nothing agrees the sum is zero, and the divisor must not be.
-        agreeing.add_((agreeing == 0.0).to(agreeing.dtype))
+        if min(weights) > 0:
+            agreeing.clamp_(min=min(weights) / 2)
+        else:
+            agreeing.add_(agreeing.eq(0.0))
         total.div_(agreeing)
     return total

@@ -74,12 +74,14 @@ class Selection:
             left = self.keep - sum(self.equal[: tile.segment])
         if left <= 0:
             return torch.hardshrink(values, self.threshold, out=values)
-        ties = np.flatnonzero(np.abs(values.reshape(-1).cpu().numpy()) == self.threshold)
-        tile.carry[key] = left - len(ties)
-        torch.hardshrink(values, below, out=values)
-        if len(ties) > left:
-            values.view(-1)[torch.from_numpy(ties[left:]).to(values.device)] = 0.0
-        return values
+        if left < self.equal[tile.segment]:  # the last one that is kept lies in this segment: where?
+            flat = values.reshape(-1).cpu().numpy()
+            equal = np.logical_or(flat == self.threshold, flat == -self.threshold)
+            number = int(np.count_nonzero(equal))
+            tile.carry[key] = left - number
+            if number > left:
+                values.view(-1)[torch.from_numpy(np.flatnonzero(equal)[left:]).to(values.device)] = 0.0
+        return torch.hardshrink(values, below, out=values)
 
     def mask(self, magnitudes: Tensor, tile: Tile, label: object) -> Tensor:
         """1.0 where an element is among the k largest, else 0.0 (zeros count as selected only above threshold 0)."""
@@ -114,11 +116,17 @@ def nth_smallest(scan: Scan, magnitudes: Magnitudes, ranks: Sequence[int]) -> li
 
 
 class _Bracket:
-    """What one segment knows of one bracket: how many values lie above it, and which lie in it."""
+    """What one segment knows of one bracket: how many values lie above it, and which lie in it.
 
-    def __init__(self, low: float, high: float) -> None:
+    Task vectors of bfloat16 models live on a coarse grid: one value may make up a tenth of a tensor. Such a `common` value
+    is counted apart, so that what is collected stays little.
+    """
+
+    def __init__(self, low: float, high: float, common: float) -> None:
         self.low, self.high = low, high
+        self.common = common
         self.above = 0
+        self.equal = 0
         self.overflow = False
         self.values: Floats = np.empty(0)
         self.counts: NDArray[np.int64] = np.empty(0, dtype=np.int64)
@@ -131,9 +139,14 @@ class _Bracket:
             return
         not_above = magnitudes <= self.high
         self.above += magnitudes.size - int(np.count_nonzero(not_above))
-        inside = magnitudes[np.flatnonzero(not_above != (magnitudes < self.low))]
-        self._pending.append(inside)
-        self._held += inside.size
+        inside = np.logical_xor(not_above, magnitudes < self.low, out=not_above)
+        if not math.isnan(self.common):
+            equal = magnitudes == self.common
+            self.equal += int(np.count_nonzero(equal))
+            np.logical_and(inside, np.logical_not(equal, out=equal), out=inside)
+        found = magnitudes[np.flatnonzero(inside)]
+        self._pending.append(found)
+        self._held += found.size
         if self._held > _COLLECT:
             self.fold()
             # Many equal values fold into few; many different ones mean that the sample was not like the tensor.
@@ -142,6 +155,10 @@ class _Bracket:
     def fold(self) -> None:
         """Distinct values and their numbers in place of the values themselves."""
         values, counts = np.unique(np.concatenate(self._pending or [self.values[:0]]), return_counts=True)
+        if self.equal:
+            at = int(np.searchsorted(values, self.common))
+            values, counts = np.insert(values, at, self.common), np.insert(counts, at, self.equal)
+            self.equal = 0
         if self.values.size:
             both = np.concatenate([self.values, values])
             values, place = np.unique(both, return_inverse=True)
@@ -150,11 +167,11 @@ class _Bracket:
         self._pending, self._held = [], 0
 
 
-def _brackets(scan: Scan, magnitudes: Magnitudes, counts: dict[int, int]) -> dict[int, tuple[float, float]]:
-    """For each selection bounds that very probably hold its threshold."""
+def _brackets(scan: Scan, magnitudes: Magnitudes, counts: dict[int, int]) -> dict[int, tuple[float, float, float]]:
+    """For each selection bounds that very probably hold its threshold, and the value that is common between them (or NaN)."""
     n = scan.numel
     if n <= scan.tile:
-        return dict.fromkeys(counts, (0.0, math.inf))
+        return dict.fromkeys(counts, (0.0, math.inf, math.nan))
     size = min(max(_SAMPLE, int((3.2 * n / _COLLECT) ** 2)), 1 << 20)
     taken: dict[int, list[Floats]] = {i: [] for i in counts}
     for tile in scan.sample(size):
@@ -164,16 +181,19 @@ def _brackets(scan: Scan, magnitudes: Magnitudes, counts: dict[int, int]) -> dic
     brackets = {}
     for i, k in counts.items():
         values = np.sort(np.concatenate(taken.pop(i)))
-        m = len(values)
-        centre = m * (1 - k / n)
-        spread = 4 * math.sqrt(m * (k / n) * (1 - k / n)) + 16
+        size = len(values)
+        centre = size * (1 - k / n)
+        spread = 4 * math.sqrt(size * (k / n) * (1 - k / n)) + 16
         low, high = int(centre - spread), int(centre + spread)
-        brackets[i] = (float(values[low]) if low > 0 else 0.0, float(values[high]) if high < m else math.inf)
+        inner, number = np.unique(values[max(low, 0) : high + 1], return_counts=True)
+        common = float(inner[number.argmax()]) if inner.size and number.max() > size // 256 else math.nan
+        bounds = (float(values[low]) if low > 0 else 0.0, float(values[high]) if high < size else math.inf)
+        brackets[i] = (*bounds, common)
     return brackets
 
 
 def _collect(
-    tiles: Iterator[Tile], magnitudes: Magnitudes, brackets: dict[int, tuple[float, float]]
+    tiles: Iterator[Tile], magnitudes: Magnitudes, brackets: dict[int, tuple[float, float, float]]
 ) -> dict[int, _Bracket]:
     found = {i: _Bracket(*bounds) for i, bounds in brackets.items()}
     for tile in tiles:

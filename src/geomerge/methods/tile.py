@@ -146,6 +146,7 @@ class Scan:
         unit = BLOCK if columns is None else max(columns, 1)
         self.tile = max(tile // unit, 1) * unit
         segment = max(SEGMENT // unit, 1) * unit
+        self._finite = False
         starts = range(0, self.numel, segment)
         self.segments = [Segment(i, s, min(s + segment, self.numel)) for i, s in enumerate(starts)]
         self._run = run
@@ -157,7 +158,9 @@ class Scan:
 
     def over(self, work: Callable[[Iterator[Tile]], Result]) -> list[Result]:
         """Run `work` on each segment's tiles (perhaps in parallel); the results in the segments' order."""
-        return list(self._run(lambda segment: work(self.tiles(segment)), self.segments))
+        results = list(self._run(lambda segment: work(self.tiles(segment)), self.segments))
+        self._finite = True  # every element has been looked at
+        return results
 
     def tiles(self, segment: Segment) -> Iterator[Tile]:
         """The tiles of one segment in order. A tile's inputs are valid until the next is asked for."""
@@ -204,7 +207,7 @@ class Scan:
             flat = _buffer((self.level, k), count, self.device) if buffers is None else buffers[k][:count]
             source.read(start, flat)
             # A sum is not finite when an element is not: ten times cheaper than isfinite on each element.
-            if not math.isfinite(flat.sum().item()) and not bool(torch.isfinite(flat).all()):
+            if not self._finite and not math.isfinite(flat.sum().item()) and not bool(torch.isfinite(flat).all()):
                 bad = flat[~torch.isfinite(flat)]
                 what = "NaN" if bool(torch.isnan(bad).any()) else "Inf"
                 raise NotFiniteError(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from geomerge.methods.base import Elementwise, parameter
+from geomerge.methods.combine import elected_sign_
 from geomerge.methods.order import Selection, largest
 from geomerge.methods.properties import BASE, IDENTICAL, PERMUTATION, SCALE, SINGLE
 from geomerge.methods.registry import register
@@ -95,7 +96,7 @@ dtype: bfloat16
         elected = deltas[0].clone()
         for d in deltas[1:]:
             elected.add_(d)
-        elected = elected.sign_().add_(0.5).sign_()
+        elected_sign_(elected)
         total, divisor = torch.zeros_like(elected), torch.zeros_like(elected)
         for c, d in zip(weights, deltas, strict=True):
             d.mul_(elected).clamp_(min=0.0)

@@ -1,0 +1,183 @@
+"""What the verbs print with: results on stdout, everything else on stderr, and no byte that a terminal would obey.
+
+Strings that come from a model (tensor names, paths, licences) may hold anything, escape sequences included. All text goes
+through `clean`, which shows what is not printable instead of sending it, and rich never reads markup in it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+    from rich.text import Text
+
+_UNLIMITED = 100_000
+"""The width of a table that goes into a pipe: there a line is a record and must not be broken."""
+
+
+class Stopped(Exception):
+    """The user interrupted the verb; the message says what is left and how to go on."""
+
+
+def clean(text: object) -> str:
+    r"""A text in one line with everything unprintable shown as its escape: ``\x1b``, ``\u202e``, ``\n``."""
+    said = str(text)
+    if said.isprintable():
+        return said
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in said)
+
+
+def wants_colour(stream: TextIO) -> bool:
+    """Whether a stream takes colours: a terminal does, unless ``NO_COLOR`` says no; ``FORCE_COLOR`` says yes."""
+    if os.environ.get("NO_COLOR"):
+        return False
+    if os.environ.get("FORCE_COLOR"):
+        return True
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+# -- results -----------------------------------------------------------------------------------------------------------
+
+
+def write_json(data: Any) -> None:
+    """One JSON document on stdout. ASCII only: a name from a model cannot reach the terminal as it is."""
+    sys.stdout.write(json.dumps(data, indent=2, allow_nan=False) + "\n")
+
+
+def write_lines(lines: Iterable[str]) -> None:
+    """Lines on stdout as they are (already `clean`)."""
+    sys.stdout.writelines(line + "\n" for line in lines)
+
+
+def show(*parts: RenderableType) -> None:
+    """Texts and tables on stdout, fitted to the terminal; in a pipe tables keep every record in one line.
+
+    Strings are printed as they are: pass what comes from a model through `clean`.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    colour = wants_colour(sys.stdout)
+    fixed = _width()
+    console = Console(
+        file=sys.stdout,
+        width=fixed or 100,
+        force_terminal=colour,
+        color_system="standard" if colour else None,
+        markup=False,
+        highlight=False,
+        emoji=False,
+    )
+    with console.capture() as captured:
+        for part in parts:
+            console.print(part, width=_UNLIMITED if isinstance(part, Table) and fixed is None else None)
+    write_lines(line.rstrip() for line in captured.get().splitlines())
+
+
+def table(*columns: str, right: Iterable[str] = (), whole: Iterable[str] = ()) -> Table:
+    """An empty table without lines.
+
+    Args:
+        columns: The headings.
+        right: Those of numbers.
+        whole: Those that are never broken.
+    """
+    from rich.table import Table
+
+    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for column in columns:
+        kept = column in whole or column in right
+        made.add_column(column, justify="right" if column in right else "left", no_wrap=kept, overflow="fold")
+    return made
+
+
+def facts(rows: Iterable[tuple[str, RenderableType]]) -> Table:
+    """A list of named facts: the names bold, their texts wrapped beside them."""
+    from rich.table import Table
+
+    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
+    made.add_column(style="bold", no_wrap=True)
+    made.add_column(overflow="fold")
+    for name, content in rows:
+        made.add_row(name, content)
+    return made
+
+
+def heading(text: str) -> Text:
+    """A section's title, with an empty line before it."""
+    from rich.text import Text
+
+    return Text.assemble("\n", (text, "bold"))
+
+
+def _width() -> int | None:
+    """Columns of the terminal, or of what ``COLUMNS`` says; `None` in a pipe."""
+    if os.environ.get("COLUMNS", "").isdigit() or sys.stdout.isatty():
+        return max(shutil.get_terminal_size((100, 24)).columns, 20)
+    return None
+
+
+# -- messages ----------------------------------------------------------------------------------------------------------
+
+
+def complain(kind: str, what: str, *, where: str | None = None, hint: str | None = None) -> None:
+    """An error or a note on stderr: ``error: where: what``, the hint indented below."""
+    colour = {"error": "31;1", "warning": "33;1"}.get(kind, "1")
+    label = f"\x1b[{colour}m{kind}:\x1b[0m" if wants_colour(sys.stderr) else f"{kind}:"
+    first = f"{clean(where)}: {clean(what)}" if where else clean(what)
+    rest = [f"  {clean(line.strip())}" for line in (hint or "").splitlines()]
+    sys.stderr.write("\n".join([f"{label} {first}", *rest]) + "\n")
+
+
+class _Handler(logging.Handler):
+    """The library's warnings on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        complain(record.levelname.lower(), record.getMessage())
+
+
+def show_warnings() -> None:
+    """Send the library's log to stderr, from warnings on."""
+    logger = logging.getLogger("geomerge")
+    if not any(isinstance(handler, _Handler) for handler in logger.handlers):
+        logger.addHandler(_Handler(logging.WARNING))
+        logger.propagate = False
+
+
+# -- words -------------------------------------------------------------------------------------------------------------
+
+
+def amount(nbytes: float) -> str:
+    """Bytes in three digits: ``988 MB``, ``1.98 GB``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 999.5:
+            break
+        nbytes /= 1000
+    else:
+        unit = "TB"
+    return f"{nbytes:.0f} {unit}" if unit == "B" or nbytes >= 99.95 else f"{nbytes:.3g} {unit}"
+
+
+def duration(seconds: float) -> str:
+    """``0.4 s``, ``12 s``, ``4 min 10 s``, ``2 h 5 min``."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s" if seconds >= 0.05 else "under 0.1 s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def count(number: int, what: str) -> str:
+    """``1 tensor``, ``1,204 tensors``."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"

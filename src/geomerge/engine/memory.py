@@ -1,0 +1,28 @@
+"""The C library's memory, kept instead of given back after every tile."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import sys
+
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
+
+
+@functools.cache
+def keep_freed_memory() -> None:
+    """Let glibc keep up to 128 MB of freed memory for the next allocation of this process.
+
+    A tile's intermediate results are half a megabyte each. By default glibc gives such pieces back to the system when they
+    are freed and asks for fresh, zeroed pages a moment later: measured, a fifth of a TIES merge's time. Elsewhere than on
+    glibc nothing is done.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+    mallopt(_M_TRIM_THRESHOLD, 128 << 20)

@@ -1,0 +1,118 @@
+"""Methods as functions of tensors in memory: the same scans and kernels as the engine's, without files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from geomerge.errors import IncompatibleModels, UsageError
+from geomerge.methods.base import Method
+from geomerge.methods.kernel import prepare
+from geomerge.methods.tile import TILE, Scan, TensorSource
+
+Weights = Tensor | Mapping[str, Tensor]
+"""A tensor, or tensors by name."""
+
+
+class Function:
+    """One method as a function.
+
+    Args of a call:
+        base, models: For a method that needs a base: the base, then the list of experts; otherwise the list of models
+            (and ``base=`` where it is optional). Tensors of one shape, or mappings with the same names.
+        seed: Key of random draws.
+        dtype: Of the result; by default the inputs' common dtype.
+        compat: ``"mergekit"`` puts that tool's numeric choices in place of the defaults.
+        extrapolate: Lift the bounds of interpolation coefficients.
+        tile: Elements in a tile; the result does not depend on it.
+        **parameters: The method's own; ``lambda_`` stands for ``lambda``.
+
+    Returns:
+        A tensor, or a dictionary of tensors where mappings were given.
+
+    Raises:
+        UsageError: A wrong parameter or number of models.
+        IncompatibleModels: Names or shapes differ.
+        NotFiniteError: An input holds NaN or Inf.
+    """
+
+    def __init__(self, method: type[Method]) -> None:
+        self.method = method
+        self.__name__ = method.name
+        self.__doc__ = method.__doc__
+
+    def __repr__(self) -> str:
+        return f"<geomerge.methods.{self.method.name}>"
+
+    def __call__(
+        self,
+        *models: Weights | Sequence[Weights],
+        base: Weights | None = None,
+        seed: int = 0,
+        dtype: torch.dtype | None = None,
+        compat: str | None = None,
+        extrapolate: bool = False,
+        tile: int = TILE,
+        **parameters: Any,
+    ) -> Any:
+        inputs, count = self._inputs(models, base)
+        values = {name.rstrip("_"): value for name, value in parameters.items()}
+        method = self.method.make(values, count=count, compat=compat, extrapolate=extrapolate)
+        if all(isinstance(m, Tensor) for m in inputs):
+            return _merge(method, inputs, "tensor", seed=seed, dtype=dtype, tile=tile)  # type: ignore[arg-type]
+        if any(isinstance(m, Tensor) for m in inputs):
+            raise UsageError("the models must be all tensors or all mappings of tensors")
+        names = list(inputs[0])
+        for m in inputs[1:]:
+            if set(m) != set(names):  # type: ignore[arg-type]
+                odd = sorted(set(names) ^ set(m))[0]  # type: ignore[arg-type]
+                raise IncompatibleModels(f"the tensor {odd!r} is not in every model")
+        merged: dict[Any, Tensor] = {}
+        for name in names:
+            tensors: list[Tensor] = [m[name] for m in inputs]  # type: ignore[index]
+            if not tensors[0].is_floating_point():
+                merged[name] = tensors[0].clone()
+                continue
+            merged[name] = _merge(method, tensors, str(name), seed=seed, dtype=dtype, tile=tile)
+        return merged
+
+    def _inputs(self, given: Sequence[Weights | Sequence[Weights]], base: Weights | None) -> tuple[list[Weights], int]:
+        use = self.method.base_use
+        shape = "base, [models]" if use == "required" else "[models]"
+        flat = list(given)
+        if use == "required" and len(flat) == 2 and base is None:
+            base = flat.pop(0)  # type: ignore[assignment]
+        if len(flat) != 1 or isinstance(flat[0], Tensor | Mapping) or (use == "required" and base is None):
+            raise UsageError(f"call {self.method.name}({shape}, …)")
+        models: list[Weights] = list(flat[0])
+        if use == "ignored" and base is not None:
+            raise UsageError(f"{self.method.name} knows no base; list all models alike")
+        return ([base, *models] if base is not None else models), len(models)
+
+
+def _merge(
+    method: Method, tensors: Sequence[Tensor], name: str, *, seed: int, dtype: torch.dtype | None, tile: int
+) -> Tensor:
+    shape = tuple(tensors[0].shape)
+    for t in tensors[1:]:
+        if tuple(t.shape) != shape:
+            raise IncompatibleModels(f"the shapes of {name} differ: {list(shape)} and {list(t.shape)}")
+    if dtype is None:
+        dtype = tensors[0].dtype
+        for t in tensors[1:]:
+            dtype = torch.promote_types(dtype, t.dtype)
+    sources = [TensorSource(t, f"model {i}: {name}") for i, t in enumerate(tensors)]
+
+    def open_scan(columns: int | None = None) -> Scan:
+        return Scan(sources, shape, name=name, seed=seed, columns=columns, tile=tile, device=tensors[0].device)
+
+    out = torch.empty(shape, dtype=dtype, device=tensors[0].device)
+    flat = out.view(-1)
+    prepared = prepare(method, open_scan, shape)
+    for segment in prepared.scan.segments:
+        for start, values in prepared.tiles(segment):
+            flat[start : start + values.numel()] = values
+    return out
