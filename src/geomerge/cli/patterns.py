@@ -124,9 +124,9 @@ def folded(groups: Sequence[Group[T]], key: Callable[[Group[T]], Hashable]) -> l
 
     ``layers.{0-3}.*`` stands for all tensors of these blocks, ``layers.{0-3}.mlp.*`` for all of their ``mlp``.
     """
-    stems: dict[str, list[Group[T]]] = {}
+    stems: dict[tuple[str, bool], list[Group[T]]] = {}
     for group in groups:
-        stems.setdefault(group.template[0], []).append(group)
+        stems.setdefault((group.template[0], bool(group.box)), []).append(group)
     keys = {id(group): key(group) for group in groups}
     rows: list[tuple[int, Row[T]]] = []
     order = {id(group): i for i, group in enumerate(groups)}

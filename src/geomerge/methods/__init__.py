@@ -14,6 +14,7 @@ one value or a list. See `geomerge.methods.direct.Function` for the common argum
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 from geomerge.errors import UsageError
@@ -22,16 +23,14 @@ from geomerge.errors import UsageError
 def __getattr__(name: str) -> Any:
     if name.startswith("_"):
         raise AttributeError(name)
-    from geomerge.methods import registry
-    from geomerge.methods.direct import Function
-
+    # Not `from geomerge.methods import …`: that would ask this very function for the names of its own modules.
+    registry = importlib.import_module("geomerge.methods.registry")
+    direct = importlib.import_module("geomerge.methods.direct")
     try:
-        return Function(registry.get(name))
+        return direct.Function(registry.get(name))
     except UsageError as error:
         raise AttributeError(f"{error}") from None
 
 
 def __dir__() -> list[str]:
-    from geomerge.methods import registry
-
-    return sorted(registry.all_methods())
+    return sorted(importlib.import_module("geomerge.methods.registry").all_methods())

@@ -67,12 +67,12 @@ class Function:
             raise UsageError("the models must be all tensors or all mappings of tensors")
         names = list(inputs[0])
         for m in inputs[1:]:
-            if set(m) != set(names):  # type: ignore[arg-type]
-                odd = sorted(set(names) ^ set(m))[0]  # type: ignore[arg-type]
+            if set(m) != set(names):
+                odd = min(set(names) ^ set(m))
                 raise IncompatibleModels(f"the tensor {odd!r} is not in every model")
         merged: dict[Any, Tensor] = {}
         for name in names:
-            tensors: list[Tensor] = [m[name] for m in inputs]  # type: ignore[index]
+            tensors: list[Tensor] = [m[name] for m in inputs]
             if not tensors[0].is_floating_point():
                 merged[name] = tensors[0].clone()
                 continue

@@ -1,0 +1,119 @@
+"""The program: its verbs, and what becomes of whatever goes wrong in them.
+
+Exit codes: 0 done; 1 the run failed; 2 usage or recipe error; 3 incompatible or damaged models; 4 a quality gate said no;
+130 interrupted. Starting up must stay cheap (``geomerge --help`` imports neither torch nor rich), so nothing heavy is
+imported at the top of any file of this package.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+from typer.main import get_command
+
+from geomerge.cli.console import Stopped, complain, show_warnings
+from geomerge.cli.inspect import inspect
+from geomerge.cli.merge import merge
+from geomerge.cli.methods import methods
+from geomerge.cli.options import Debug, settings
+from geomerge.cli.plan import plan
+from geomerge.cli.schema import schema
+from geomerge.errors import GeomergeError
+from geomerge.version import __version__
+
+
+class _Verbs(TyperGroup):
+    """Lets an interruption through to `main`, which says more about it than the framework does."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise Stopped("interrupted") from None
+
+
+app = typer.Typer(
+    cls=_Verbs,
+    rich_markup_mode=None,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"geomerge {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def geomerge(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_version, is_eager=True)
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Merge trained neural networks that share an architecture.
+
+    A recipe (geomerge's or mergekit's YAML) says which models and how; `plan` shows what it would do, `merge` does it.
+    """
+    show_warnings()
+
+
+for verb in (merge, plan, inspect, methods, schema):
+    app.command()(verb)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program.
+
+    Args:
+        arguments: The command line without the program's name; by default the process's own.
+
+    Returns:
+        The exit code.
+    """
+    settings.debug = False
+    for stream in (sys.stdout, sys.stderr):
+        # θ on a terminal that knows only ASCII is to be shown as an escape, not to end the run.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        get_command(app).main(args=None if arguments is None else list(arguments), prog_name="geomerge")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except Stopped as stopped:
+        first, *hint = str(stopped).split("\n", 1)
+        complain("interrupted", first.removeprefix("interrupted"), hint=hint[0] if hint else None)
+        return 130
+    except GeomergeError as error:
+        _traceback()
+        complain("error", error.what, where=error.where, hint=error.hint)
+        return error.exit_code
+    except Exception as error:  # noqa: BLE001 - the last resort: whatever it is, the user gets a sentence
+        _traceback()
+        hint = "" if settings.debug else "run it again with --debug for the traceback, and "
+        complain(
+            "error",
+            f"this is a bug in geomerge: {type(error).__name__}: {error}",
+            hint=f"{hint}please report it with the recipe and the command",
+        )
+        return 1
+    return 0
+
+
+def _traceback() -> None:
+    if settings.debug:
+        import traceback
+
+        # The terminal may be gone; the message that follows says so in its own way.
+        with contextlib.suppress(OSError):
+            traceback.print_exc()

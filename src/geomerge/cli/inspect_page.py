@@ -1,0 +1,96 @@
+"""A model's anatomy for people."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from geomerge.cli.console import amount, clean, count, facts, heading, show, table
+
+_LINES = 60
+"""The most lines of a table."""
+
+
+def show_model(model: dict[str, Any]) -> None:
+    """The page on stdout.
+
+    Args:
+        model: What ``geomerge inspect --json`` prints.
+    """
+    show(facts(_header(model)), heading("modules"), _modules(model), heading("tensors"), *_shapes(model))
+    if model["not_finite"]:
+        show(heading("not finite"), *_not_finite(model["not_finite"]))
+
+
+def _header(model: dict[str, Any]) -> list[tuple[str, str]]:
+    files = model["files"]
+    rows = [("model", clean(model["hub_id"] or model["model"]))]
+    if model["revision"]:
+        rows.append(("revision", clean(model["revision"])))
+    guessed = " (guessed from the tensors' names: no known family fits)" if model["guessed"] else ""
+    rows.append(("family", clean(model["family"]) + guessed))
+    if model["architectures"]:
+        rows.append(("architecture", clean(", ".join(map(str, model["architectures"])))))
+    size = f"{amount(model['bytes'])}" + (f" in {count(len(files), 'file')}" if files else "")
+    rows.append(("size", f"{_number(model['parameters'])} parameters, {count(model['tensors'], 'tensor')}, {size}"))
+    rows.append(("dtypes", ", ".join(f"{clean(name)} ({c['tensors']:,})" for name, c in model["dtypes"].items())))
+    rows.append(("vocabulary", _vocabulary(model["vocabulary"])))
+    twice = set(model["stored_twice"])
+    for alias, stored in model["tied"].items():
+        rows.append(("tied", f"{clean(alias)} = {clean(stored)}" + (" (stored twice)" if alias in twice else "")))
+    if model["buffers"]:
+        rows.append(("buffers", f"{count(len(model['buffers']), 'tensor')} never merged: {clean(model['buffers'][0])}"))
+    if model["quantization"]:
+        method = clean(model["quantization"].get("quant_method", "unknown"))
+        rows.append(("quantised", f"{method}: the stored numbers are codes"))
+    if model["not_finite"] is not None:
+        bad = model["not_finite"]
+        rows.append(("numbers", f"{count(len(bad), 'tensor')} with NaN or Inf" if bad else "all finite"))
+    rows.append(("fingerprint", model["fingerprint"]))
+    if model["sha256"]:
+        rows.append(("sha256", model["sha256"]))
+    return rows
+
+
+def _vocabulary(vocabulary: dict[str, Any]) -> str:
+    if not vocabulary["tensors"]:
+        return "none"
+    rows = "the tensors disagree" if vocabulary["rows"] is None else f"{vocabulary['rows']:,} rows"
+    return f"{rows} ({clean(', '.join(vocabulary['tensors']))})"
+
+
+def _modules(model: dict[str, Any]) -> Any:
+    made = table("module", "blocks", "role", "tensors", "parameters", right=("blocks", "tensors", "parameters"))
+    for name, module in model["modules"].items():
+        first = (clean(name) or "(the only one)", str(module["blocks"]))
+        for role, counts in module["roles"].items():
+            made.add_row(*first, clean(role), f"{counts['tensors']:,}", _number(counts["parameters"]))
+            first = ("", "")
+    return made
+
+
+def _shapes(model: dict[str, Any]) -> list[Any]:
+    shapes = model["shapes"]
+    several = len(model["dtypes"]) > 1
+    made = table("tensors", "number", "shape", *(["dtype"] if several else []), "role", right=("number",))
+    for s in shapes[:_LINES]:
+        shape = " × ".join(map(str, s["shape"])) or "one number"
+        dtype = [s["dtype"]] if several else []
+        made.add_row(clean(s["pattern"]), f"{s['tensors']:,}", shape, *dtype, clean(s["role"]))
+    more = [] if len(shapes) <= _LINES else [f"... and {len(shapes) - _LINES:,} more lines: --json has them all"]
+    return [made, *more]
+
+
+def _not_finite(bad: dict[str, dict[str, int]]) -> list[Any]:
+    made = table("tensor", "NaN", "Inf", right=("NaN", "Inf"))
+    for name, counts in list(bad.items())[:_LINES]:
+        made.add_row(clean(name), f"{counts['nan']:,}", f"{counts['inf']:,}")
+    more = [] if len(bad) <= _LINES else [f"... and {len(bad) - _LINES:,} more: --json has them all"]
+    return [made, *more]
+
+
+def _number(parameters: int) -> str:
+    """``1.54 billion``, ``494 million``, ``12,288``."""
+    for unit, name in ((10**9, "billion"), (10**6, "million")):
+        if parameters >= unit:
+            return f"{parameters / unit:.3g} {name}"
+    return f"{parameters:,}"

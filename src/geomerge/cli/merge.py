@@ -1,0 +1,128 @@
+"""``geomerge merge``: a recipe (or a saved plan) in, a model directory out."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from geomerge.cli.options import AllowPickle, AsJson, Compat, Debug, Quiet, Threads
+
+if TYPE_CHECKING:
+    from geomerge.cli.progress import Silent
+    from geomerge.engine.plan import Plan
+    from geomerge.engine.run import Report
+
+
+def merge(
+    recipe: Annotated[str, typer.Argument(help="A recipe's YAML file, or a plan saved by `plan --save`.")],
+    out: Annotated[Path, typer.Argument(help="The directory to make. It appears whole or not at all.")],
+    resume: Annotated[bool, typer.Option("--resume", help="Continue what an interrupted run left.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing model directory.")] = False,
+    threads: Threads = None,
+    device: Annotated[str, typer.Option(metavar="DEV", help="Where to compute: cpu, cuda, cuda:1, ...")] = "cpu",
+    shard_size: Annotated[str, typer.Option(metavar="SIZE", help="The most bytes in one file, like 5GB.")] = "5GB",
+    compat: Compat = None,
+    allow_pickle: AllowPickle = False,
+    durable: Annotated[
+        bool, typer.Option("--durable", help="Flush to the disk as it goes: even a power cut can be resumed from.")
+    ] = False,
+    quiet: Quiet = False,
+    json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Merge the models of a recipe into a model directory.
+
+    The result is written into OUT.partial and gets its name when it is complete. Interrupted at any moment, the same
+    command with --resume continues, and the bytes are the same.
+    """
+    from geomerge.checkpoint.layout import parse_size
+    from geomerge.cli.console import Stopped, write_json
+    from geomerge.cli.plan import planned
+    from geomerge.cli.progress import watch
+    from geomerge.engine.run import run_plan
+
+    size = parse_size(shard_size)
+    try:
+        plan, opened = planned(recipe, compat=compat, allow_pickle=allow_pickle)
+        with watch("merging", quiet=quiet) as progress:
+            report = run_plan(
+                plan,
+                out,
+                inputs=opened,
+                threads=threads,
+                device=device,
+                shard_size=size,
+                resume=resume,
+                force=force,
+                durable=durable,
+                progress=progress,
+            )
+    except KeyboardInterrupt:
+        given = {"--threads": threads, "--device": device, "--shard-size": shard_size, "--compat": compat}
+        usual = {"--device": "cpu", "--shard-size": "5GB"}
+        options = [str(w) for name, v in given.items() if v != usual.get(name) for w in (name, v)]
+        flags = {"--force": force, "--allow-pickle": allow_pickle, "--durable": durable}
+        options += [name for name, on in flags.items() if on]
+        raise Stopped(_left(recipe, out, options)) from None
+    if json:
+        write_json(_as_json(plan, report, progress))
+    else:
+        _show(plan, report, progress)
+
+
+def _left(recipe: str, out: Path, options: list[str]) -> str:
+    """What an interruption leaves, and the command that goes on."""
+    from geomerge.checkpoint.writer import JOURNAL
+
+    partial = out.resolve().with_name(out.resolve().name + ".partial")
+    if not (partial / JOURNAL).is_file():
+        return "before anything was written"
+    command = shlex.join(["geomerge", "merge", recipe, str(out), "--resume", *options])
+    return f"what is finished is kept in {partial}\ncontinue with: {command}"
+
+
+def _as_json(plan: Plan, report: Report, progress: Silent) -> dict[str, Any]:
+    return {
+        "out": str(report.out),
+        "plan": plan.hash,
+        "method": plan.stages[-1].method,
+        "compat": plan.stages[-1].compat,
+        "tensors": report.tensors,
+        "resumed": report.resumed,
+        "bytes": report.nbytes,
+        "seconds": round(report.seconds, 3),
+        "bytes_per_second": round(_rate(report, progress)),
+        "rounding_loss": report.rounding_loss,
+        "notes": list(report.notes),
+    }
+
+
+def _rate(report: Report, progress: Silent) -> float:
+    """Bytes of the output written in a second by this run."""
+    return (report.nbytes - progress.before) / max(report.seconds, 1e-9)
+
+
+def _show(plan: Plan, report: Report, progress: Silent) -> None:
+    from geomerge.cli.console import amount, clean, count, duration, facts, show
+    from geomerge.cli.plan_page import rounding
+
+    rows = [
+        ("merged", clean(report.out)),
+        (
+            "output",
+            f"{count(report.tensors, 'tensor')}, {amount(report.nbytes)} in {duration(report.seconds)} "
+            f"({amount(_rate(report, progress))}/s)",
+        ),
+    ]
+    if report.resumed:
+        rows.append(("resumed", f"{count(report.resumed, 'tensor')} were finished before"))
+    if plan.stages[-1].compat is not None:
+        rows.append(("profile", f"compat: {clean(plan.stages[-1].compat)}"))
+    loss = rounding(plan, report.rounding_loss)
+    if loss is not None:
+        rows.append(("rounding", loss))
+    rows += [("note", clean(note)) for note in report.notes]
+    show(facts(rows))

@@ -1,0 +1,140 @@
+"""``geomerge methods``: the merge methods, and everything about one of them."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from geomerge.cli.options import AsJson, Debug
+
+if TYPE_CHECKING:
+    from geomerge.methods.base import Method, Parameter
+
+
+def methods(
+    name: Annotated[str | None, typer.Argument(help="A method's name or alias; without one, all are listed.")] = None,
+    json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """List the merge methods, or explain one: formula, paper, parameters, properties, an example recipe."""
+    from geomerge.cli.console import write_json
+    from geomerge.methods import registry
+
+    if name is None:
+        found = registry.all_methods()
+        if json:
+            write_json([_as_json(method) for method in found.values()])
+        else:
+            _show_all(found)
+    else:
+        method = registry.get(name)
+        if json:
+            write_json(_as_json(method))
+        else:
+            _show_one(method)
+
+
+def _show_all(found: dict[str, type[Method]]) -> None:
+    from geomerge.cli.console import show, table
+
+    made = table("method", "family", "models", "base", "title", whole=("method", "family", "models", "base"))
+    for name, method in found.items():
+        made.add_row(name, method.family, _models(method), method.base_use, method.title)
+    show(made, "", "`geomerge methods NAME` explains one. Models are counted without a base that is required.")
+
+
+def _show_one(method: type[Method]) -> None:
+    from geomerge.cli.console import facts, heading, show, table, write_lines
+    from geomerge.methods.properties import MEANING
+
+    aliases = f" (also {', '.join(method.aliases)})" if method.aliases else ""
+    properties = [MEANING[p] for p in MEANING if p in method.properties]
+    show(
+        facts(
+            [
+                (method.name, method.title + aliases),
+                ("formula", method.formula),
+                ("paper", method.paper),
+                ("when", method.when),
+                ("models", f"{method.models_text()}; the base is {method.base_use}"),
+                ("family", method.family),
+                ("properties", "; ".join(properties) or "none of the tested ones"),
+            ]
+        )
+    )
+    parameters = method.parameters()
+    if parameters:
+        made = table("parameter", "value", "default", "meaning", whole=("parameter",))
+        for name, p in parameters.items():
+            made.add_row(name, _range(p), _default(method, p), p.doc + ("; one for each model" if p.per_model else ""))
+        show(heading("parameters"), made)
+    show(heading("example"))
+    write_lines(f"  {line}" for line in method.example.rstrip().splitlines())
+
+
+def _models(method: type[Method]) -> str:
+    low, high = method.models
+    return str(low) if low == high else f"{low} or more" if high is None else f"{low} to {high}"
+
+
+def _range(p: Parameter) -> str:
+    """Which values it takes."""
+    if p.choices:
+        return ", ".join(p.choices)
+    if p.kind is bool:
+        return "true, false"
+    text = "whole number" if p.kind is int else "number"
+    if p.within is not None:
+        low, high = (f"{bound:g}" for bound in p.within)
+        text += f" in {'(' if p.above == p.within[0] else '['}{low}, {high}]"
+    elif p.above is not None:
+        text += f" above {p.above:g}"
+    return text + (", more with `extrapolate`" if p.extrapolates else "")
+
+
+def _default(method: type[Method], p: Parameter) -> str:
+    own = "required" if p.required else "none" if p.default is None else _word(p.default)
+    theirs = method.mergekit.get(p.name)
+    return own if theirs is None or theirs == p.default else f"{own} (mergekit: {_word(theirs)})"
+
+
+def _word(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _as_json(method: type[Method]) -> dict[str, Any]:
+    return {
+        "name": method.name,
+        "aliases": list(method.aliases),
+        "family": method.family,
+        "title": method.title,
+        "formula": method.formula,
+        "paper": method.paper,
+        "when": method.when,
+        "models": {"least": method.models[0], "most": method.models[1]},
+        "base": method.base_use,
+        "properties": sorted(method.properties),
+        "parameters": [
+            {
+                "name": p.name,
+                "type": {float: "number", int: "integer", bool: "boolean", str: "string"}[p.kind],
+                "per_model": p.per_model,
+                "required": p.required,
+                "default": p.default,
+                "mergekit_default": method.mergekit.get(p.name, p.default),
+                "least": _bound(p.within[0]) if p.within else None,
+                "most": _bound(p.within[1]) if p.within else None,
+                "above": p.above,
+                "choices": list(p.choices),
+                "doc": p.doc,
+            }
+            for p in method.parameters().values()
+        ],
+        "example": method.example,
+    }
+
+
+def _bound(value: float) -> float | None:
+    return value if math.isfinite(value) else None

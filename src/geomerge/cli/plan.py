@@ -1,0 +1,104 @@
+"""``geomerge plan``: what a merge would do, before it does it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from geomerge.cli.options import AllowPickle, AsJson, Compat, Debug, Threads
+
+if TYPE_CHECKING:
+    from geomerge.checkpoint.checkpoint import Checkpoint
+    from geomerge.engine.plan import Plan
+
+_MARK = '"geomerge_plan"'
+
+
+def plan(
+    recipe: Annotated[str, typer.Argument(help="A recipe's YAML file, or a saved plan.")],
+    save: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the plan as JSON; `geomerge merge FILE OUT` runs it.")
+    ] = None,
+    all: Annotated[bool, typer.Option("--all", help="Every tensor in a line of its own.")] = False,
+    estimate: Annotated[
+        bool, typer.Option("--estimate/--no-estimate", help="Measure time and rounding loss on a small sample.")
+    ] = True,
+    threads: Threads = None,
+    compat: Compat = None,
+    allow_pickle: AllowPickle = False,
+    json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Show what a recipe would do: inputs, parameters of every tensor, bytes, memory, time, loss by rounding.
+
+    Nothing is written. What is wrong with the recipe or its models is found here as `merge` would find it.
+    """
+    from geomerge.cli.console import write_json
+    from geomerge.cli.plan_page import as_json, show_plan, show_tensors
+    from geomerge.engine.estimate import estimate as measure
+
+    made, opened = planned(recipe, compat=compat, allow_pickle=allow_pickle, reopen=estimate)
+    try:
+        expected = measure(made, opened, threads=threads) if estimate else None
+    finally:
+        for checkpoint in opened:
+            checkpoint.close()
+    if save is not None:
+        _save(made, save)
+    if json:
+        write_json(as_json(made, expected))
+    elif all:
+        show_tensors(made)
+    else:
+        show_plan(made, expected)
+
+
+def planned(
+    recipe: str, *, compat: str | None = None, allow_pickle: bool = False, reopen: bool = True
+) -> tuple[Plan, list[Checkpoint]]:
+    """The plan of a recipe or of a saved plan's file, with its opened inputs.
+
+    Args:
+        recipe: The file.
+        compat: The profile that overrides the recipe's.
+        allow_pickle: Read pickled weights.
+        reopen: Open a saved plan's inputs; when not, none are returned for it.
+
+    Raises:
+        GeomergeError: The recipe, the plan or a model cannot be used.
+    """
+    from geomerge.engine.plan import Plan
+    from geomerge.engine.planner import make_plan
+    from geomerge.engine.run import open_inputs
+    from geomerge.errors import UsageError
+    from geomerge.recipe import load
+
+    if not _is_saved(Path(recipe)):
+        return make_plan(load(recipe, compat=compat), allow_pickle=allow_pickle)
+    made = Plan.load(recipe)
+    if compat not in (None, made.stages[-1].compat):
+        raise UsageError(
+            "a saved plan's profile cannot be changed", where=recipe, hint="give --compat when the plan is made"
+        )
+    return made, open_inputs(made) if reopen else []
+
+
+def _is_saved(path: Path) -> bool:
+    """Whether a file is a plan and not a recipe; what cannot be read is left to the recipe's reader to complain about."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(1024)
+    except (OSError, ValueError):
+        return False
+    return start.lstrip().startswith(b"{") and _MARK.encode() in start
+
+
+def _save(made: Plan, path: Path) -> None:
+    from geomerge.errors import RunError
+
+    try:
+        made.save(path)
+    except OSError as error:
+        raise RunError(f"the plan cannot be saved: {error.strerror}", where=str(path)) from None

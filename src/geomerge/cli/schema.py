@@ -1,0 +1,17 @@
+"""``geomerge schema``: the recipe's JSON schema, for editors."""
+
+from __future__ import annotations
+
+from geomerge.cli.options import Debug
+
+
+def schema(debug: Debug = False) -> None:
+    """Print the JSON schema of recipes, for completion and checks in an editor.
+
+    For example with the YAML language server: `geomerge schema > geomerge.schema.json`, and as the recipe's first line
+    `# yaml-language-server: $schema=geomerge.schema.json`.
+    """
+    from geomerge.cli.console import write_json
+    from geomerge.recipe import json_schema
+
+    write_json(json_schema())
