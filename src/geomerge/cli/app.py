@@ -7,9 +7,9 @@ imported at the top of any file of this package.
 
 from __future__ import annotations
 
-import contextlib
 import io
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -21,11 +21,12 @@ from geomerge.cli.console import Stopped, complain, show_warnings
 from geomerge.cli.inspect import inspect
 from geomerge.cli.merge import merge
 from geomerge.cli.methods import methods
-from geomerge.cli.options import Debug, settings
 from geomerge.cli.plan import plan
 from geomerge.cli.schema import schema
 from geomerge.errors import GeomergeError
 from geomerge.version import __version__
+
+DEBUG = "--debug"
 
 
 class _Verbs(TyperGroup):
@@ -35,7 +36,7 @@ class _Verbs(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            raise Stopped("interrupted") from None
+            raise Stopped("nothing was changed") from None
 
 
 app = typer.Typer(
@@ -56,10 +57,12 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def geomerge(
-    version: Annotated[
+    version: Annotated[  # noqa: ARG001 - its callback does the work
         bool, typer.Option("--version", help="Show the version and exit.", callback=_version, is_eager=True)
     ] = False,
-    debug: Debug = False,
+    debug: Annotated[  # noqa: ARG001 - `main` takes it out, for it may stand behind the verb, too
+        bool, typer.Option(DEBUG, help="Show a traceback when something fails.")
+    ] = False,
 ) -> None:
     """Merge trained neural networks that share an architecture.
 
@@ -81,39 +84,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    settings.debug = False
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = DEBUG in given
     for stream in (sys.stdout, sys.stderr):
         # θ on a terminal that knows only ASCII is to be shown as an escape, not to end the run.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        get_command(app).main(args=None if arguments is None else list(arguments), prog_name="geomerge")
+        get_command(app).main(args=[word for word in given if word != DEBUG], prog_name="geomerge")
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except Stopped as stopped:
-        first, *hint = str(stopped).split("\n", 1)
-        complain("interrupted", first.removeprefix("interrupted"), hint=hint[0] if hint else None)
+        complain("interrupted", stopped.what, hint=stopped.hint)
         return 130
     except GeomergeError as error:
-        _traceback()
+        if debug:
+            traceback.print_exc()
         complain("error", error.what, where=error.where, hint=error.hint)
         return error.exit_code
     except Exception as error:  # noqa: BLE001 - the last resort: whatever it is, the user gets a sentence
-        _traceback()
-        hint = "" if settings.debug else "run it again with --debug for the traceback, and "
+        if debug:
+            traceback.print_exc()
+        again = "" if debug else f"run it again with {DEBUG} for the traceback, and "
         complain(
             "error",
             f"this is a bug in geomerge: {type(error).__name__}: {error}",
-            hint=f"{hint}please report it with the recipe and the command",
+            hint=f"{again}please report it with the recipe and the command",
         )
         return 1
     return 0
-
-
-def _traceback() -> None:
-    if settings.debug:
-        import traceback
-
-        # The terminal may be gone; the message that follows says so in its own way.
-        with contextlib.suppress(OSError):
-            traceback.print_exc()

@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
@@ -23,8 +23,22 @@ _UNLIMITED = 100_000
 """The width of a table that goes into a pipe: there a line is a record and must not be broken."""
 
 
+_GAP = 2
+_LAST = 24
+"""To what width a table's last column is broken before any other is."""
+
+
 class Stopped(Exception):
-    """The user interrupted the verb; the message says what is left and how to go on."""
+    """The user interrupted the verb.
+
+    Args:
+        what: What that leaves.
+        hint: How to go on.
+    """
+
+    def __init__(self, what: str, hint: str | None = None) -> None:
+        super().__init__(what)
+        self.what, self.hint = what, hint
 
 
 def clean(text: object) -> str:
@@ -82,20 +96,27 @@ def show(*parts: RenderableType) -> None:
     write_lines(line.rstrip() for line in captured.get().splitlines())
 
 
-def table(*columns: str, right: Iterable[str] = (), whole: Iterable[str] = ()) -> Table:
-    """An empty table without lines.
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[str] = ()) -> Table:
+    """A table without lines. On a narrow terminal first the last column is broken, then the others.
 
     Args:
         columns: The headings.
-        right: Those of numbers.
-        whole: Those that are never broken.
+        rows: The cells.
+        right: The headings of columns of numbers, which are never broken.
     """
+    from rich.cells import cell_len
     from rich.table import Table
 
-    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    cells = [list(row) for row in rows]
+    widths = [max(cell_len(row[i]) for row in [columns, *cells]) + _GAP for i in range(len(columns))]
+    left = (_width() or _UNLIMITED) - sum(widths[:-1])
+    made = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0), header_style="bold")
     for column in columns:
-        kept = column in whole or column in right
-        made.add_column(column, justify="right" if column in right else "left", no_wrap=kept, overflow="fold")
+        number = column in right
+        made.add_column(column, justify="right" if number else "left", no_wrap=number, overflow="fold")
+    made.columns[-1].max_width = max(left, _LAST)
+    for row in cells:
+        made.add_row(*row)
     return made
 
 
@@ -103,12 +124,17 @@ def facts(rows: Iterable[tuple[str, RenderableType]]) -> Table:
     """A list of named facts: the names bold, their texts wrapped beside them."""
     from rich.table import Table
 
-    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
+    made = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0), show_header=False)
     made.add_column(style="bold", no_wrap=True)
     made.add_column(overflow="fold")
     for name, content in rows:
         made.add_row(name, content)
     return made
+
+
+def bullets(lines: Iterable[str]) -> Table:
+    """A list, each point wrapped beside its dash."""
+    return facts(("-", line) for line in lines)
 
 
 def heading(text: str) -> Text:
@@ -157,13 +183,12 @@ def show_warnings() -> None:
 
 def amount(nbytes: float) -> str:
     """Bytes in three digits: ``988 MB``, ``1.98 GB``."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 999.5:
-            break
+    units = ["TB", "GB", "MB", "kB", "B"]
+    while nbytes >= 999.5 and len(units) > 1:
         nbytes /= 1000
-    else:
-        unit = "TB"
-    return f"{nbytes:.0f} {unit}" if unit == "B" or nbytes >= 99.95 else f"{nbytes:.3g} {unit}"
+        units.pop()
+    digits = f"{nbytes:.0f}" if units[-1] == "B" or nbytes >= 99.95 else f"{nbytes:.3g}"
+    return f"{digits} {units[-1]}"
 
 
 def duration(seconds: float) -> str:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from geomerge.cli.options import AllowPickle, AsJson, Debug, Quiet, Threads
+from geomerge.cli.options import AllowPickle, AsJson, Quiet, Threads
 
 if TYPE_CHECKING:
     from geomerge.anatomy import Anatomy
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(help="A directory, a .safetensors file, or a hub id.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A directory, a .safetensors file, or a hub id.")],
     revision: Annotated[str | None, typer.Option(help="A branch, tag or commit of the hub.")] = None,
     checksum: Annotated[
         bool, typer.Option("--checksum", help="Read everything and show the sha256, as sha256sum prints it.")
@@ -24,10 +24,10 @@ def inspect(
     allow_pickle: AllowPickle = False,
     quiet: Quiet = False,
     json: AsJson = False,
-    debug: Debug = False,
 ) -> None:
-    """Show a model's anatomy: blocks, roles, shapes, dtypes, tied weights, vocabulary, checksums.
+    """Show what a model is made of, and look for NaN and Inf.
 
+    Its family, blocks, roles, shapes, dtypes, tied weights, vocabulary, checksums.
     The exit code is 3 when a tensor holds NaN or Inf.
     """
     from geomerge import anatomy

@@ -59,33 +59,33 @@ def _vocabulary(vocabulary: dict[str, Any]) -> str:
 
 
 def _modules(model: dict[str, Any]) -> Any:
-    made = table("module", "blocks", "role", "tensors", "parameters", right=("blocks", "tensors", "parameters"))
+    rows = []
     for name, module in model["modules"].items():
         first = (clean(name) or "(the only one)", str(module["blocks"]))
         for role, counts in module["roles"].items():
-            made.add_row(*first, clean(role), f"{counts['tensors']:,}", _number(counts["parameters"]))
+            rows.append((*first, clean(role), f"{counts['tensors']:,}", _number(counts["parameters"])))
             first = ("", "")
-    return made
+    columns = ("module", "blocks", "role", "tensors", "parameters")
+    return table(columns, rows, right=("blocks", "tensors", "parameters"))
 
 
 def _shapes(model: dict[str, Any]) -> list[Any]:
     shapes = model["shapes"]
     several = len(model["dtypes"]) > 1
-    made = table("tensors", "number", "shape", *(["dtype"] if several else []), "role", right=("number",))
+    rows = []
     for s in shapes[:_LINES]:
         shape = " × ".join(map(str, s["shape"])) or "one number"
         dtype = [s["dtype"]] if several else []
-        made.add_row(clean(s["pattern"]), f"{s['tensors']:,}", shape, *dtype, clean(s["role"]))
+        rows.append((clean(s["pattern"]), f"{s['tensors']:,}", shape, *dtype, clean(s["role"])))
     more = [] if len(shapes) <= _LINES else [f"... and {len(shapes) - _LINES:,} more lines: --json has them all"]
-    return [made, *more]
+    columns = ("tensors", "number", "shape", *(["dtype"] if several else []), "role")
+    return [table(columns, rows, right=("number",)), *more]
 
 
 def _not_finite(bad: dict[str, dict[str, int]]) -> list[Any]:
-    made = table("tensor", "NaN", "Inf", right=("NaN", "Inf"))
-    for name, counts in list(bad.items())[:_LINES]:
-        made.add_row(clean(name), f"{counts['nan']:,}", f"{counts['inf']:,}")
+    rows = [(clean(name), f"{c['nan']:,}", f"{c['inf']:,}") for name, c in list(bad.items())[:_LINES]]
     more = [] if len(bad) <= _LINES else [f"... and {len(bad) - _LINES:,} more: --json has them all"]
-    return [made, *more]
+    return [table(("tensor", "NaN", "Inf"), rows, right=("NaN", "Inf")), *more]
 
 
 def _number(parameters: int) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from geomerge.cli.options import AllowPickle, AsJson, Compat, Debug, Quiet, Threads
+from geomerge.cli.options import AllowPickle, AsJson, Compat, Quiet, Threads
 
 if TYPE_CHECKING:
     from geomerge.cli.progress import Silent
@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 
 
 def merge(
-    recipe: Annotated[str, typer.Argument(help="A recipe's YAML file, or a plan saved by `plan --save`.")],
-    out: Annotated[Path, typer.Argument(help="The directory to make. It appears whole or not at all.")],
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="A recipe's YAML file, or a plan saved by `plan --save`.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to make. It appears whole or not at all.")],
     resume: Annotated[bool, typer.Option("--resume", help="Continue what an interrupted run left.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing model directory.")] = False,
     threads: Threads = None,
@@ -31,7 +33,6 @@ def merge(
     ] = False,
     quiet: Quiet = False,
     json: AsJson = False,
-    debug: Debug = False,
 ) -> None:
     """Merge the models of a recipe into a model directory.
 
@@ -66,22 +67,22 @@ def merge(
         options = [str(w) for name, v in given.items() if v != usual.get(name) for w in (name, v)]
         flags = {"--force": force, "--allow-pickle": allow_pickle, "--durable": durable}
         options += [name for name, on in flags.items() if on]
-        raise Stopped(_left(recipe, out, options)) from None
+        raise Stopped(*_left(recipe, out, options)) from None
     if json:
         write_json(_as_json(plan, report, progress))
     else:
         _show(plan, report, progress)
 
 
-def _left(recipe: str, out: Path, options: list[str]) -> str:
-    """What an interruption leaves, and the command that goes on."""
+def _left(recipe: str, out: Path, options: list[str]) -> tuple[str, str | None]:
+    """What an interruption leaves, and how to go on."""
     from geomerge.checkpoint.writer import JOURNAL
 
     partial = out.resolve().with_name(out.resolve().name + ".partial")
     if not (partial / JOURNAL).is_file():
-        return "before anything was written"
+        return "nothing was written", None
     command = shlex.join(["geomerge", "merge", recipe, str(out), "--resume", *options])
-    return f"what is finished is kept in {partial}\ncontinue with: {command}"
+    return f"what is finished is kept in {partial}", f"continue with: {command}"
 
 
 def _as_json(plan: Plan, report: Report, progress: Silent) -> dict[str, Any]:
@@ -109,20 +110,14 @@ def _show(plan: Plan, report: Report, progress: Silent) -> None:
     from geomerge.cli.console import amount, clean, count, duration, facts, show
     from geomerge.cli.plan_page import rounding
 
-    rows = [
-        ("merged", clean(report.out)),
-        (
-            "output",
-            f"{count(report.tensors, 'tensor')}, {amount(report.nbytes)} in {duration(report.seconds)} "
-            f"({amount(_rate(report, progress))}/s)",
-        ),
-    ]
+    speed = f"{amount(report.nbytes)} in {duration(report.seconds)} ({amount(_rate(report, progress))}/s)"
+    rows = [("merged", clean(report.out)), ("output", f"{count(report.tensors, 'tensor')}, {speed}")]
     if report.resumed:
         rows.append(("resumed", f"{count(report.resumed, 'tensor')} were finished before"))
     if plan.stages[-1].compat is not None:
         rows.append(("profile", f"compat: {clean(plan.stages[-1].compat)}"))
     loss = rounding(plan, report.rounding_loss)
     if loss is not None:
-        rows.append(("rounding", loss))
+        rows.append(("loss", loss))
     rows += [("note", clean(note)) for note in report.notes]
     show(facts(rows))

@@ -7,18 +7,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from geomerge.cli.options import AsJson, Debug
+from geomerge.cli.options import AsJson
 
 if TYPE_CHECKING:
     from geomerge.methods.base import Method, Parameter
 
 
 def methods(
-    name: Annotated[str | None, typer.Argument(help="A method's name or alias; without one, all are listed.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="A method; without a name all are listed.")] = None,
     json: AsJson = False,
-    debug: Debug = False,
 ) -> None:
-    """List the merge methods, or explain one: formula, paper, parameters, properties, an example recipe."""
+    """List the merge methods, or explain one.
+
+    Of one method: its formula, paper, parameters, properties, and an example recipe.
+    """
     from geomerge.cli.console import write_json
     from geomerge.methods import registry
 
@@ -39,9 +41,8 @@ def methods(
 def _show_all(found: dict[str, type[Method]]) -> None:
     from geomerge.cli.console import show, table
 
-    made = table("method", "family", "models", "base", "title", whole=("method", "family", "models", "base"))
-    for name, method in found.items():
-        made.add_row(name, method.family, _models(method), method.base_use, method.title)
+    rows = [(name, m.family, _models(m), m.base_use, m.title) for name, m in found.items()]
+    made = table(("method", "family", "models", "base", "title"), rows)
     show(made, "", "`geomerge methods NAME` explains one. Models are counted without a base that is required.")
 
 
@@ -66,9 +67,11 @@ def _show_one(method: type[Method]) -> None:
     )
     parameters = method.parameters()
     if parameters:
-        made = table("parameter", "value", "default", "meaning", whole=("parameter",))
-        for name, p in parameters.items():
-            made.add_row(name, _range(p), _default(method, p), p.doc + ("; one for each model" if p.per_model else ""))
+        rows = [
+            (name, _range(p), _default(method, p), p.doc + ("; one for each model" if p.per_model else ""))
+            for name, p in parameters.items()
+        ]
+        made = table(("parameter", "value", "default", "meaning"), rows)
         show(heading("parameters"), made)
     show(heading("example"))
     write_lines(f"  {line}" for line in method.example.rstrip().splitlines())

@@ -2,34 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Annotated
 
 import typer
 
-
-@dataclass
-class Settings:
-    """What holds for the whole program.
-
-    Attributes:
-        debug: Show tracebacks.
-    """
-
-    debug: bool = False
-
-
-settings = Settings()
-
-
-def _set_debug(value: bool) -> bool:
-    settings.debug = settings.debug or value
-    return value
-
-
-Debug = Annotated[
-    bool, typer.Option("--debug", help="Show a traceback when something fails.", callback=_set_debug, is_eager=True)
-]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Compat = Annotated[
     str | None,

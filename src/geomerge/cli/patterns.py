@@ -17,6 +17,7 @@ Box = tuple[tuple[int, int], ...]
 """For each number of a template its first and last value; the box holds every combination."""
 
 T = TypeVar("T")
+K = TypeVar("K", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def boxes(numbers: Sequence[tuple[int, ...]]) -> list[Box]:
 
 
 @dataclass(frozen=True)
-class Row(Generic[T]):
+class Row(Generic[T, K]):
     """Groups that are shown in one line.
 
     Attributes:
@@ -116,10 +117,10 @@ class Row(Generic[T]):
 
     pattern: str
     items: tuple[T, ...]
-    key: Hashable
+    key: K
 
 
-def folded(groups: Sequence[Group[T]], key: Callable[[Group[T]], Hashable]) -> list[Row[T]]:
+def folded(groups: Sequence[Group[T]], key: Callable[[Group[T]], K]) -> list[Row[T, K]]:
     """Put groups of the same blocks and the same key in one row where a pattern can say so.
 
     ``layers.{0-3}.*`` stands for all tensors of these blocks, ``layers.{0-3}.mlp.*`` for all of their ``mlp``.
@@ -128,12 +129,13 @@ def folded(groups: Sequence[Group[T]], key: Callable[[Group[T]], Hashable]) -> l
     for group in groups:
         stems.setdefault((group.template[0], bool(group.box)), []).append(group)
     keys = {id(group): key(group) for group in groups}
-    rows: list[tuple[int, Row[T]]] = []
     order = {id(group): i for i, group in enumerate(groups)}
+    rows: list[tuple[tuple[int, int, int], Row[T, K]]] = []
 
     def add(pattern: str, together: list[Group[T]]) -> None:
         items = tuple(item for group in together for item in group.items)
-        rows.append((min(order[id(g)] for g in together), Row(pattern, items, keys[id(together[0])])))
+        block = together[0].box[0][0] if together[0].box else 0
+        rows.append(((start, block, min(order[id(g)] for g in together)), Row(pattern, items, keys[id(together[0])])))
 
     def fold(together: list[Group[T]], suffix: str) -> bool:
         """One row if that is true to what the pattern says."""
@@ -144,6 +146,7 @@ def folded(groups: Sequence[Group[T]], key: Callable[[Group[T]], Hashable]) -> l
         return True
 
     for members in stems.values():
+        start = min(order[id(g)] for g in members)
         if len(members) == 1 or not members[0].box:
             for group in members:
                 add(group.pattern, [group])

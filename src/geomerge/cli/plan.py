@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from geomerge.cli.options import AllowPickle, AsJson, Compat, Debug, Threads
+from geomerge.cli.options import AllowPickle, AsJson, Compat, Threads
 
 if TYPE_CHECKING:
     from geomerge.checkpoint.checkpoint import Checkpoint
@@ -17,7 +17,7 @@ _MARK = '"geomerge_plan"'
 
 
 def plan(
-    recipe: Annotated[str, typer.Argument(help="A recipe's YAML file, or a saved plan.")],
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's YAML file, or a saved plan.")],
     save: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the plan as JSON; `geomerge merge FILE OUT` runs it.")
     ] = None,
@@ -29,11 +29,11 @@ def plan(
     compat: Compat = None,
     allow_pickle: AllowPickle = False,
     json: AsJson = False,
-    debug: Debug = False,
 ) -> None:
-    """Show what a recipe would do: inputs, parameters of every tensor, bytes, memory, time, loss by rounding.
+    """Show what a recipe would do, without doing it.
 
-    Nothing is written. What is wrong with the recipe or its models is found here as `merge` would find it.
+    Inputs, the parameters of every tensor, bytes, memory, time, loss by rounding. What is
+    wrong with the recipe or its models is found here as `merge` would find it.
     """
     from geomerge.cli.console import write_json
     from geomerge.cli.plan_page import as_json, show_plan, show_tensors

@@ -7,9 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from geomerge.checkpoint.dtypes import recipe_name
-from geomerge.cli.console import amount, clean, count, duration, facts, heading, show, table, write_lines
+from geomerge.cli.console import amount, bullets, clean, count, duration, facts, heading, show, table, write_lines
 from geomerge.cli.patterns import Group, folded, grouped, split
-from geomerge.engine.manifest import describe_method
 from geomerge.methods import registry
 
 if TYPE_CHECKING:
@@ -30,11 +29,11 @@ def rounding(plan: Plan, loss: float | None) -> str | None:
     dtypes = _dtypes(n for n in plan.output_nodes() if n.method is not None)
     if plan.stages[-1].rounding == "stochastic":
         return (
-            f"stochastic rounding to {dtypes} adds noise of {loss:.0%} of the task vectors' norm, which averages out; "
+            f"stochastic rounding to {dtypes} adds noise of {loss * 100:.0f} % of the task vectors' norm, which averages out; "
             "`dtype: float32` adds none"
         )
     return (
-        f"rounding to {dtypes} takes {loss:.0%} of the task vectors' norm: "
+        f"rounding to {dtypes} takes {loss * 100:.0f} % of the task vectors' norm: "
         "`dtype: float32` or `rounding: stochastic` keep it"
     )
 
@@ -51,14 +50,14 @@ def show_plan(plan: Plan, expected: Estimate | None) -> None:
         title = "tensors" if len(plan.stages) == 1 else f"tensors of {clean(stage.name or 'the output')}"
         show(heading(title), *_tensor_table(nodes, names))
     if plan.left_out:
-        show(heading("left out"), *_left_out(plan.left_out))
+        show(heading("left out"), bullets(_left_out(plan.left_out)))
     if plan.notes:
-        show(heading("notes"), *(f"- {clean(note)}" for note in plan.notes))
+        show(heading("notes"), bullets(clean(note) for note in plan.notes))
 
 
 def heading_line(plan: Plan) -> str:
     """The methods: name and title."""
-    return " → ".join(f"{s.method} ({registry.get(s.method).title})" for s in plan.stages)
+    return " → ".join(f"{s.method}: {registry.get(s.method).title}" for s in plan.stages)
 
 
 def show_tensors(plan: Plan) -> None:
@@ -88,14 +87,14 @@ def _header(plan: Plan, expected: Estimate | None) -> list[tuple[str, str]]:
     rows = [("output", f"{count(len(outputs), 'tensor')}, {amount(plan.nbytes)}, {_dtypes(outputs)}")]
     if expected is not None:
         rows += [
-            ("time", f"about {duration(expected.seconds)} when the models are in the page cache"),
+            ("time", f"{_about(expected.seconds)} when the models are in the page cache"),
             ("memory", f"about {amount(expected.memory)} beside the libraries"),
             ("reading", amount(expected.read)),
         ]
         loss = expected.rounding_loss
         if loss is not None:
-            small = f"rounding to {_dtypes(n for n in outputs if n.method)} takes {loss:.1%} of the task vectors' norm"
-            rows.append(("rounding", rounding(plan, loss) or small))
+            small = f"rounding to {_dtypes(n for n in outputs if n.method)} takes {loss * 100:.1f} % of the task vectors' norm"
+            rows.append(("loss", rounding(plan, loss) or small))
     elif last.rounding != "nearest":
         rows.append(("rounding", last.rounding))
     if last.compat is not None:
@@ -106,22 +105,27 @@ def _header(plan: Plan, expected: Estimate | None) -> list[tuple[str, str]]:
     return rows
 
 
+def _about(seconds: float) -> str:
+    text = duration(seconds)
+    return text if text.startswith("under") else f"about {text}"
+
+
 def _models(plan: Plan, names: _Names) -> Any:
     bases = {n.operands[0].input for n in plan.nodes if n.method is not None and n.method.base_use == "required"}
-    made = table("", "model", "size", "files", right=("size", "files"))
+    rows = []
     for index, model in enumerate(plan.inputs):
         revision = f" @{model.revision[:12]}" if model.revision else ""
         base = "  (base)" if index in bases else ""
         size = amount(sum(f[1] for f in model.files)) if model.files else ""
-        made.add_row(names.number(index), f"{clean(model.ref)}{revision}{base}", size, str(len(model.files) or ""))
-    return made
+        rows.append((names.number(index), f"{clean(model.ref)}{revision}{base}", size, str(len(model.files) or "")))
+    return table(("", "model", "size", "files"), rows, right=("size", "files"))
 
 
 def _tensor_table(nodes: Sequence[Node], names: _Names) -> list[Any]:
     describe = _Described()
 
     def exactly(node: Node) -> Hashable:
-        return describe(node), *alike(node)
+        return describe(node), alike(node)
 
     def alike(node: Node) -> Hashable:
         # Tensors of one line may differ in their parameters' values, not in where they come from or what is done.
@@ -135,11 +139,12 @@ def _tensor_table(nodes: Sequence[Node], names: _Names) -> list[Any]:
     rows = folded(grouped(nodes, lambda n: n.name, exactly, alike), key)
     several = len({n.dtype for n in nodes}) > 1
     columns = ["tensors", "number", "size", *(["dtype"] if several else []), "from", "how"]
-    made = table(*columns, right=("number", "size"))
+    lines = []
     for row in rows[:_LINES]:
-        how, sources, dtype = row.key  # type: ignore[misc]
+        how, sources, dtype = row.key
         size = amount(sum(n.nbytes for n in row.items))
-        made.add_row(clean(row.pattern), f"{len(row.items):,}", size, *([dtype] if several else []), sources, how)
+        lines.append((clean(row.pattern), f"{len(row.items):,}", size, *([dtype] if several else []), sources, how))
+    made = table(columns, lines, right=("number", "size"))
     more = [] if len(rows) <= _LINES else [f"... and {len(rows) - _LINES:,} more lines: --all shows every tensor"]
     return [made, *more]
 
@@ -149,7 +154,7 @@ def _left_out(left_out: Iterable[Any]) -> list[str]:
     for name, rule in dict(left_out).items():
         by_rule.setdefault(rule, []).append(name)
     return [
-        f"- {count(len(names), 'tensor')}, {clean(rule)}: {clean(names[0])}{', ...' if len(names) > 1 else ''}"
+        f"{count(len(names), 'tensor')}, {clean(rule)}: {clean(names[0])}{', ...' if len(names) > 1 else ''}"
         for rule, names in by_rule.items()
     ]
 
@@ -218,17 +223,18 @@ class _Described:
     def __call__(self, node: Node) -> str:
         key = (id(node.method), node.scale, node.rule)
         if key not in self._known:
-            self._known[key] = self._all(node) if self._every and node.method is not None else describe_method(node)
-            self._known[key] = clean(self._known[key])
+            self._known[key] = clean(self._say([node]))
         return self._known[key]
 
     def all(self, nodes: Sequence[Node]) -> str:
         """Several nodes of one method: parameters that vary over them show how, ``t=0→0.5→1``."""
-        texts = dict.fromkeys(self(n) for n in nodes)
-        if len(texts) == 1:
-            return next(iter(texts))
+        alike = len({self(n) for n in nodes}) == 1
+        return self(nodes[0]) if alike else clean(self._say(nodes))
+
+    def _say(self, nodes: Sequence[Node]) -> str:
         method = nodes[0].method
-        assert method is not None  # copies differ in nothing that is described
+        if method is None:
+            return nodes[0].rule
         said = []
         for name, p in type(method).parameters().items():
             course: list[tuple[Any, ...]] = []
@@ -236,23 +242,13 @@ class _Described:
                 several = value if isinstance(value, tuple) else (value,)
                 if not course or course[-1] != several:
                     course.append(several)
-            if course != [(p.default,) * len(course[0])]:
+            if self._every or course != [(p.default,) * len(course[0])]:
                 models = [_course([v[k] for v in course]) for k in range(len(course[0]))]
                 values = models[0] if len(set(models)) == 1 else f"[{', '.join(models)}]"
                 said.append(f"{name}={values}")
-        scales = _course([n.scale for n in nodes])
-        return f"{method.name}({', '.join(said)})" + ("" if scales == "1" else f" × {scales}")
-
-    def _all(self, node: Node) -> str:
-        assert node.method is not None
-        values = ", ".join(f"{name}={_value(value)}" for name, value in node.method.values().items())
-        return f"{node.method.name}({values})" + ("" if node.scale == 1.0 else f" × {node.scale:.4g}")
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, tuple):
-        return f"[{', '.join(_value(v) for v in value)}]"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+        text = f"{method.name}({', '.join(said)})" if said else method.name
+        scale = _course([n.scale for n in nodes])
+        return text if scale == "1" else f"{text} × {scale}"
 
 
 def _course(values: Sequence[Any]) -> str:
@@ -268,7 +264,8 @@ def _course(values: Sequence[Any]) -> str:
             kept.append(value)
     if len(kept) > 6 and all(isinstance(v, float | int) for v in kept):
         return f"{min(kept):.3g} to {max(kept):.3g}"
-    return "→".join(f"{v:.3g}" if isinstance(v, float) else str(v) for v in kept)
+    digits = 3 if len(kept) > 1 else 6
+    return "→".join(f"{v:.{digits}g}" if isinstance(v, float) else str(v).lower() for v in kept)
 
 
 # -- JSON --------------------------------------------------------------------------------------------------------------

@@ -88,7 +88,7 @@ class Lines(Silent):
             rate = (self.done - self.before) / (now - self._begun)
             left = f", {duration((self.total - self.done) / rate)} left" if rate > 0 else ""
             sys.stderr.write(
-                f"{self.title}: {amount(self.done)} of {amount(self.total)} ({self.done / self.total:.0%}), "
+                f"{self.title}: {amount(self.done)} of {amount(self.total)} ({100 * self.done / self.total:.0f} %), "
                 f"{amount(rate)}/s{left}\n"
             )
             sys.stderr.flush()

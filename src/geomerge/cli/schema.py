@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from geomerge.cli.options import Debug
 
-
-def schema(debug: Debug = False) -> None:
-    """Print the JSON schema of recipes, for completion and checks in an editor.
+def schema() -> None:
+    """Print the JSON schema of recipes, for editors.
 
     For example with the YAML language server: `geomerge schema > geomerge.schema.json`, and as the recipe's first line
     `# yaml-language-server: $schema=geomerge.schema.json`.

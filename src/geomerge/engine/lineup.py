@@ -145,7 +145,10 @@ class Lineup:
         if made is None:
             try:
                 made = self.method.make(
-                    values, count=len(self.others), compat=self.recipe.compat, extrapolate=self.recipe.extrapolate
+                    values,
+                    count=len(self.others),
+                    compat=self.recipe.compat,
+                    extrapolate=self.recipe.extrapolate or self.recipe.compat is not None,
                 )
             except UsageError as error:
                 place = where or self.recipe.at("merge_method")

@@ -233,7 +233,7 @@ class Method:
                 raise UsageError(f"{cls.name}: {error}") from None
         method = cls(**made)
         try:
-            method.check(count)
+            method.check(count, compat)
         except ValueError as error:
             raise UsageError(f"{cls.name}: {error}") from None
         return method
@@ -246,8 +246,8 @@ class Method:
         beside = " beside the base" if cls.base_use == "required" else ""
         return f"{number} model{'' if low == high == 1 or (high is None and low == 1) else 's'}{beside}"
 
-    def check(self, count: int) -> None:
-        """Raise `ValueError` for parameters that do not go together. `count` is as in `make`."""
+    def check(self, count: int, compat: str | None = None) -> None:
+        """Raise `ValueError` for parameters that do not go together. Arguments are as in `make`."""
 
     @property
     def rows(self) -> bool:

@@ -28,9 +28,8 @@ def register(method: M) -> M:
 
 @functools.cache
 def _load() -> None:
-    from geomerge.methods import elementwise, span
-
-    for package in (span, elementwise):
+    for family in ("span", "elementwise"):
+        package = importlib.import_module(f"geomerge.methods.{family}")
         for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
             importlib.import_module(module.name)
 

@@ -127,16 +127,23 @@ class Random:
 
 @dataclass(frozen=True)
 class Outliers:
-    """The ⌊density·n⌋ largest magnitudes after the ⌊gamma·n⌋ very largest are taken away (Breadcrumbs)."""
+    """The ⌊density·n⌋ largest magnitudes after the ⌊gamma·n⌋ very largest are taken away (Breadcrumbs).
+
+    Where the two do not go together (density + gamma > 1), all that is left after the outliers is kept. With `yielding`
+    the outliers give way instead, as in mergekit: ⌊density·n⌋ elements are kept whatever gamma says.
+    """
 
     density: Sequence[float]
     gamma: Sequence[float]
+    yielding: bool = False
     rescale: Rescale = "none"
     rows: bool = False
 
     def measure(self, scan: Scan) -> list[Selection]:
         n = scan.numel
         top = [math.floor(g * n + 1e-9) for g in self.gamma]
+        if self.yielding:
+            top = [min(t, n - math.floor(d * n + 1e-9)) for t, d in zip(top, self.density, strict=True)]
         both = [min(t + math.floor(d * n + 1e-9), n) for t, d in zip(top, self.density, strict=True)]
 
         def twice(tile: Tile) -> list[Tensor]:
@@ -183,6 +190,8 @@ class MagPrune:
     def keep_(self, delta: Tensor, k: int, tile: Tile, stats: None) -> Tensor:
         if self.density[k] >= 1:
             return delta
+        if self.density[k] <= 0:
+            return delta.zero_()
         q = self.probabilities(delta, k)
         delta.mul_(bernoulli(tile, f"della/{k}", q))
         return delta.div_(q) if self.rescale == "inverse" else delta

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from geomerge.methods.base import per_model
+from geomerge.methods.base import parameter, per_model
 from geomerge.methods.elementwise.task_vectors import TaskVectors
 from geomerge.methods.properties import BASE, PERMUTATION, SCALE, SIGN
 from geomerge.methods.registry import register
@@ -15,12 +15,15 @@ from geomerge.methods.sparsify import Outliers, Sparsifier
 @dataclass(frozen=True)
 class _Breadcrumbs(TaskVectors):
     paper: ClassVar[str] = "Davari & Belilovsky 2023, Model Breadcrumbs, arXiv:2312.06795"
-    mergekit: ClassVar[dict[str, Any]] = {"rescale_norm": "l1"}
+    mergekit: ClassVar[dict[str, Any]] = {"rescale_norm": "l1", "outliers_yield": True}
 
     gamma: tuple[float, ...] = per_model(0.01, within=(0, 1), doc="share of the largest elements that is dropped")
+    outliers_yield: bool = parameter(
+        False, doc="where density + gamma > 1, keep outliers rather than fewer elements (mergekit)"
+    )
 
     def sparsifier(self) -> Sparsifier:
-        return Outliers(self.density, self.gamma, self.rescaling)
+        return Outliers(self.density, self.gamma, self.outliers_yield, self.rescaling)
 
 
 @register

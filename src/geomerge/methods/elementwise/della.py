@@ -22,10 +22,10 @@ class _Della(TaskVectors):
         0.15, within=(0, 1), doc="keep probabilities run from density − ε to density + ε along a row's ranks"
     )
 
-    def check(self, count: int) -> None:
-        super().check(count)
+    def check(self, count: int, compat: str | None = None) -> None:
+        super().check(count, compat)
         for d, e in zip(self.density, self.epsilon, strict=True):
-            if d < 1 and not (d - e > 0 and d + e < 1):
+            if 0 < d < 1 and not (d - e > 0 and d + e < 1):
                 raise ValueError(f"density ± epsilon must lie inside (0, 1), not [{d - e:g}, {d + e:g}]")
 
     def sparsifier(self) -> Sparsifier:

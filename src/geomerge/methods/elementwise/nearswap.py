@@ -35,9 +35,11 @@ parameters: {t: 0.0001}
 dtype: bfloat16
 """
 
-    t: float = parameter(within=(0, 1e6), doc="largest change of a weight, in its own units; 0.0001 is typical")
+    t: float = parameter(
+        within=(0, 1e6), extrapolates=True, doc="largest change of a weight, in its own units; 0.0001 is typical"
+    )
 
     def blend(self, tile: Tile, stats: None) -> Tensor:
         (delta,) = tile.task_vectors()
-        share = delta.abs().clamp_(min=_FLOOR).reciprocal_().mul_(self.t).clamp_(max=1.0)
+        share = delta.abs().clamp_(min=_FLOOR).reciprocal_().mul_(self.t).clamp_(0.0, 1.0)
         return tile.base.addcmul_(share, delta)

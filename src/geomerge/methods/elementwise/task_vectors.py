@@ -41,8 +41,8 @@ class TaskVectors(Elementwise):
     def rows(self) -> bool:
         return self.sparsifier().rows
 
-    def check(self, count: int) -> None:
-        if self.normalize and not self.elect and abs(sum(self.weight)) < 1e-8:
+    def check(self, count: int, compat: str | None = None) -> None:
+        if compat is None and self.normalize and not self.elect and abs(sum(self.weight)) < 1e-8:
             raise ValueError(f"the weights {list(self.weight)} sum to zero; set normalize: false or change them")
 
     def measure(self, scan: Scan) -> Any:

@@ -44,7 +44,7 @@ dtype: bfloat16
     def needs_gram(self) -> bool:
         return False
 
-    def check(self, count: int) -> None:
+    def check(self, count: int, compat: str | None = None) -> None:
         if self.normalize and abs(sum(self.weight)) < 1e-8:
             raise ValueError(f"the weights {list(self.weight)} sum to zero; set normalize: false or change them")
 

@@ -45,7 +45,7 @@ dtype: bfloat16
         1e-8, within=(0, 1), doc="added to each norm; below it the mean direction counts as undefined"
     )
 
-    def check(self, count: int) -> None:
+    def check(self, count: int, compat: str | None = None) -> None:
         if self.normalize_weights and abs(sum(self.weight)) < 1e-8:
             raise ValueError(f"the weights {list(self.weight)} sum to zero")
 

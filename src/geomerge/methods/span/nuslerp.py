@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -27,6 +28,7 @@ class NuSlerp(Span):
     models: ClassVar[tuple[int, int | None]] = (2, 2)
     base_use: ClassVar[BaseUse] = "optional"
     properties: ClassVar[frozenset[str]] = frozenset({PERMUTATION, BASE, IDENTICAL, ROTATION})
+    mergekit: ClassVar[dict[str, Any]] = {"zero_angle": True}
     example: ClassVar[str] = """\
 merge_method: nuslerp
 models:
@@ -40,6 +42,10 @@ dtype: bfloat16
     nuslerp_row_wise: bool = parameter(
         False, doc="without flatten: an angle for each slice along dimension 0, not the last"
     )
+    zero_angle: bool = parameter(
+        False,
+        doc="a tensor of zeros stands at a right angle to any other (mergekit), instead of interpolating linearly",
+    )
 
     @property
     def axis(self) -> Axis:
@@ -51,7 +57,9 @@ dtype: bfloat16
         t = 0.5 if abs(w1 + w2) < 1e-6 else w2 / (w1 + w2)
         pair = gram.task_vectors() if based else gram
         omega = np.asarray(pair.angle(0, 1))
-        known = (pair.norm(0) > 0) & (pair.norm(1) > 0) & (np.abs(np.sin(omega)) >= 1e-8)
+        zero = (pair.norm(0) == 0) | (pair.norm(1) == 0)
+        omega = np.where(zero, math.pi / 2, omega)
+        known = (np.abs(np.sin(omega)) >= 1e-8) & ~(zero & (not self.zero_angle))
         a, b = great_circle(np.where(known, omega, 1.0), t, 1e-9)
         a, b = np.where(known, a, 1 - t), np.where(known, b, t)
         return np.stack([1 - a - b, a, b] if based else [a, b], -1)

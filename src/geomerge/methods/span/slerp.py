@@ -39,7 +39,7 @@ class Slerp(Span):
     models: ClassVar[tuple[int, int | None]] = (1, 1)
     base_use: ClassVar[BaseUse] = "required"
     properties: ClassVar[frozenset[str]] = frozenset({BASE, IDENTICAL, ROTATION})
-    mergekit: ClassVar[dict[str, Any]] = {"lerp_threshold": 0.9995}
+    mergekit: ClassVar[dict[str, Any]] = {"lerp_threshold": 0.9995, "zero_angle": True}
     example: ClassVar[str] = """\
 merge_method: slerp
 base_model: ./chat
@@ -59,6 +59,10 @@ dtype: bfloat16
     lerp_threshold: float | None = parameter(
         None, within=(0, 1), doc="interpolate linearly where |cos ω| exceeds this (mergekit: 0.9995)"
     )
+    zero_angle: bool = parameter(
+        False,
+        doc="a tensor of zeros stands at a right angle to any other (mergekit), instead of interpolating linearly",
+    )
 
     def coefficients(self, gram: Gram) -> np.ndarray:
         t = self.t
@@ -66,7 +70,7 @@ dtype: bfloat16
             return np.array([1 - t, t])
         linear = np.array([1 - t, t])
         if gram.norm(0) == 0 or gram.norm(1) == 0:
-            return linear
+            return np.array(great_circle(math.pi / 2, t, self.epsilon)) if self.zero_angle else linear
         omega = float(gram.angle(0, 1))
         if self.lerp_threshold is not None and abs(math.cos(omega)) > self.lerp_threshold:
             return linear

@@ -45,11 +45,12 @@ dtype: bfloat16
     def needs_gram(self) -> bool:
         return False
 
-    def check(self, count: int) -> None:
-        if self.normalize and abs(sum(self.weight)) < 1e-8:
+    def check(self, count: int, compat: str | None = None) -> None:
+        if compat is None and self.normalize and abs(sum(self.weight)) < 1e-8:
             raise ValueError(f"the weights {list(self.weight)} sum to zero; set normalize: false or change them")
 
     def coefficients(self, gram: Gram) -> np.ndarray:
         w = np.array(self.weight, dtype=np.float64)
-        c = self.lambda_ * (w / w.sum() if self.normalize else w)
+        divides = self.normalize and abs(w.sum()) >= 1e-8
+        c = self.lambda_ * (w / w.sum() if divides else w)
         return np.concatenate([[1 - c.sum()], c])
