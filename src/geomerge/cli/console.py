@@ -83,7 +83,7 @@ def show(*parts: RenderableType) -> None:
     fixed = _width()
     console = Console(
         file=sys.stdout,
-        width=fixed or 100,
+        width=fixed or _UNLIMITED,
         force_terminal=colour,
         color_system="standard" if colour else None,
         markup=False,
@@ -92,7 +92,8 @@ def show(*parts: RenderableType) -> None:
     )
     with console.capture() as captured:
         for part in parts:
-            console.print(part, width=_UNLIMITED if isinstance(part, Table) and fixed is None else None)
+            records = isinstance(part, Table) and part.show_header
+            console.print(part, width=None if records or fixed else 100)
     write_lines(line.rstrip() for line in captured.get().splitlines())
 
 

@@ -27,6 +27,10 @@ _REDRAW = 0.1
 """Seconds between updates of the bar's numbers; tiles come thousands of times a second."""
 
 
+_BESIDE = 62
+"""Columns that the bar's title and numbers take."""
+
+
 class Silent:
     """Counts and says nothing.
 
@@ -111,7 +115,7 @@ class Bar(Silent):
         console = Console(file=sys.stderr, color_system="standard" if colour else None, highlight=False)
         self._bar = progress.Progress(
             progress.TextColumn("{task.description}", markup=False),
-            progress.BarColumn(),
+            progress.BarColumn(bar_width=min(max(console.width - _BESIDE, 8), 40)),
             progress.TaskProgressColumn(),
             progress.DownloadColumn(),
             progress.TransferSpeedColumn(),

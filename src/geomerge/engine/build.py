@@ -47,18 +47,18 @@ class Builder:
         level = len(self.plan.stages) - 1 - node.stage
         sources = [self.source(operand, node) for operand in node.operands]
 
-        def open_scan(columns: int | None = None) -> Scan:
+        def open_scan(**tiling: Any) -> Scan:
             return Scan(
                 sources,
                 node.shape,
                 name=node.name,
                 seed=self.plan.stages[node.stage].seed,
-                columns=columns,
                 tile=self.tile,
                 run=run,
                 device=self.device,
                 level=level,
                 read_ahead=self.read_ahead,
+                **tiling,
             )
 
         return prepare(node.method, open_scan, node.shape, node.scale)
@@ -79,7 +79,7 @@ class Builder:
             made = self.plan.nodes[operand.node]
             if made.method is None:
                 return self.source(made.operands[0], made)
-            return StageSource(self.prepare(made), self.rounding(made), self._label(operand))
+            return StageSource(self.prepare(made), self.rounding(made), to_torch(made.dtype), self._label(operand))
         checkpoint = self.inputs[operand.input]
         info = checkpoint.tensors[operand.tensor]
         if info.file is None:

@@ -7,6 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -99,8 +100,8 @@ def _try(builder: Builder, node: Node) -> tuple[float, int, RoundingLoss]:
     shape = (count // rows, rows) if len(node.shape) > 1 else (count,)
     sources = [TensorSource(p) for p in pieces]
 
-    def open_scan(columns: int | None = None) -> Scan:
-        return Scan(sources, shape, name=node.name, seed=builder.plan.stages[node.stage].seed, columns=columns)
+    def open_scan(**tiling: Any) -> Scan:
+        return Scan(sources, shape, name=node.name, seed=builder.plan.stages[node.stage].seed, **tiling)
 
     prepared = prepare(node.method, open_scan, shape, node.scale)
     round_ = builder.rounding(node)

@@ -1,8 +1,9 @@
 """What a run has finished, so that another can go on after it was killed.
 
-One line for each finished tensor, written after the tensor's bytes. The first line names the plan and the machine's boot:
-bytes that a process wrote outlive it, but a power cut may lose those that had not reached the disk, so after a reboot the
-journal is not believed (unless the run flushed its files).
+One line for each finished tensor, written after the tensor's bytes. The first line names the plan, the machine's boot and
+the identity of the input files. Bytes that a process wrote outlive it, but a power cut may lose those that had not reached
+the disk, so after a reboot the journal is not believed (unless the run flushed its files). Nor is it when an input was
+touched since: a plan's fingerprint samples the files, and tensors of the old and of the new content must not be mixed.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ class Journal:
     Args:
         path: Its file.
         plan_hash: The plan that is carried out.
+        inputs: Size, modification time in ns and inode of every input file.
         resume: Read what an earlier run finished; otherwise begin anew.
         durable: Flush each line (the tensor's bytes were flushed before).
 
@@ -40,11 +42,19 @@ class Journal:
         UsageError: The journal belongs to another plan.
     """
 
-    def __init__(self, path: Path, plan_hash: str, *, resume: bool, durable: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        plan_hash: str,
+        *,
+        inputs: Sequence[Sequence[int]] = (),
+        resume: bool,
+        durable: bool = False,
+    ) -> None:
         self.finished: dict[int, dict[str, Any]] = {}
         self._durable = durable
         self._lock = threading.Lock()
-        head = {"plan": plan_hash, "boot": boot_id(), "durable": durable}
+        head = {"plan": plan_hash, "boot": boot_id(), "durable": durable, "inputs": [list(i) for i in inputs]}
         lines = _lines(path) if resume else []
         if lines and lines[0].get("plan") != plan_hash:
             raise UsageError(
@@ -52,17 +62,26 @@ class Journal:
                 where=str(path.parent),
                 hint="start anew with --force",
             )
-        believed = bool(lines) and (lines[0].get("durable") or lines[0].get("boot") == head["boot"])
+        believed = (
+            bool(lines)
+            and lines[0].get("inputs") == head["inputs"]
+            and (lines[0].get("durable") or lines[0].get("boot") == head["boot"])
+        )
         if believed:
             for line in lines[1:]:
                 self.finished[line.pop("tensor")] = line
+        # What this run does not flush, a journal that promises flushed files must not record.
+        weaker = believed and bool(lines[0].get("durable")) and not durable
         flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_APPEND
-        self._file = os.open(path, flags if believed else flags | os.O_TRUNC, 0o666)
-        if believed:
+        self._file = os.open(path, flags if believed and not weaker else flags | os.O_TRUNC, 0o666)
+        if not believed:
+            self._write([head])
+        elif weaker:
+            self._write([head])
+            self.record(self.finished.items())
+        else:
             # A line that was cut off by the kill must not swallow the next one.
             os.write(self._file, b"\n")
-        else:
-            self._write([head])
 
     def record(self, entries: Iterable[tuple[int, dict[str, Any]]]) -> None:
         """Tensors are finished: their indices and what the manifest shall say of them."""

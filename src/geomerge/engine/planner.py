@@ -125,6 +125,8 @@ class _Recipe:
             (s.name, {k: Lookup(k, (s.parameters,), self.used) for k in s.parameters}, s.where) for s in recipe.steps
         ]
         self.block_maps: dict[str, list[int]] = {}
+        self.taken: set[tuple[int, str, int | str]] = set()
+        self.covered: dict[str | None, list[Lineup]] = {}
         if self.donor.anatomy.guessed:
             planner.notes.append(
                 f"the architecture of {self.donor} is not a known one: blocks and roles were guessed from tensor names"
@@ -158,6 +160,7 @@ class _Recipe:
         first = lineups[0]
         template = self._template(first)
         name = self._module_name(module, template)
+        self.covered[name] = lineups
         parts = [p for p in self._parts(template) if name in (None, p.module)]
         if all(first.range(e) is None for e in first.entrants) and len(lineups) == 1:
             for p in parts:
@@ -179,6 +182,8 @@ class _Recipe:
     ) -> Iterator[tuple[Part, Lineup, list[str], float]]:
         last = lineups[-1]
         post = self._parts(self._template(last))
+        self.taken |= {(id(e.model), stack, "pre") for e in lineups[0].entrants}
+        self.taken |= {(id(e.model), stack, "post") for e in last.entrants}
         for p in parts:
             if p.position == "pre" or p.module != stack:
                 yield p, lineups[0], [p.name] * len(lineups[0].entrants), 0.0
@@ -193,6 +198,8 @@ class _Recipe:
             starts = [self._range(lineup, e, stack)[0] for e in lineup.entrants]
             first = starts[lineup.entrants.index(self._leader(lineup))]
             length = self._length(lineup, stack)
+            for e, start in zip(lineup.entrants, starts, strict=True):
+                self.taken |= {(id(e.model), stack, start + i) for i in range(length)}
             for i in range(length):
                 out = len(blocks)
                 blocks.append(first + i)
@@ -305,7 +312,7 @@ class _Recipe:
             )
         shape = kinds[0].shape
         if self.vocabularies.reorders(found[0][0], found[0][1]):
-            operands = [self.vocabularies.reordered(model, name) for model, name in found]
+            operands = [self.vocabularies.reordered(model, part.name) for model, _ in found]
             shape = (self.vocabularies.size, *shape[1:])
         elif any(k.shape != shape for k in kinds):
             raise self._shapes_differ(part, found, kinds)
@@ -421,7 +428,6 @@ class _Recipe:
     def _account(self) -> list[int]:
         """See to the parents' tensors that the output has not used."""
         made: list[int] = []
-        sliced = bool(self.block_maps)
         for model in self.members:
             if not any(e.model is model for row in self.lineups for lineup in row for e in lineup.entrants):
                 continue
@@ -434,15 +440,27 @@ class _Recipe:
                     self.planner.left_out[key] = f"tied to {model.anatomy.tied[name]}, which is stored once"
                 elif name in model.anatomy.buffers:
                     self.planner.left_out[key] = "a buffer that the first model does not have"
-                elif sliced:
-                    self.planner.left_out[key] = "in none of the recipe's slices"
+                elif self._cut_away(model, part):
+                    self.planner.left_out[key] = "not taken from this model by the recipe's slices and modules"
+                elif part.module in self.block_maps:
+                    # Copying has no place to offer: the slices may take this block to several places.
+                    self.missing.append(f"{model} alone has {name} of what a slice merges")
                 elif self.recipe.unmatched == "copy" and name not in self.parts:
                     made.append(len(self.planner.nodes))
                     self.planner.nodes.append(self._copy(name, model, name, f"copy: only in {model}"))
                     self.parts[name] = part
-                elif name not in self.parts:
+                else:
                     self.missing.append(f"{self.donor} has no {name}, which {model} has")
         return made
+
+    def _cut_away(self, model: Model, part: Part) -> bool:
+        """Whether the recipe takes nothing from this model at the place where the tensor stands."""
+        if part.module in self.block_maps:
+            place = part.block if part.block is not None else part.position
+            return (id(model), part.module, place) not in self.taken
+        lineups = self.covered.get(part.module) or self.covered.get(None)
+        # Beside a sliced stack, everything else goes with the first slice.
+        return lineups is not None and all(e.model is not model for e in lineups[0].entrants)
 
     def _refuse_missing(self) -> None:
         shown = "; ".join(self.missing[:4])

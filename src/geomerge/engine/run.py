@@ -21,7 +21,7 @@ from geomerge.engine.build import Builder
 from geomerge.engine.execute import Threads, Work
 from geomerge.engine.journal import Journal
 from geomerge.engine.manifest import manifest, total_loss
-from geomerge.engine.plan import Plan
+from geomerge.engine.plan import InputModel, Plan
 from geomerge.engine.sinks import FileSink, MemorySink
 from geomerge.errors import RunError, UsageError
 from geomerge.methods import registry
@@ -104,13 +104,18 @@ def run_plan(
     begun = time.perf_counter()
     opened = list(inputs) if inputs is not None else open_inputs(plan)
     try:
+        builder = _builder(plan, opened, device, tile)
         nodes = list(plan.output_nodes())
         layout = plan_layout([(n.name, n.dtype, n.shape) for n in nodes], shard_size, {"geomerge": __version__})
         places = [Path(i.path) for i in plan.inputs if i.path]
         with OutputDirectory(out, force, resume, inputs=places, durable=durable) as output:
             output.create(layout)
             journal = Journal(
-                output.journal, _identity(plan, shard_size, device), resume=output.resumed, durable=durable
+                output.journal,
+                _identity(plan, shard_size, builder.device),
+                inputs=[[f.size, f.mtime_ns, f.inode] for checkpoint in opened for f in checkpoint.files],
+                resume=output.resumed,
+                durable=durable,
             )
             try:
                 facts: dict[int, Mapping[str, Any]] = dict(journal.finished)
@@ -132,7 +137,6 @@ def run_plan(
                     with lock:
                         facts.update(entries)
 
-                builder = _builder(plan, opened, device, tile)
                 work = Work(builder, FileSink(output, layout), advance, threading.Event())
                 Threads(work, threads).run(left, done)
                 if progress is not None:
@@ -184,19 +188,29 @@ def open_inputs(plan: Plan) -> list[Checkpoint]:
         RunError: An input is not the one that the plan was made for.
     """
     opened: list[Checkpoint] = []
-    for model in plan.inputs:
-        if not model.path:
-            raise UsageError(f"the model {model.ref} was in memory when the plan was made; it cannot be opened again")
-        checkpoint = open_checkpoint(model.path)
-        opened.append(checkpoint)
-        files = tuple((f.path.name, f.size, f.header_sha256) for f in checkpoint.files)
-        if files != model.files or checkpoint.fingerprint() != model.fingerprint:
-            raise RunError(
-                f"the model {model.ref} is not the one that the plan was made for",
-                where=model.path,
-                hint="make the plan again",
-            )
+    try:
+        for model in plan.inputs:
+            opened.append(_open_input(model))
+    except BaseException:
+        for checkpoint in opened:
+            checkpoint.close()
+        raise
     return opened
+
+
+def _open_input(model: InputModel) -> Checkpoint:
+    if not model.path:
+        raise UsageError(f"the model {model.ref} was in memory when the plan was made; it cannot be opened again")
+    checkpoint = open_checkpoint(model.path)
+    files = tuple((f.path.name, f.size, f.header_sha256) for f in checkpoint.files)
+    if files != model.files or checkpoint.fingerprint() != model.fingerprint:
+        checkpoint.close()
+        raise RunError(
+            f"the model {model.ref} is not the one that the plan was made for",
+            where=model.path,
+            hint="make the plan again",
+        )
+    return checkpoint
 
 
 def _builder(plan: Plan, opened: Sequence[Checkpoint], device: str, tile: int | None) -> Builder:
@@ -212,8 +226,8 @@ def _builder(plan: Plan, opened: Sequence[Checkpoint], device: str, tile: int | 
     return Builder(plan, opened, tile=tile or (1 << 22 if accelerated else TILE), device=place, read_ahead=accelerated)
 
 
-def _identity(plan: Plan, shard_size: int, device: str) -> str:
-    return f"{plan.hash}/{shard_size}/{torch.device(device).type}/{__version__}"
+def _identity(plan: Plan, shard_size: int, device: torch.device) -> str:
+    return f"{plan.hash}/{shard_size}/{device.type}/{__version__}"
 
 
 def _flush(descriptor: int) -> None:

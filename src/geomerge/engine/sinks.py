@@ -30,7 +30,7 @@ class FileSink:
     def write(self, node: Node, start: int, values: Tensor) -> None:
         place = self._layout.place[node.name]
         offset = place.offset + start * DTYPES[node.dtype].itemsize
-        view = memoryview(values.contiguous().cpu().view(torch.uint8).numpy().data)
+        view = memoryview(values.detach().contiguous().cpu().view(torch.uint8).numpy().data)
         descriptor = self._output.descriptors[place.file]
         try:
             while view:
@@ -51,4 +51,4 @@ class MemorySink:
         self._flat: Mapping[str, Tensor] = {name: t.view(-1) for name, t in self.tensors.items()}
 
     def write(self, node: Node, start: int, values: Tensor) -> None:
-        self._flat[node.name][start : start + values.numel()] = values.reshape(-1).cpu()
+        self._flat[node.name][start : start + values.numel()] = values.detach().reshape(-1).cpu()

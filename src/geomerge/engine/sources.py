@@ -69,7 +69,7 @@ class FileSource:
         self._descriptor = descriptor
         self._offset = info.offset
         self._itemsize = DTYPES[info.dtype].itemsize
-        self._dtype = to_torch(info.dtype)
+        self.dtype = to_torch(info.dtype)
 
     def read(self, start: int, out: Tensor) -> None:
         pinned = out.device.type == "cuda"
@@ -78,7 +78,7 @@ class FileSource:
             torch.cuda.current_stream().synchronize()
         raw = staging(out.numel() * self._itemsize, pinned=pinned)
         read_into(self._descriptor, raw, self._offset + start * self._itemsize, self.label)
-        out.copy_(raw.view(self._dtype), non_blocking=pinned)
+        out.copy_(raw.view(self.dtype), non_blocking=pinned)
 
 
 class StageSource:
@@ -87,8 +87,11 @@ class StageSource:
     Reads that follow each other, as those of a scan do, cost one evaluation of each tile; each thread remembers where it is.
     """
 
-    def __init__(self, prepared: Prepared, round_: Callable[[int, Tensor], Tensor], label: str) -> None:
+    def __init__(
+        self, prepared: Prepared, round_: Callable[[int, Tensor], Tensor], dtype: torch.dtype, label: str
+    ) -> None:
         self.label = label
+        self.dtype = dtype
         self._prepared = prepared
         self._round = round_
         self._place = threading.local()
@@ -145,6 +148,7 @@ class RowSource:
         self._columns = max(columns, 1)
         self._lock = threading.Lock()
         self._padding: Tensor | None = None
+        self.dtype = torch.float64  # means of rows fit nothing narrower
 
     def read(self, start: int, out: Tensor) -> None:
         columns = self._columns

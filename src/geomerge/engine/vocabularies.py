@@ -68,7 +68,13 @@ class Vocabularies:
         return True
 
     def reordered(self, model: Model, name: str) -> Operand:
-        """The operand of a matrix with its rows in the output's order."""
+        """The operand of a matrix with its rows in the output's order.
+
+        Args:
+            model: The model.
+            name: The output's name: each model has the matrix under it or under the name it is tied to, and the head of a
+                model that ties it borrows missing rows from the others' heads.
+        """
         assert self.plan is not None
         key = (id(model), name)
         if key not in self._made:
@@ -77,7 +83,9 @@ class Vocabularies:
             for member in self.members:
                 stored = member.find(name)
                 matrices.append(None if stored is None else member.operand(stored))
-            self._made[key] = model.operand(name)._replace(rows=len(self._rows))
+            own = model.find(name)
+            assert own is not None
+            self._made[key] = model.operand(own)._replace(rows=len(self._rows))
             self._rows.append(Rows(tuple(matrices), self.plan.rows_for(k)))
         return self._made[key]
 

@@ -15,14 +15,15 @@ one value or a list. See `geomerge.methods.direct.Function` for the common argum
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import Any
 
 from geomerge.errors import UsageError
 
 
 def __getattr__(name: str) -> Any:
-    if name.startswith("_"):
-        raise AttributeError(name)
+    if name.startswith("_") or importlib.util.find_spec(f"{__name__}.{name}") is not None:
+        raise AttributeError(name)  # a module of this package that is being imported
     # Not `from geomerge.methods import …`: that would ask this very function for the names of its own modules.
     registry = importlib.import_module("geomerge.methods.registry")
     direct = importlib.import_module("geomerge.methods.direct")

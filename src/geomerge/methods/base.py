@@ -297,6 +297,14 @@ class Elementwise(Method):
 
     family: ClassVar[str] = "elementwise"
 
+    @property
+    def single(self) -> bool:
+        """Whether tiles of 16-bit models may come as float32 (twice as fast).
+
+        Only for a method that sees to it that the result is still that of float64: see `geomerge.methods.combine`.
+        """
+        return False
+
     def measure(self, scan: Scan) -> Any:
         """Statistics of one tensor that `blend` needs; computed with additive passes over its tiles."""
         return None

@@ -106,8 +106,8 @@ def _merge(
             dtype = torch.promote_types(dtype, t.dtype)
     sources = [TensorSource(t, f"model {i}: {name}") for i, t in enumerate(tensors)]
 
-    def open_scan(columns: int | None = None) -> Scan:
-        return Scan(sources, shape, name=name, seed=seed, columns=columns, tile=tile, device=tensors[0].device)
+    def open_scan(**tiling: Any) -> Scan:
+        return Scan(sources, shape, name=name, seed=seed, tile=tile, device=tensors[0].device, **tiling)
 
     out = torch.empty(shape, dtype=dtype, device=tensors[0].device)
     flat = out.view(-1)

@@ -119,12 +119,11 @@ def _block_products(tiles: Iterator[Tile]) -> list[list[float]]:
 
 
 def _products(x: Tensor, y: Tensor) -> list[float]:
-    whole = x.numel() // BLOCK * BLOCK
-    sums: list[float] = []
-    if whole:
-        sums = torch.linalg.vecdot(x[:whole].view(-1, BLOCK), y[:whole].view(-1, BLOCK)).tolist()
-    if whole < x.numel():
-        sums.append(torch.linalg.vecdot(x[whole:].view(1, -1), y[whole:].view(1, -1)).item())
+    products = x * y
+    whole = products.numel() // BLOCK * BLOCK
+    sums: list[float] = products[:whole].view(-1, BLOCK).sum(1).tolist() if whole else []
+    if whole < products.numel():
+        sums.append(products[whole:].view(1, -1).sum(1).item())
     return sums
 
 

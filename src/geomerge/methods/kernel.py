@@ -59,19 +59,41 @@ def prepare(method: Method, open_scan: Open, shape: tuple[int, ...], scale: floa
             table = _scaled(np.asarray(method.coefficients(gram.measure(scan, "column"))), scale)
             columns = torch.from_numpy(np.ascontiguousarray(table.T)).to(scan.device)
             return Prepared(scan, functools.partial(_combine_columns, columns))
-        scan = open_scan()
+        scan = open_scan(check=not method.needs_gram)
         k = len(scan.sources)
-        measured = gram.measure(scan, "tensor") if method.needs_gram else gram.Gram(np.full((k, k), np.nan))
+        measured = _gram(open_scan, scan) if method.needs_gram else gram.Gram(np.full((k, k), np.nan))
         vector = np.asarray(method.coefficients(measured), dtype=np.float64)
         coefficients = tuple(_scaled(vector, scale).tolist())
-        return Prepared(scan, functools.partial(_combine, coefficients), coefficients)
+        combine = _combine_differences if _cancels(coefficients) else _combine
+        return Prepared(scan, functools.partial(combine, coefficients), coefficients)
     if not isinstance(method, Elementwise):
         raise TypeError(f"{type(method).__name__} belongs to no family")
-    scan = open_scan(columns=last) if method.rows else open_scan()
+    width = last if method.rows else None
+    scan = open_scan(columns=width)
+    if method.single and scale == 1.0 and _narrow(scan):
+        scan = open_scan(columns=width, dtype=torch.float32)
     stats = method.measure(scan)
     if scale == 1.0:
         return Prepared(scan, lambda tile: method.blend(tile, stats))
     return Prepared(scan, lambda tile: _rescale(tile.base.clone(), method.blend(tile, stats), scale))
+
+
+def _narrow(scan: Scan) -> bool:
+    """Whether float32 holds the differences of all inputs."""
+    return all(source.dtype in (torch.bfloat16, torch.float16) for source in scan.sources)
+
+
+def _gram(open_scan: Open, blending: Scan) -> gram.Gram:
+    """The Gram matrix of whole tensors, from float32 products for 16-bit inputs.
+
+    Products are rounded to float32, added pairwise within blocks and exactly between them: eight digits, where the
+    coefficients of a merge need three. Inputs that are not finite show in the sums.
+    """
+    if _narrow(blending):
+        found = gram.measure(open_scan(dtype=torch.float32, check=False), "tensor")
+        if np.isfinite(found.centred).all():
+            return found
+    return gram.measure(open_scan(), "tensor")
 
 
 def _numel(shape: tuple[int, ...]) -> int:
@@ -102,6 +124,22 @@ def _combine(coefficients: tuple[float, ...], tile: Tile) -> Tensor:
         else:
             total.add_(x, alpha=c)
     return tile.inputs[0].zero_() if total is None else total
+
+
+def _cancels(coefficients: tuple[float, ...]) -> bool:
+    """Whether an affine combination has terms so large that their rounding errors would show in the output.
+
+    Such are those of a task vector that is tiny but given a full share of the merged norm.
+    """
+    largest = max(abs(c) for c in coefficients)
+    return largest > 1e6 and abs(sum(coefficients) - 1.0) < 1e-9 * largest
+
+
+def _combine_differences(coefficients: tuple[float, ...], tile: Tile) -> Tensor:
+    """θ₀ + Σ cᵢ·(xᵢ − θ₀), the same as `_combine` for coefficients of sum 1, without the cancellation."""
+    for c, delta in zip(coefficients[1:], tile.task_vectors(), strict=True):
+        tile.base.add_(delta, alpha=c)
+    return tile.base
 
 
 def _combine_columns(columns: Tensor, tile: Tile) -> Tensor:

@@ -65,7 +65,7 @@ class Selection:
             return values.zero_()
         if self.threshold == 0.0:
             return values
-        below = math.nextafter(self.threshold, 0.0)
+        below = _next_below(self.threshold, values.dtype)
         if self.every:
             return torch.hardshrink(values, below, out=values)
         key = ("equal", label)
@@ -91,6 +91,12 @@ class Selection:
 NOTHING = Selection(math.inf, 0, ())
 
 
+def _next_below(value: float, dtype: torch.dtype) -> float:
+    """The largest smaller number of the dtype: what is greater than it is at least `value`."""
+    number = np.float32(value) if dtype == torch.float32 else np.float64(value)
+    return float(np.nextafter(number, number.dtype.type(0)))
+
+
 def largest(scan: Scan, magnitudes: Magnitudes, counts: Sequence[int]) -> list[Selection]:
     """The `counts[i]` largest elements of the i-th magnitude, exactly.
 
@@ -112,7 +118,12 @@ def largest(scan: Scan, magnitudes: Magnitudes, counts: Sequence[int]) -> list[S
 
 def nth_smallest(scan: Scan, magnitudes: Magnitudes, ranks: Sequence[int]) -> list[float]:
     """The values at the 0-based `ranks` of the ascending order; `magnitudes` gives one tensor for each rank."""
-    return [s.threshold for s in largest(scan, magnitudes, [scan.numel - r for r in ranks])]
+    found = [s.threshold for s in largest(scan, magnitudes, [scan.numel - r for r in ranks])]
+    if 0 in ranks:  # `largest` answers "all of them" without looking
+        parts = scan.over(lambda tiles: [[m.min().item() for m in magnitudes(tile)] for tile in tiles])
+        least = np.min([tile for segment in parts for tile in segment], axis=0)
+        found = [float(least[i]) if r == 0 else value for i, (r, value) in enumerate(zip(ranks, found, strict=True))]
+    return found
 
 
 class _Bracket:
@@ -139,10 +150,13 @@ class _Bracket:
             return
         not_above = magnitudes <= self.high
         self.above += magnitudes.size - int(np.count_nonzero(not_above))
-        inside = np.logical_xor(not_above, magnitudes < self.low, out=not_above)
         if not math.isnan(self.common):
             equal = magnitudes == self.common
             self.equal += int(np.count_nonzero(equal))
+            if self.low == self.high == self.common:
+                return  # nothing else can lie between
+        inside = np.logical_xor(not_above, magnitudes < self.low, out=not_above)
+        if not math.isnan(self.common):
             np.logical_and(inside, np.logical_not(equal, out=equal), out=inside)
         found = magnitudes[np.flatnonzero(inside)]
         self._pending.append(found)
@@ -246,7 +260,7 @@ def _count_bits(
     total = np.zeros(1 << 16, dtype=np.int64)
     for tile in tiles:
         flat: Floats = magnitudes(tile)[which].reshape(-1).cpu().numpy()
-        bits = (flat + 0.0).view(np.uint64) >> np.uint64(shift)
+        bits = (flat.astype(np.float64) + 0.0).view(np.uint64) >> np.uint64(shift)
         if shift < 48:
             bits = bits[bits >> np.uint64(16) == prefix]
         total += np.bincount((bits & np.uint64(0xFFFF)).astype(np.int64), minlength=1 << 16)

@@ -1,11 +1,13 @@
 """Metamorphic properties by name: what stays true of a method whatever its inputs are.
 
-A method lists those that hold for it at its default parameters; the conformance tests check each of them, and check
-that a method which does not list one really lacks it.
+A method lists those that hold for it; the conformance suite (`geomerge.testing`) checks each of them, and checks that a
+method which does not list one really lacks it. They are meant strictly, for every input: an exact tie of signs or a
+change below a method's threshold that breaks a property takes it off the list. `SINGLE` and `IDENTICAL` are said of
+neutral parameters (weights of 1, the defaults else), the others of all parameters.
 """
 
 PERMUTATION = "permutation"
-"""The order of the experts (with their parameters) does not matter."""
+"""The order of the experts (with their parameters) does not matter. An only expert changes places with the base."""
 
 BASE = "base"
 """If all experts equal the base, so does the output, bit for bit."""
@@ -14,16 +16,16 @@ SINGLE = "single"
 """One expert (at neutral parameters) gives that expert."""
 
 IDENTICAL = "identical"
-"""Identical experts give that expert."""
+"""Identical experts give that expert (all models identical, where there is one expert beside a base)."""
 
 SCALE = "scale"
-"""Multiplying all task vectors by c > 0 multiplies the merged task vector by c."""
+"""Multiplying all models by c > 0 multiplies the output by c (so do their task vectors and the merged one)."""
 
 SIGN = "sign"
-"""Negating all task vectors negates the merged one."""
+"""Negating all models, and so their task vectors, negates the output."""
 
 ROTATION = "rotation"
-"""Rotating the rows and columns of all task vectors rotates the merged one."""
+"""Rotating the rows and columns of all models, and so of their task vectors, rotates the output."""
 
 MEANING = {
     PERMUTATION: "the order of the experts does not matter",

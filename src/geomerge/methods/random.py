@@ -58,4 +58,4 @@ def bernoulli(tile: Tile, label: str, probability: float | Tensor) -> Tensor:
         mask = drawn.astype(np.float64) < limit
     else:
         mask = drawn < np.uint64(round(probability * 2**32))
-    return torch.from_numpy(mask).view(tile.inputs[0].shape).to(tile.inputs[0].device)
+    return torch.from_numpy(mask).view(tile.base.shape).to(tile.base.device)

@@ -38,14 +38,19 @@ class Sparsifier(Protocol):
         """Statistics of the tensor, or `None`."""
 
     def keep_(self, delta: Tensor, k: int, tile: Tile, stats: Any) -> Tensor:
-        """Drop elements of the k-th expert's task vector in place (without the l1 rescaling)."""
+        """Drop elements of the k-th expert's task vector in place; what is kept stays as it is."""
+
+    def inverse(self) -> list[float]:
+        """For each expert the factor that makes the thinned task vector unbiased."""
 
 
-def with_rescale(step: Sparsifier, scan: Scan) -> Any:
-    """A step's statistics together with the factors of an l1 rescaling: ``(stats, factors)``."""
+def measure(step: Sparsifier, scan: Scan) -> tuple[Any, list[float]]:
+    """A step's statistics, and the factor that makes up for what it drops of each expert: ``(stats, factors)``."""
     stats = step.measure(scan)
-    if step.rescale != "l1":
-        return stats, None
+    if step.rescale == "inverse":
+        return stats, step.inverse()
+    if step.rescale == "none":
+        return stats, [1.0] * scan.experts
 
     def norms(tile: Tile) -> list[Tensor]:
         found = []
@@ -59,11 +64,8 @@ def with_rescale(step: Sparsifier, scan: Scan) -> Any:
     return stats, [before / after if before > 1e-7 and after > 1e-7 else 1.0 for before, after in pairs]
 
 
-def apply_(step: Sparsifier, delta: Tensor, k: int, tile: Tile, measured: Any) -> Tensor:
-    """Thin one expert's task vector in place, rescaled as the step says. `measured` is from `with_rescale`."""
-    stats, factors = measured
-    step.keep_(delta, k, tile, stats)
-    return delta.mul_(factors[k]) if factors is not None and factors[k] != 1.0 else delta
+def _inverse(density: Sequence[float]) -> list[float]:
+    return [1 / d if d > 0 else 1.0 for d in density]
 
 
 def kept(density: float, n: int) -> int:
@@ -84,6 +86,9 @@ class Everything:
     def keep_(self, delta: Tensor, k: int, tile: Tile, stats: Any) -> Tensor:
         return delta
 
+    def inverse(self) -> list[float]:
+        raise ValueError("nothing was dropped")
+
 
 @dataclass(frozen=True)
 class Magnitude:
@@ -98,10 +103,10 @@ class Magnitude:
         return largest(scan, lambda tile: [d.abs_() for d in tile.task_vectors()], counts)
 
     def keep_(self, delta: Tensor, k: int, tile: Tile, stats: list[Selection]) -> Tensor:
-        stats[k].shrink_(delta, tile, k)
-        if self.rescale == "inverse" and self.density[k] > 0:
-            delta.div_(self.density[k])
-        return delta
+        return stats[k].shrink_(delta, tile, k)
+
+    def inverse(self) -> list[float]:
+        return _inverse(self.density)
 
 
 @dataclass(frozen=True)
@@ -121,8 +126,10 @@ class Random:
             return delta
         if density <= 0:
             return delta.zero_()
-        delta.mul_(bernoulli(tile, f"dare/{k}", density))
-        return delta.div_(density) if self.rescale == "inverse" else delta
+        return delta.mul_(bernoulli(tile, f"dare/{k}", density))
+
+    def inverse(self) -> list[float]:
+        return _inverse(self.density)
 
 
 @dataclass(frozen=True)
@@ -155,10 +162,10 @@ class Outliers:
     def keep_(self, delta: Tensor, k: int, tile: Tile, stats: list[Selection]) -> Tensor:
         outliers = stats[k].shrink_(delta.clone(), tile, ("top", k))
         stats[len(self.density) + k].shrink_(delta, tile, ("both", k))
-        delta.sub_(outliers)
-        if self.rescale == "inverse" and self.density[k] > 0:
-            delta.div_(self.density[k])
-        return delta
+        return delta.sub_(outliers)
+
+    def inverse(self) -> list[float]:
+        return _inverse(self.density)
 
 
 @dataclass(frozen=True)
@@ -166,7 +173,7 @@ class MagPrune:
     """Each element survives with a probability that rises with its rank in its row (DELLA).
 
     q = (density − ε) + 2ε·rank/(n − 1), ranks ascending in |δ|, equal magnitudes by index; a row of one element has
-    q = density. ``inverse`` divides each survivor by its own q.
+    q = density. ``inverse`` divides each survivor by its own q (so what is kept does not stay as it is).
     """
 
     density: Sequence[float]
@@ -195,3 +202,6 @@ class MagPrune:
         q = self.probabilities(delta, k)
         delta.mul_(bernoulli(tile, f"della/{k}", q))
         return delta.div_(q) if self.rescale == "inverse" else delta
+
+    def inverse(self) -> list[float]:
+        return [1.0] * len(self.density)

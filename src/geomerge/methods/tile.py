@@ -27,8 +27,8 @@ from torch import Tensor
 
 from geomerge.errors import NotFiniteError
 
-TILE = 1 << 16
-"""Elements in a tile unless a caller asks otherwise: 512 KiB of float64, so that a handful stay in a core's cache."""
+TILE = 1 << 18
+"""Elements in a tile unless a caller asks otherwise: few enough to stay in the caches, enough to outweigh the calls."""
 
 BLOCK = 1 << 13
 """Elements summed in one go. Tiles that are not cut by rows hold whole blocks."""
@@ -46,8 +46,15 @@ class Source(Protocol):
     def label(self) -> str:
         """Model and tensor, for error messages."""
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that holds the elements exactly."""
+
     def read(self, start: int, out: Tensor) -> None:
-        """Fill `out` (float64, one-dimensional) with the elements ``[start, start + len(out))`` in row-major order."""
+        """Fill `out` with the elements ``[start, start + len(out))`` in row-major order.
+
+        `out` is one-dimensional and float64, or float32 where that holds `dtype`.
+        """
 
 
 class TensorSource:
@@ -55,6 +62,7 @@ class TensorSource:
 
     def __init__(self, tensor: Tensor, label: str = "tensor") -> None:
         self.label = label
+        self.dtype = tensor.dtype
         self.flat = tensor.detach().reshape(-1)
 
     def read(self, start: int, out: Tensor) -> None:
@@ -75,32 +83,38 @@ class Tile:
     """The same few elements of all inputs.
 
     Attributes:
-        inputs: One float64 tensor an input, base first; shape ``(n,)``, or ``(rows, columns)`` for methods that need
-            whole rows. They are the tile's own and may be overwritten.
+        stack: The elements of all inputs, base first: shape ``(K, n)``, or ``(K, rows, columns)`` for methods that need
+            whole rows; float64 (or the scan's `dtype`). They are the tile's own and may be overwritten.
         start: Flat index of the first element.
         segment: Index of the segment.
         scan: Where the tile comes from.
         carry: A dictionary that lives from the first tile of a segment to its last.
     """
 
-    inputs: list[Tensor]
+    stack: Tensor
     start: int
     segment: int
     scan: Scan
     carry: dict[Any, Any] = field(default_factory=dict)
 
     @property
-    def base(self) -> Tensor:
-        return self.inputs[0]
+    def inputs(self) -> tuple[Tensor, ...]:
+        """The inputs one by one: views of `stack`."""
+        return self.stack.unbind(0)
 
-    def task_vectors(self) -> list[Tensor]:
+    @property
+    def base(self) -> Tensor:
+        """The first input."""
+        return self.stack[0]
+
+    def task_vectors(self) -> tuple[Tensor, ...]:
         """θ_k − θ₀ for the inputs after the base, in place of them."""
-        base = self.inputs[0]
-        return [x.sub_(base) for x in self.inputs[1:]]
+        return self.stack[1:].sub_(self.stack[0]).unbind(0)
 
     @property
     def numel(self) -> int:
-        return self.inputs[0].numel()
+        """Elements of one input."""
+        return self.stack[0].numel()
 
 
 class Scan:
@@ -118,6 +132,8 @@ class Scan:
         level: 0, or one more than the scans that read this one's output: each level has buffers of its own.
         read_ahead: Read the next tile while this one is computed (two sets of buffers take turns): for devices, whose
             transfers would otherwise wait for the arithmetic.
+        dtype: Of the tiles.
+        check: Refuse inputs that are not finite.
     """
 
     def __init__(
@@ -133,6 +149,8 @@ class Scan:
         device: torch.device | str = "cpu",
         level: int = 0,
         read_ahead: bool = False,
+        dtype: torch.dtype = torch.float64,
+        check: bool = True,
     ) -> None:
         self.sources = list(sources)
         self.shape = tuple(shape)
@@ -146,7 +164,8 @@ class Scan:
         unit = BLOCK if columns is None else max(columns, 1)
         self.tile = max(tile // unit, 1) * unit
         segment = max(SEGMENT // unit, 1) * unit
-        self._finite = False
+        self.dtype = dtype
+        self._finite = not check
         starts = range(0, self.numel, segment)
         self.segments = [Segment(i, s, min(s + segment, self.numel)) for i, s in enumerate(starts)]
         self._run = run
@@ -177,13 +196,13 @@ class Scan:
     def _count(self, segment: Segment, start: int) -> int:
         return min(self.tile, segment.stop - start)
 
-    def _ahead(self, segment: Segment, starts: range) -> Iterator[list[Tensor]]:
+    def _ahead(self, segment: Segment, starts: range) -> Iterator[Tensor]:
         """The tiles' inputs, each read by another thread while the caller works on the one before."""
         with ThreadPoolExecutor(1, thread_name_prefix="geomerge-read") as reader:
             sets = [self._fresh_buffers(), self._fresh_buffers()]
             stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
-            def read(index: int) -> list[Tensor]:
+            def read(index: int) -> Tensor:
                 with torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext():
                     return self._read(starts[index], self._count(segment, starts[index]), sets[index % 2])
 
@@ -197,26 +216,36 @@ class Scan:
                 pending = reader.submit(read, index + 1) if index + 1 < len(starts) else None
                 yield inputs
 
-    def _fresh_buffers(self) -> list[Tensor]:
-        size = min(self.tile, max(self.numel, 1))
-        return [torch.empty(size, dtype=torch.float64, device=self.device) for _ in self.sources]
+    def _fresh_buffers(self) -> Tensor:
+        size = len(self.sources) * min(self.tile, max(self.numel, 1))
+        return torch.empty(size, dtype=self.dtype, device=self.device)
 
-    def _read(self, start: int, count: int, buffers: list[Tensor] | None = None) -> list[Tensor]:
-        inputs = []
-        for k, source in enumerate(self.sources):
-            flat = _buffer((self.level, k), count, self.device) if buffers is None else buffers[k][:count]
-            source.read(start, flat)
-            # A sum is not finite when an element is not: ten times cheaper than isfinite on each element.
-            if not self._finite and not math.isfinite(flat.sum().item()) and not bool(torch.isfinite(flat).all()):
-                bad = flat[~torch.isfinite(flat)]
+    def _read(self, start: int, count: int, buffer: Tensor | None = None) -> Tensor:
+        k = len(self.sources)
+        flat = _buffer(self.level, k * count, self.dtype, self.device) if buffer is None else buffer[: k * count]
+        stack = flat.view(k, count)
+        for source, out in zip(self.sources, stack.unbind(0), strict=True):
+            source.read(start, out)
+        # A sum is not finite when an element is not: ten times cheaper than isfinite on each element.
+        if not self._finite and not math.isfinite(flat.sum().item()):
+            self.refuse_not_finite(stack)
+        return stack if self.columns is None else stack.view(k, -1, max(self.columns, 1))
+
+    def refuse_not_finite(self, stack: Tensor) -> None:
+        """Look for the input that holds NaN or Inf in a tile.
+
+        Raises:
+            NotFiniteError: Naming model and tensor.
+        """
+        for source, values in zip(self.sources, stack, strict=True):
+            bad = values[~torch.isfinite(values)]
+            if bad.numel():
                 what = "NaN" if bool(torch.isnan(bad).any()) else "Inf"
                 raise NotFiniteError(
                     f"the tensor holds {what}",
                     where=source.label,
                     hint="repair or retrain this parent, or leave it out",
                 )
-            inputs.append(flat if self.columns is None else flat.view(-1, max(self.columns, 1)))
-        return inputs
 
     def sums(self, quantities: Callable[[Tile], Sequence[Tensor]]) -> list[float]:
         """Exact sums over all elements of the quantities that a function computes for each tile.
@@ -234,7 +263,7 @@ class Scan:
             for segment in self.segments:
                 yield from self.tiles(segment)
             return
-        piece = min(self.columns or 1024, self.tile)
+        piece = min(self.columns or 4096, self.tile)
         number = max(limit // piece, 1)
         last = (self.numel - piece) // piece
         for i in range(number):
@@ -256,10 +285,11 @@ def block_sums(values: Tensor) -> list[float]:
 _local = threading.local()
 
 
-def _buffer(key: tuple[int, int], count: int, device: torch.device) -> Tensor:
-    """This thread's input buffer for a level and an input: allocating anew for each tile would cost more than the sums."""
-    buffers: dict[tuple[tuple[int, int], torch.device], Tensor] = _local.__dict__.setdefault("buffers", {})
-    found = buffers.get((key, device))
+def _buffer(level: int, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """This thread's input buffer for a level: allocating anew for each tile would cost more than the sums."""
+    buffers: dict[tuple[int, torch.dtype, torch.device], Tensor] = _local.__dict__.setdefault("buffers", {})
+    key = (level, dtype, device)
+    found = buffers.get(key)
     if found is None or found.numel() < count:
-        found = buffers[key, device] = torch.empty(max(count, TILE), dtype=torch.float64, device=device)
+        found = buffers[key] = torch.empty(count, dtype=dtype, device=device)
     return found[:count]

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from geomerge.methods.base import parameter, per_model
 from geomerge.methods.elementwise.task_vectors import TaskVectors
-from geomerge.methods.properties import BASE, SCALE, SIGN, SINGLE
+from geomerge.methods.properties import BASE, IDENTICAL, SCALE, SIGN, SINGLE
 from geomerge.methods.registry import register
 from geomerge.methods.sparsify import Everything, MagPrune, Sparsifier
 
@@ -42,7 +42,7 @@ class Della(_Della):
     title: ClassVar[str] = "DELLA"
     formula: ClassVar[str] = "τ̂ = τ ⊙ m/q,  m ~ Bernoulli(q),  q = density − ε + 2ε·rank/(n−1);  then as TIES"
     when: ClassVar[str] = "As DARE-TIES, when large task-vector elements should survive more often than small ones."
-    properties: ClassVar[frozenset[str]] = frozenset({BASE, SINGLE, SCALE})
+    properties: ClassVar[frozenset[str]] = frozenset({BASE, SINGLE, IDENTICAL, SCALE})
     elect: ClassVar[bool] = True
     example: ClassVar[str] = """\
 merge_method: della

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,12 +10,12 @@ import torch
 from torch import Tensor
 
 from geomerge.methods.base import Elementwise, parameter
-from geomerge.methods.properties import BASE, IDENTICAL, PERMUTATION, SIGN, SINGLE
+from geomerge.methods.properties import BASE, PERMUTATION, SIGN
 from geomerge.methods.registry import register
 from geomerge.methods.tile import Scan, Tile
 
 
-def _active(deltas: list[Tensor], epsilon: float) -> tuple[list[Tensor], Tensor]:
+def _active(deltas: Sequence[Tensor], epsilon: float) -> tuple[list[Tensor], Tensor]:
     """For each expert 1.0 where |δ| > ε, and how many experts are active at each position."""
     masks = [torch.hardshrink(d, epsilon).ne_(0.0) for d in deltas]
     number = masks[0].clone()
@@ -33,7 +34,7 @@ class Ram(Elementwise):
     paper: ClassVar[str] = "Reinforced agent merging, 2026 (mergekit)"
     formula: ClassVar[str] = "θ = θ₀ + Σ{δₖ : |δₖ| > ε} / max(1, #active)"
     when: ClassVar[str] = "Experts with sparse task vectors, such as those of reinforcement learning."
-    properties: ClassVar[frozenset[str]] = frozenset({PERMUTATION, BASE, IDENTICAL, SIGN})
+    properties: ClassVar[frozenset[str]] = frozenset({PERMUTATION, BASE, SIGN})
     example: ClassVar[str] = """\
 merge_method: ram
 base_model: ./base
@@ -62,7 +63,7 @@ class RamPlusTl(Elementwise):
     paper: ClassVar[str] = "Reinforced agent merging, 2026 (mergekit)"
     formula: ClassVar[str] = "as RAM; unshared δₖ are multiplied by 1 + r·clip(sharedₖ/uniqueₖ, 0, α)"
     when: ClassVar[str] = "As RAM, when averaging the shared changes weakens the experts."
-    properties: ClassVar[frozenset[str]] = frozenset({PERMUTATION, BASE, SINGLE, IDENTICAL, SIGN})
+    properties: ClassVar[frozenset[str]] = frozenset({PERMUTATION, BASE, SIGN})
     example: ClassVar[str] = """\
 merge_method: ramplus_tl
 base_model: ./base

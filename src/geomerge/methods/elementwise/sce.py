@@ -20,16 +20,17 @@ from geomerge.methods.tile import Scan, Tile
 
 
 def _variance(deltas: Sequence[Tensor]) -> Tensor:
-    """Population variance over the experts at each position."""
-    k = len(deltas)
-    mean = deltas[0].clone()
+    """K² times the population variance over the K experts at each position: K Σe² − (Σe)² with e = δₖ − δ₁.
+
+    Free of division, so that it is exactly zero where the experts agree, and that positions of equal variance on the coarse
+    grid of bfloat16 differences stay equal, in whatever order the experts come.
+    """
+    total, squares = torch.zeros_like(deltas[0]), torch.zeros_like(deltas[0])
     for d in deltas[1:]:
-        mean.add_(d)
-    mean.div_(k)
-    total = torch.zeros_like(mean)
-    for d in deltas:
-        total.add_(torch.sub(d, mean).square_())
-    return total.div_(k)
+        e = torch.sub(d, deltas[0])
+        total.add_(e)
+        squares.addcmul_(e, e)
+    return squares.mul_(len(deltas)).addcmul_(total, total, value=-1.0).clamp_(min=0.0)
 
 
 @register
@@ -82,7 +83,7 @@ dtype: bfloat16
         return selection, (energy / total).tolist()
 
     @staticmethod
-    def _select(deltas: list[Tensor], tile: Tile, selection: Selection | None, label: str) -> None:
+    def _select(deltas: Sequence[Tensor], tile: Tile, selection: Selection | None, label: str) -> None:
         if selection is not None:
             mask = selection.shrink_(_variance(deltas), tile, label).ne_(0.0)
             for d in deltas:

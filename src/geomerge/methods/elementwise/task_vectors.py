@@ -9,7 +9,7 @@ from torch import Tensor
 
 from geomerge.methods.base import Elementwise, parameter, per_model
 from geomerge.methods.combine import disjoint_merge, weighted_sum
-from geomerge.methods.sparsify import Rescale, Sparsifier, apply_, with_rescale
+from geomerge.methods.sparsify import MagPrune, Rescale, Sparsifier, measure
 from geomerge.methods.tile import Scan, Tile
 
 
@@ -45,12 +45,23 @@ class TaskVectors(Elementwise):
         if compat is None and self.normalize and not self.elect and abs(sum(self.weight)) < 1e-8:
             raise ValueError(f"the weights {list(self.weight)} sum to zero; set normalize: false or change them")
 
+    @property
+    def single(self) -> bool:
+        return not isinstance(self.sparsifier(), MagPrune)
+
     def measure(self, scan: Scan) -> Any:
-        return with_rescale(self.sparsifier(), scan)
+        return measure(self.sparsifier(), scan)
 
     def blend(self, tile: Tile, stats: Any) -> Tensor:
         step = self.sparsifier()
-        deltas = [apply_(step, delta, k, tile, stats) for k, delta in enumerate(tile.task_vectors())]
-        combine = disjoint_merge if self.elect else weighted_sum
-        merged = combine(deltas, self.weight, normalize=self.normalize)
-        return tile.base.add_(merged, alpha=self.lambda_)
+        found, factors = stats
+        for k, delta in enumerate(tile.task_vectors()):
+            step.keep_(delta, k, tile, found)
+        deltas = tile.stack[1:]
+        if self.elect:
+            return disjoint_merge(
+                tile.base, deltas, self.weight, factors=factors, normalize=self.normalize, lambda_=self.lambda_
+            )
+        divisor = sum(self.weight)
+        scale = self.lambda_ / divisor if self.normalize and abs(divisor) >= 1e-8 else self.lambda_
+        return weighted_sum(tile.base, deltas, [scale * w * f for w, f in zip(self.weight, factors, strict=True)])

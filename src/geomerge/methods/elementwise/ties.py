@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from geomerge.methods.base import parameter
 from geomerge.methods.elementwise.task_vectors import TaskVectors
-from geomerge.methods.properties import BASE, PERMUTATION, SCALE, SINGLE
+from geomerge.methods.properties import BASE, IDENTICAL, PERMUTATION, SCALE, SINGLE
 from geomerge.methods.registry import register
 from geomerge.methods.sparsify import Everything, Magnitude, Sparsifier
 
@@ -22,7 +22,7 @@ class Ties(TaskVectors):
     paper: ClassVar[str] = "Yadav et al. 2023, TIES-Merging, arXiv:2306.01708"
     formula: ClassVar[str] = "θ = θ₀ + λ · mean{wₖτ̂ₖ : sgn wₖτ̂ₖ = sgn Σ wⱼτ̂ⱼ},  τ̂ = top-density(τ)"
     when: ClassVar[str] = "Three or more fine-tunes of one base that pull the same weights in different directions."
-    properties: ClassVar[frozenset[str]] = frozenset({PERMUTATION, BASE, SINGLE, SCALE})
+    properties: ClassVar[frozenset[str]] = frozenset({PERMUTATION, BASE, SINGLE, IDENTICAL, SCALE})
     mergekit: ClassVar[dict[str, Any]] = {"rescale_norm": "l1"}
     elect: ClassVar[bool] = True
     example: ClassVar[str] = """\

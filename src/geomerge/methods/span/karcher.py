@@ -9,7 +9,7 @@ import numpy as np
 
 from geomerge.methods.base import BaseUse, Span, parameter
 from geomerge.methods.gram import Gram
-from geomerge.methods.properties import BASE, IDENTICAL, PERMUTATION, ROTATION, SINGLE
+from geomerge.methods.properties import BASE, IDENTICAL, PERMUTATION, ROTATION, SCALE, SIGN, SINGLE
 from geomerge.methods.registry import register
 
 
@@ -28,7 +28,7 @@ class Karcher(Span):
     formula: ClassVar[str] = "u ← exp_u(Σ αᵢ log_u xᵢ/‖xᵢ‖) until it stands;  θ = u · Σ αᵢ‖xᵢ‖"
     when: ClassVar[str] = "Three or more models of equal standing that lie far apart; for close ones it is the average."
     base_use: ClassVar[BaseUse] = "ignored"
-    properties: ClassVar[frozenset[str]] = frozenset({PERMUTATION, BASE, SINGLE, IDENTICAL, ROTATION})
+    properties: ClassVar[frozenset[str]] = frozenset({PERMUTATION, BASE, SINGLE, IDENTICAL, SCALE, SIGN, ROTATION})
     example: ClassVar[str] = """\
 merge_method: karcher
 models: [{model: ./chat}, {model: ./code}, {model: ./maths}]

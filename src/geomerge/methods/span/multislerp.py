@@ -10,8 +10,13 @@ import numpy as np
 
 from geomerge.methods.base import BaseUse, Span, parameter, per_model
 from geomerge.methods.gram import Gram
-from geomerge.methods.properties import BASE, IDENTICAL, PERMUTATION, ROTATION, SINGLE
+from geomerge.methods.properties import BASE, IDENTICAL, PERMUTATION, ROTATION, SCALE, SIGN, SINGLE
 from geomerge.methods.registry import register
+
+_RESOLVED = 1e-7
+"""Unit vectors that cancel leave 10⁻⁸ of rounding in the square root of their Gram matrix's sum: shorter is zero."""
+
+_TINY = 5e-324
 
 
 @register
@@ -29,7 +34,7 @@ class MultiSlerp(Span):
     formula: ClassVar[str] = "θ = [θ₀ +] u/‖u‖ · Σ wᵢ‖xᵢ‖,  u = Σ wᵢ xᵢ/‖xᵢ‖"
     when: ClassVar[str] = "Three or more models whose directions differ enough that averaging would shrink the norm."
     base_use: ClassVar[BaseUse] = "optional"
-    properties: ClassVar[frozenset[str]] = frozenset({PERMUTATION, BASE, SINGLE, IDENTICAL, ROTATION})
+    properties: ClassVar[frozenset[str]] = frozenset({PERMUTATION, BASE, SINGLE, IDENTICAL, SCALE, SIGN, ROTATION})
     example: ClassVar[str] = """\
 merge_method: multislerp
 models:
@@ -62,9 +67,10 @@ dtype: bfloat16
         if self.normalize_weights:
             w = w / w.sum()
         norms = np.array([float(vectors.norm(i)) for i in range(len(w))])
-        u = w / (norms + self.eps)
+        # A zero vector has no direction; left in, its coefficient w/ε would only bring in the base's rounding errors.
+        u = np.where(norms > 0, w / np.maximum(norms + self.eps, _TINY), 0.0)
         length = math.sqrt(max(float(u @ vectors.raw() @ u), 0.0))
-        if length < self.eps:
+        if length < max(self.eps, _RESOLVED):
             if not norms.any():
                 return w
             if len(w) == 2:

@@ -10,9 +10,9 @@ import numpy as np
 
 from geomerge.methods.base import Axis, BaseUse, Span, parameter, per_model
 from geomerge.methods.gram import Gram
-from geomerge.methods.properties import BASE, IDENTICAL, PERMUTATION, ROTATION
+from geomerge.methods.properties import BASE, IDENTICAL, PERMUTATION, ROTATION, SCALE, SIGN
 from geomerge.methods.registry import register
-from geomerge.methods.span.slerp import great_circle
+from geomerge.methods.span.slerp import ANTIPODAL, great_circle
 
 
 @register
@@ -27,7 +27,7 @@ class NuSlerp(Span):
     when: ClassVar[str] = "SLERP with mergekit-style weights, of task vectors, or with an angle for each row or column."
     models: ClassVar[tuple[int, int | None]] = (2, 2)
     base_use: ClassVar[BaseUse] = "optional"
-    properties: ClassVar[frozenset[str]] = frozenset({PERMUTATION, BASE, IDENTICAL, ROTATION})
+    properties: ClassVar[frozenset[str]] = frozenset({PERMUTATION, BASE, IDENTICAL, SCALE, SIGN, ROTATION})
     mergekit: ClassVar[dict[str, Any]] = {"zero_angle": True}
     example: ClassVar[str] = """\
 merge_method: nuslerp
@@ -59,7 +59,7 @@ dtype: bfloat16
         omega = np.asarray(pair.angle(0, 1))
         zero = (pair.norm(0) == 0) | (pair.norm(1) == 0)
         omega = np.where(zero, math.pi / 2, omega)
-        known = (np.abs(np.sin(omega)) >= 1e-8) & ~(zero & (not self.zero_angle))
+        known = (omega >= 1e-8) & (omega <= math.pi - ANTIPODAL) & ~(zero & (not self.zero_angle))
         a, b = great_circle(np.where(known, omega, 1.0), t, 1e-9)
         a, b = np.where(known, a, 1 - t), np.where(known, b, t)
         return np.stack([1 - a - b, a, b] if based else [a, b], -1)

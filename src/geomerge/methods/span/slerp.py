@@ -10,7 +10,7 @@ import numpy as np
 
 from geomerge.methods.base import BaseUse, Span, parameter
 from geomerge.methods.gram import Gram
-from geomerge.methods.properties import BASE, IDENTICAL, ROTATION
+from geomerge.methods.properties import BASE, IDENTICAL, ROTATION, SCALE, SIGN
 from geomerge.methods.registry import register
 
 ANTIPODAL = 1e-3
@@ -38,7 +38,7 @@ class Slerp(Span):
     )
     models: ClassVar[tuple[int, int | None]] = (1, 1)
     base_use: ClassVar[BaseUse] = "required"
-    properties: ClassVar[frozenset[str]] = frozenset({BASE, IDENTICAL, ROTATION})
+    properties: ClassVar[frozenset[str]] = frozenset({BASE, IDENTICAL, SCALE, SIGN, ROTATION})
     mergekit: ClassVar[dict[str, Any]] = {"lerp_threshold": 0.9995, "zero_angle": True}
     example: ClassVar[str] = """\
 merge_method: slerp

@@ -1,0 +1,52 @@
+# One way to run everything; CI calls the same targets.
+#
+#   make demo    three small models trained, merged and examined
+#   make test    lint, types, tests
+#   make bench   the measurements of docs/benchmarks.md
+#   make docs    the generated pages of docs/methods/
+
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
+	command -v $$p >/dev/null 2>&1 && $$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	&& echo $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/geomerge.stamp
+LOG := $(VENV)/pip.log
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+WORKERS ?= 2
+
+export HF_HUB_DISABLE_TELEMETRY = 1
+
+.PHONY: env demo test lint bench docs clean
+
+env: $(STAMP)
+
+# Output goes to a log; when something fails its end is shown.
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "geomerge needs Python 3.11 or newer with the venv module (Debian: python3-venv)" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (log: $(LOG))"
+	@{ $(PIP) install "$$(grep '^torch==' constraints.txt)" && $(PIP) install -c constraints.txt -e '.[dev]'; } >$(LOG) 2>&1 \
+		|| { tail -n 30 $(LOG) >&2; exit 1; }
+	@touch $(STAMP)
+
+demo: env
+	@$(BIN)/python examples/demo.py $(DEMO)
+
+test: lint
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+lint: env
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: env
+	$(BIN)/python benchmarks/run.py
+
+docs: env
+	$(BIN)/python docs/generate.py
+
+clean:
+	rm -rf demo build dist .bench .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests examples benchmarks docs -name __pycache__ -type d -prune -exec rm -rf {} +

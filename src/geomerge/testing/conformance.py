@@ -1,0 +1,246 @@
+"""What every merge method must keep, whatever it computes; each check takes a `Case` and raises `AssertionError`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from geomerge.errors import NotFiniteError
+from geomerge.methods import properties, registry
+from geomerge.methods.base import Method
+from geomerge.testing.inputs import KINDS, merge, models
+
+Transform = Callable[[Tensor], Tensor]
+
+SHAPES: tuple[tuple[int, ...], ...] = ((137,), (3, 500), (211, 5), (4, 3, 5, 2), (1,), (1, 1), (), (0,), (5, 0), (0, 3))
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TILES = (1 << 13, 1 << 14, 1 << 16, 1 << 22)
+LARGE: tuple[tuple[int, ...], ...] = ((3, 50_003), (111_111,), (2101, 53))
+"""Shapes that any tile cuts: rows longer than a tile, odd numbers of elements."""
+
+THINNING = {"density": 0.5, "select_topk": 0.5}
+"""Parameters whose neutral value hides what a method does: where it has them, it is checked with these values, too."""
+
+_WEIGHTS = (1.0, 0.5, 0.75, 1.25, 2.0)
+_TOLERANCE = 1e-7
+"""Of the largest magnitude: far below any change in the models, and above the methods' own small constants (1e-8)."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method with a number of models and parameters.
+
+    Attributes:
+        method: The class.
+        count: The number of models beside the base.
+        based: Whether there is a base.
+        values: Parameters that are not neutral.
+        neutral: What the required parameters are set to.
+    """
+
+    method: type[Method]
+    count: int
+    based: bool
+    values: Mapping[str, Any] = field(default_factory=dict)
+    neutral: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        settings = [f"{name}={value}" for name, value in self.values.items()]
+        return "-".join([self.method.name, str(self.count), *(["base"] if self.based else []), *settings])
+
+    @property
+    def inputs(self) -> int:
+        """The number of models, the base included."""
+        return self.count + self.based
+
+    def made(self, order: Sequence[int] | None = None, *, plain: bool = False) -> Method:
+        """The method; its per-model parameters in the given order. `plain`: all parameters neutral, all weights equal."""
+        values: dict[str, Any] = {}
+        order = range(self.count) if order is None else order
+        for name, p in self.method.parameters().items():
+            if p.required or name in self.neutral:
+                values[name] = self.neutral.get(name, 1.0)
+                if p.per_model and not plain:
+                    values[name] = [_WEIGHTS[k % len(_WEIGHTS)] * values[name] for k in order]
+        return self.method.make(values | ({} if plain else dict(self.values)), count=self.count)
+
+    def models(self, shape: Sequence[int] = (24, 40), kind: str = "dense") -> list[Tensor]:
+        """Inputs for the method, base first."""
+        return models(self.inputs, shape, kind)
+
+
+def cases(
+    *names: str, parameters: Mapping[str, Mapping[str, Any]] | None = None, counts: Sequence[int] = (1, 2, 3, 5)
+) -> list[Case]:
+    """The cases of the named methods, or of all that are registered.
+
+    Args:
+        names: Of methods.
+        parameters: For each method neutral values of required parameters; those not given are 1.
+        counts: Numbers of models, of which a method gets those it takes.
+    """
+    given = {"slerp": {"t": 0.3}, "nearswap": {"t": 1e-4}} | dict(parameters or {})
+    found = []
+    for name in names or registry.all_methods():
+        method = registry.get(name)
+        low, high = method.models
+        based = {"required": (True,), "optional": (False, True), "ignored": (False,)}[method.base_use]
+        thinned = {key: value for key, value in THINNING.items() if key in method.parameters()}
+        for values in [{}, thinned] if thinned else [{}]:
+            for count in counts:
+                if count >= low and (high is None or count <= high):
+                    found += [Case(method, count, b, values, given.get(name, {})) for b in based]
+    return found
+
+
+def check_declaration(case: Case) -> None:
+    """The class says what documentation, schema and recipes need, and its parameters survive a round trip."""
+    method = case.method
+    for attribute in ("name", "title", "paper", "formula", "when", "example", "family"):
+        assert getattr(method, attribute).strip(), f"{method.name} has no {attribute}"
+    assert method.properties <= set(properties.MEANING), f"unknown properties: {method.properties}"
+    assert f"merge_method: {method.name}" in method.example
+    assert all(p.doc for p in method.parameters().values())
+    made = case.made()
+    assert method.make(made.values(), count=case.count) == made
+    assert dataclasses.is_dataclass(made)
+    assert hash(made) == hash(case.made())
+
+
+def check_shapes(case: Case) -> None:
+    """Any shape, empty ones included, gives that shape; the inputs stay as they are."""
+    for shape in SHAPES:
+        for dtype in DTYPES:
+            inputs = [m.to(dtype) for m in case.models(shape)]
+            before = [m.clone() for m in inputs]
+            out = merge(case.made(), inputs, dtype=dtype)
+            assert out.shape == torch.Size(shape)
+            assert bool(torch.isfinite(out).all()), f"{shape} {dtype}: {out}"
+            assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True)), "an input was overwritten"
+
+
+def check_not_finite(case: Case) -> None:
+    """NaN or Inf in any input is refused, and the message names the model."""
+    for bad, word in ((float("nan"), "NaN"), (float("inf"), "Inf"), (-float("inf"), "Inf")):
+        for i in range(case.inputs):
+            inputs = case.models()
+            inputs[i].view(-1)[777] = bad
+            try:
+                merge(case.made(), inputs)
+            except NotFiniteError as error:
+                assert f"model {i}" in str(error)  # noqa: PT017 - this is no test but a function for tests
+                assert word in str(error)  # noqa: PT017
+            else:
+                raise AssertionError(f"{word} in input {i} went through")
+
+
+def check_tiles(case: Case) -> None:
+    """The same float64 bits for every size of tiles, on several threads, and with reading ahead."""
+    for shape in LARGE:
+        inputs = case.models(shape, "wide")
+        expected = merge(case.made(), inputs, tile=TILES[0])
+        for tile in TILES[1:]:
+            assert torch.equal(merge(case.made(), inputs, tile=tile), expected), f"tiles of {tile} differ at {shape}"
+        with ThreadPoolExecutor(3) as pool:
+            assert torch.equal(merge(case.made(), inputs, run=pool.map), expected), f"threads differ at {shape}"
+        assert torch.equal(merge(case.made(), inputs, read_ahead=True), expected), f"reading ahead differs at {shape}"
+
+
+def check_seed(case: Case) -> None:
+    """One seed, one result; the global random generators are left alone."""
+    states = torch.get_rng_state(), repr(np.random.get_state())  # noqa: NPY002 - that is the point
+    inputs = case.models()
+    first = merge(case.made(), inputs, seed=3)
+    assert torch.equal(first, merge(case.made(), inputs, seed=3))
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert repr(np.random.get_state()) == states[1]  # noqa: NPY002
+
+
+def check_properties_hold(case: Case) -> None:
+    """Each property that the class lists holds on every kind of models."""
+    for name in sorted(case.method.properties):
+        assert not list(violations(case, name)), f"{case} does not keep {name!r}: {list(violations(case, name))[0]}"
+
+
+def check_properties_complete(method: str, parameters: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+    """Each property that a method's class does not list is violated by some models, numbers of experts or parameters.
+
+    Args:
+        method: Its name.
+        parameters: As for `cases`.
+    """
+    alike = cases(method, parameters=parameters)
+    for name in sorted(set(properties.MEANING) - registry.get(method).properties):
+        # A property that cannot even be stated (`single` of a method for two) is not one that holds.
+        stated = [c for c in alike if name != properties.SINGLE or c.count == 1]
+        assert not stated or any(any(violations(c, name)) for c in stated), f"{method} keeps {name!r}: list it"
+
+
+CHECKS: tuple[Callable[[Case], None], ...] = (
+    check_declaration,
+    check_shapes,
+    check_not_finite,
+    check_tiles,
+    check_seed,
+    check_properties_hold,
+)
+
+
+def violations(case: Case, name: str) -> Iterator[str]:
+    """What shows that a property does not hold for a case."""
+    for kind in KINDS:
+        for what, found, expected in _pairs(case, name, kind):
+            size = float(expected.abs().max())
+            error = float((found.double() - expected.double()).abs().max())
+            if error > (0.0 if name == properties.BASE else _TOLERANCE * size):
+                yield f"{what} of {kind} models: off by {error:.3g} where {size:.3g} is the largest element"
+
+
+def _pairs(case: Case, name: str, kind: str) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Results that a property says are equal."""
+    inputs = case.models(kind=kind)
+    base, experts = inputs[: case.based], inputs[case.based :]
+    lone = case.count == 1 and case.based  # an only expert: what is said of experts is said of the two models
+    if name == properties.BASE:
+        for dtype in DTYPES:
+            same = inputs[0].to(dtype)
+            yield f"equal {dtype}", merge(case.made(), [same] * case.inputs, dtype=dtype), same
+    elif name == properties.SINGLE:
+        if case.count == 1:
+            yield "a single one", merge(case.made(plain=True), inputs), experts[0]
+    elif name == properties.IDENTICAL:
+        several = (
+            [experts[0]] * case.inputs if lone and case.method.models == (1, 1) else base + experts[:1] * case.count
+        )
+        yield "copies", merge(case.made(plain=True), several), experts[0]
+    elif name == properties.PERMUTATION:
+        if lone and case.method.models == (1, 1):
+            yield "exchange", merge(case.made(), inputs[::-1]), merge(case.made(), inputs)
+        else:
+            order = [*range(1, case.count), 0]
+            yield (
+                "rotation of the order",
+                merge(case.made(order), base + [experts[k] for k in order]),
+                merge(case.made(), inputs),
+            )
+    else:
+        for what, transform in _transforms(name, inputs[0]):
+            moved = merge(case.made(), [transform(m) for m in inputs])
+            yield what, moved, transform(merge(case.made(), inputs))
+
+
+def _transforms(name: str, like: Tensor) -> list[tuple[str, Transform]]:
+    if name == properties.SCALE:
+        return [(f"multiplication by {c}", lambda x, c=c: x * c) for c in (4.0, 0.25)]
+    if name == properties.SIGN:
+        return [("negation", torch.neg)]
+    random = np.random.default_rng(5)
+    left, right = (torch.from_numpy(np.linalg.qr(random.standard_normal((n, n)))[0]) for n in like.shape)
+    return [("rotation", lambda x: left @ x @ right.T)]

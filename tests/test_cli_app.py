@@ -1,0 +1,231 @@
+"""The program itself: start-up, exit codes, messages, colours."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cli_samples import Program, weights, write_model, write_models, write_recipe
+from geomerge.cli import console
+from geomerge.version import __version__
+
+HEAVY = ("torch", "numpy", "transformers", "rich", "pydantic", "ruamel", "huggingface_hub", "safetensors", "jinja2")
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Program:
+    """The program in this process."""
+    return Program(capsys)
+
+
+def test_help_imports_nothing_heavy() -> None:
+    """`geomerge --help` loads none of the libraries that take long to load, and lists the verbs."""
+    code = (
+        "import sys\nfrom geomerge.cli.app import main\ncode = main(['--help'])\n"
+        f"print('loaded', sorted(set({HEAVY!r}) & set(sys.modules)), len(sys.modules) < 600, code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.endswith("loaded [] True 0\n")
+    for verb in ("merge", "plan", "inspect", "methods", "schema"):
+        assert f"\n  {verb} " in done.stdout
+
+
+def test_the_module_is_the_same_program() -> None:
+    """`python -m geomerge` answers under the name geomerge."""
+    words = [sys.executable, "-m", "geomerge", "--help"]
+    done = subprocess.run(words, check=True, capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith("Usage: geomerge [OPTIONS] COMMAND")
+
+
+def test_verbs_start_in_a_fresh_process(tmp_path: Path) -> None:
+    """The verbs that do most import what they need themselves: none relies on another having run before."""
+    write_models(tmp_path)
+    recipe = write_recipe(tmp_path)
+    verbs = [["inspect", "a"], ["plan", recipe], ["merge", recipe, "out"]]
+    program = [sys.executable, "-m", "geomerge"]
+    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    running = [subprocess.Popen([*program, *map(str, verb)], cwd=tmp_path, **streams) for verb in verbs]
+    errors = [process.communicate(timeout=120)[1].decode() for process in running]
+    assert errors == [""] * len(verbs)
+    assert [process.returncode for process in running] == [0] * len(verbs)
+
+
+def test_version(run: Program) -> None:
+    """`--version` prints name and version."""
+    assert run("--version") == (0, f"geomerge {__version__}\n", "")
+
+
+def test_no_verb_shows_the_help_and_fails(run: Program) -> None:
+    """Without a verb there is nothing to do: help, and the code for wrong usage."""
+    code, out, err = run()
+    assert code == 2
+    assert "Commands:" in out + err
+
+
+@pytest.mark.parametrize(
+    "words", [["marge"], ["merge"], ["plan", "x", "--thread", "2"], ["merge", "a", "b", "--threads", "0"]]
+)
+def test_wrong_usage_is_code_2(run: Program, words: list[str]) -> None:
+    """An unknown verb, a missing argument, an unknown option and a bad number are usage errors on stderr."""
+    code, out, err = run(*words)
+    assert (code, out) == (2, "")
+    assert "Error" in err
+
+
+def test_unknown_parameters_are_code_2_with_the_line(run: Program, tmp_path: Path) -> None:
+    """A recipe error names file and line and suggests the right word."""
+    write_models(tmp_path)
+    recipe = write_recipe(tmp_path, "merge_method: slarp\nbase_model: {0}/a\nmodels: [{{model: {0}/b}}]\n")
+    code, out, err = run("plan", recipe)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: {recipe}:1: ")
+    assert "\n  did you mean 'slerp'" in err
+
+
+def test_a_damaged_model_is_code_3(run: Program, tmp_path: Path) -> None:
+    """A truncated file is named, and nothing appears under the output's name."""
+    write_models(tmp_path)
+    whole = (tmp_path / "b" / "model.safetensors").read_bytes()
+    (tmp_path / "b" / "model.safetensors").write_bytes(whole[:-10])
+    code, out, err = run("merge", write_recipe(tmp_path), tmp_path / "out")
+    assert (code, out) == (3, "")
+    assert "model.safetensors" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_exists_is_code_2(run: Program, tmp_path: Path) -> None:
+    """The hint names the option that replaces it."""
+    write_models(tmp_path)
+    code, _, err = run("merge", write_recipe(tmp_path), tmp_path / "base")
+    assert code == 2
+    assert "the output exists" in err
+    assert "--force" in err
+
+
+def test_a_failed_run_is_code_1(run: Program, tmp_path: Path) -> None:
+    """A saved plan whose input has changed since is refused as a failure of the run."""
+    write_models(tmp_path)
+    assert run("plan", write_recipe(tmp_path), "--no-estimate", "--save", tmp_path / "plan.json").code == 0
+    (tmp_path / "b" / "model.safetensors").unlink()
+    (tmp_path / "b").joinpath("config.json").unlink()
+    (tmp_path / "b").rmdir()
+    write_model(tmp_path / "b", weights(7))
+    code, _, err = run("merge", tmp_path / "plan.json", tmp_path / "out")
+    assert code == 1
+    assert "is not the one that the plan was made for" in err
+
+
+def test_a_bug_is_a_sentence_and_a_traceback_only_with_debug(run: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An exception that nobody foresaw says that it is a bug; `--debug` shows where, before or behind the verb."""
+
+    def broken() -> None:
+        raise ZeroDivisionError("oops \x1b[2J")
+
+    monkeypatch.setattr("geomerge.recipe.json_schema", broken)
+    code, out, err = run("schema")
+    assert (code, out) == (1, "")
+    assert err.startswith("error: this is a bug in geomerge: ZeroDivisionError: oops \\x1b[2J\n")
+    assert "Traceback" not in err
+    for words in (["--debug", "schema"], ["schema", "--debug"]):
+        code, _, err = run(*words)
+        assert code == 1
+        assert "Traceback" in err
+        assert "in broken" in err
+
+
+def test_known_errors_show_a_traceback_with_debug(run: Program) -> None:
+    """`--debug` also tells where a foreseen error was raised."""
+    assert "Traceback" not in run("methods", "tis").err
+    assert "Traceback" in run("methods", "tis", "--debug").err
+
+
+def test_an_interruption_of_any_verb_is_130(run: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C ends a verb with 130 and one line."""
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("geomerge.recipe.json_schema", interrupted)
+    assert run("schema") == (130, "", "interrupted: nothing was changed\n")
+
+
+def test_colours_follow_the_environment(run: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No escape codes into a pipe; FORCE_COLOR asks for them; NO_COLOR wins over it."""
+    for name in ("NO_COLOR", "FORCE_COLOR", "COLUMNS"):
+        monkeypatch.delenv(name, raising=False)
+
+    def both() -> str:
+        return run("methods", "slerp").out + run("methods", "tis").err
+
+    assert "\x1b" not in both()
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    text = both()
+    assert "\x1b[1m" in text
+    assert "\x1b[31;1merror:" in text
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b" not in both()
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("model.layers.0", "model.layers.0"),
+        ("\x1b[31mred", "\\x1b[31mred"),
+        ("a\nb", "a\\nb"),
+        ("\u202eevil", "\\u202eevil"),
+        ("\x9b2J", "\\x9b2J"),
+        ("\ud800", "\\ud800"),
+        ("θ [bold]x[/bold]", "θ [bold]x[/bold]"),
+    ],
+)
+def test_unprintable_characters_are_shown(text: str, shown: str) -> None:
+    """Control characters, direction marks and lone surrogates appear as escapes; everything else as it is."""
+    assert console.clean(text) == shown
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (988_097_824, "988 MB"), (1_980_000_000, "1.98 GB"),
+     (999_600, "1 MB"), (99_960, "100 kB"), (5e15, "5000 TB")],
+)  # fmt: skip
+def test_amounts(nbytes: float, text: str) -> None:
+    """Three digits in decimal units."""
+    assert console.amount(nbytes) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.01, "under 0.1 s"),
+        (0.44, "0.4 s"),
+        (9.96, "10 s"),
+        (59.7, "1 min 0 s"),
+        (250, "4 min 10 s"),
+        (7500, "2 h 5 min"),
+    ],
+)
+def test_durations(seconds: float, text: str) -> None:
+    """Rounded to what a person wants to know."""
+    assert console.duration(seconds) == text
+
+
+def test_the_librarys_warnings_reach_stderr_cleaned(capsys: pytest.CaptureFixture[str]) -> None:
+    """A logger below geomerge writes one line on stderr, without control characters; what is less is not shown."""
+    console.show_warnings()
+    console.show_warnings()
+    logger = logging.getLogger("geomerge.checkpoint")
+    logger.info("nothing")
+    logger.warning("%s cannot be locked", "a\x07b")
+    assert capsys.readouterr() == ("", "warning: a\\x07b cannot be locked\n")
+
+
+def test_a_schema_is_json(run: Program) -> None:
+    """`geomerge schema` prints the JSON schema and nothing else."""
+    code, out, err = run("schema")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["title"] == "geomerge recipe"

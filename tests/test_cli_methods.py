@@ -1,0 +1,84 @@
+"""``geomerge methods``: the list and the page of each method."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from cli_samples import Program
+from geomerge.methods import registry
+from geomerge.recipe import loads
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Program:
+    """The program in this process, into a pipe."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    return Program(capsys)
+
+
+def test_all_methods_are_listed(run: Program) -> None:
+    """One line each, with family, number of models, use of the base and title."""
+    code, out, err = run("methods")
+    assert (code, err) == (0, "")
+    lines = out.split("\n\n")[0].splitlines()
+    assert [line.split()[0] for line in lines] == ["method", *registry.all_methods()]
+    assert next(line.split() for line in lines if line.startswith("slerp ")) == [
+        "slerp", "span", "1", "required", "Spherical", "linear", "interpolation", "(SLERP)",
+    ]  # fmt: skip
+
+
+def test_one_method(run: Program) -> None:
+    """Formula, paper, parameters with ranges and both profiles' defaults, properties in words, an example."""
+    _, out, _ = run("methods", "slerp")
+    method = registry.get("slerp")
+    for text in (method.title, " ".join(method.formula.split()), "Shoemake 1985", "identical experts give that expert"):
+        assert text in " ".join(out.split())
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    assert any(line.startswith("t number in [0, 1], more with `extrapolate` required ") for line in lines)
+    assert any(line.startswith("lerp_threshold number in [0, 1] none (mergekit: 0.9995) ") for line in lines)
+    assert "  merge_method: slerp\n" in out.split("\nexample\n")[1]
+
+
+def test_an_alias_is_its_method(run: Program) -> None:
+    """Every alias shows its method's page."""
+    aliases = [(a, name) for name, method in registry.all_methods().items() for a in method.aliases]
+    for alias, name in aliases[:2]:
+        assert run("methods", alias).out == run("methods", name).out
+        assert alias in run("methods", name).out
+
+
+@pytest.mark.parametrize("name", list(registry.all_methods()))
+def test_every_page_and_example(run: Program, name: str) -> None:
+    """Each method's page can be drawn, and the example on it is a recipe for this method."""
+    code, out, _ = run("methods", name)
+    assert code == 0
+    example = "\n".join(line[2:] for line in out.split("\nexample\n")[1].splitlines())
+    assert registry.get(loads(example + "\n").output.method).name == name
+
+
+def test_json(run: Program) -> None:
+    """A list of objects, or one, with the same keys."""
+    everything = json.loads(run("methods", "--json").out)
+    assert [m["name"] for m in everything] == list(registry.all_methods())
+    one = json.loads(run("methods", "ties", "--json").out)
+    assert one in everything
+    assert set(one) == {
+        "name", "aliases", "family", "title", "formula", "paper", "when", "models", "base", "properties", "parameters",
+        "example",
+    }  # fmt: skip
+    density = next(p for p in one["parameters"] if p["name"] == "density")
+    assert density == {
+        "name": "density", "type": "number", "per_model": True, "required": False, "default": 1.0,
+        "mergekit_default": 1.0, "least": 0, "most": 1, "above": 0, "choices": [],
+        "doc": "share of the elements that is kept",
+    }  # fmt: skip
+
+
+def test_a_misspelt_method(run: Program) -> None:
+    """The closest names are offered, with the code for a usage error."""
+    code, out, err = run("methods", "slurp")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: there is no method 'slurp'\n  did you mean 'slerp' or ")

@@ -1,0 +1,276 @@
+"""Killed at any moment and continued: the same bytes; and when not to believe what an earlier run left."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from test_engine_identity import Interrupt
+
+import geomerge as gm
+from geomerge.engine import journal as journal_module
+from geomerge.engine.journal import Journal
+
+# Imports once; then each merge runs in a forked child that tells through a pipe when it has begun and, slowed down by its
+# progress, is killed after a random time. What is left is continued by the next child.
+KILLER = """
+import os, random, signal, sys, time
+import geomerge as gm
+from geomerge.engine.run import run_plan
+
+recipe, out, kills = sys.argv[1], sys.argv[2], int(sys.argv[3])
+dice = random.Random(os.getpid())
+
+class Slow:
+    def __init__(self, begun):
+        self.begun = begun
+    def start(self, total, done):
+        os.write(self.begun, b"x")
+    def advance(self, nbytes):
+        time.sleep(0.0002)
+    def finish(self):
+        pass
+
+def merge(begun):
+    gm.merge(recipe, out, resume=True, threads=2, tile=8192, shard_size=8_000_000, progress=Slow(begun))
+
+killed = 0
+while killed < kills:
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(read)
+        try:
+            merge(write)
+        finally:
+            os._exit(0)
+    os.close(write)
+    os.read(read, 1)
+    os.close(read)
+    time.sleep(dice.uniform(0.0, 0.14))
+    os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    if not os.WIFSIGNALED(status) or os.path.exists(out):
+        break
+    killed += 1
+print(killed)
+"""
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two bfloat16 models of 30 MB each: many tensors of all sizes."""
+    root = tmp_path_factory.mktemp("large")
+    shapes = {f"model.layers.{i}.mlp.up_proj.weight": (300, 1000) for i in range(40)}
+    shapes |= {f"model.layers.{i}.self_attn.q_proj.weight": (100, 1000) for i in range(40)}
+    shapes |= {f"model.layers.{i}.input_layernorm.weight": (1000,) for i in range(40)}
+    base = tiny.random_tensors(shapes, 1, dtype=torch.bfloat16)
+    tiny.save(root / "base", base)
+    tiny.save(root / "a", tiny.random_tensors(shapes, 2, like=base, dtype=torch.bfloat16))
+    return root
+
+
+def test_kill_9_at_random_moments(large: Path, tmp_path: Path) -> None:
+    """Six runs die by SIGKILL at random moments, each continues the last; the finished directory is byte-identical."""
+    recipe = tmp_path / "recipe.yml"
+    recipe.write_text(
+        f"merge_method: dare_ties\nbase_model: {large}/base\nmodels: [{{model: {large}/a}}]\n"
+        "parameters: {density: 0.5, weight: 1}\n"
+    )
+    gm.merge(recipe, tmp_path / "whole" / "out", shard_size=8_000_000)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLER, str(recipe), str(tmp_path / "out"), "6"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert int(killed.stdout) >= 2, killed.stderr
+    assert not (tmp_path / "out").exists()
+    report = gm.merge(recipe, tmp_path / "out", resume=True, shard_size=8_000_000)
+    assert report.resumed > 0
+    assert tiny.digests(tmp_path / "out") == tiny.digests(tmp_path / "whole" / "out")
+
+
+RECIPE = """\
+merge_method: linear
+models:
+- {{model: {0}/a, parameters: {{weight: {1}}}}}
+- {{model: {0}/b, parameters: {{weight: 1}}}}
+"""
+
+
+@pytest.fixture
+def stopped(tmp_path: Path) -> Callable[..., Path]:
+    """Makes two models and an output that was interrupted half-way; returns its `OUT.partial`."""
+
+    def make(**options: Any) -> Path:
+        tiny.family(tmp_path)
+        with pytest.raises(KeyboardInterrupt):
+            gm.merge(
+                RECIPE.format(tmp_path, 1), tmp_path / "out", threads=1, progress=Interrupt(0.5), **options
+            )
+        return tmp_path / "out.partial"
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def _journal_each_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bundles of one tensor, so that a tiny model's run can be half finished."""
+    monkeypatch.setattr("geomerge.engine.execute._BUNDLE_TENSORS", 1)
+
+
+def resume(tmp_path: Path, weight: float = 1, **options: Any) -> Any:
+    """Continue the interrupted output of `stopped` and compare it with an undisturbed run."""
+    report = gm.merge(RECIPE.format(tmp_path, weight), tmp_path / "out", resume=True, **options)
+    gm.merge(RECIPE.format(tmp_path, weight), tmp_path / "whole" / "out")
+    assert tiny.digests(tmp_path / "out") == tiny.digests(tmp_path / "whole" / "out")
+    return report
+
+
+def lines(partial: Path) -> list[dict[str, Any]]:
+    """The journal's lines."""
+    return [json.loads(line) for line in (partial / "journal.jsonl").read_text().splitlines() if line]
+
+
+def poison(partial: Path) -> None:
+    """Overwrite all tensor bytes of an interrupted output."""
+    file = partial / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    start = 8 + int.from_bytes(data[:8], "little")
+    data[start:] = b"\x7f" * (len(data) - start)
+    file.write_bytes(data)
+
+
+def test_finished_tensors_are_not_made_again(stopped: Callable[..., Path], tmp_path: Path) -> None:
+    """A resumed run keeps what the journal vouches for, and says how many tensors that were."""
+    partial = stopped()
+    finished = len(lines(partial)) - 1
+    report = resume(tmp_path)
+    assert 0 < report.resumed == finished < report.tensors
+
+
+def test_another_recipe_is_refused(stopped: Callable[..., Path], tmp_path: Path) -> None:
+    """Resuming with another recipe would mix two merges: refused, what is there stays; --force starts anew."""
+    partial = stopped()
+    before = tiny.digests(partial)
+    with pytest.raises(gm.UsageError, match="another plan") as caught:
+        gm.merge(RECIPE.format(tmp_path, 3), tmp_path / "out", resume=True)
+    assert "--force" in str(caught.value)
+    assert "out.partial" in str(caught.value)
+    assert tiny.digests(partial) == before
+    assert gm.merge(RECIPE.format(tmp_path, 3), tmp_path / "out", force=True).resumed == 0
+
+
+def test_other_options_are_refused(stopped: Callable[..., Path], tmp_path: Path) -> None:
+    """Another shard size gives other files: it cannot continue these."""
+    stopped()
+    with pytest.raises(gm.UsageError, match="does not fit|another plan"):
+        gm.merge(RECIPE.format(tmp_path, 1), tmp_path / "out", resume=True, shard_size=5000)
+
+
+def test_neither_resume_nor_force_is_refused(stopped: Callable[..., Path], tmp_path: Path) -> None:
+    """Without a word, an interrupted run is neither continued nor thrown away."""
+    partial = stopped()
+    before = tiny.digests(partial)
+    with pytest.raises(gm.UsageError, match="interrupted run") as caught:
+        gm.merge(RECIPE.format(tmp_path, 1), tmp_path / "out")
+    assert "--resume" in str(caught.value)
+    assert tiny.digests(partial) == before
+
+
+def test_journal_of_another_boot_is_not_believed(stopped: Callable[..., Path], tmp_path: Path) -> None:
+    """After a power cut the bytes may be lost although the journal names them: everything is made again."""
+    partial = stopped()
+    head, *rest = lines(partial)
+    text = "".join(json.dumps(line) + "\n" for line in (head | {"boot": "before the power cut"}, *rest))
+    (partial / "journal.jsonl").write_text(text)
+    poison(partial)
+    assert resume(tmp_path).resumed == 0
+
+
+def test_durable_journal_outlives_a_boot(
+    stopped: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that flushed its files can be continued even then; one that continues it without flushing takes that back."""
+    partial = stopped(durable=True)
+    assert lines(partial)[0]["durable"] is True
+    finished = len(lines(partial)) - 1
+    monkeypatch.setattr(journal_module, "boot_id", lambda: "after the power cut")
+    with pytest.raises(KeyboardInterrupt):
+        gm.merge(
+            RECIPE.format(tmp_path, 1), tmp_path / "out", resume=True, threads=1, durable=False, progress=Interrupt(0.8)
+        )
+    assert lines(partial)[0]["durable"] is False
+    assert len(lines(partial)) - 1 > finished
+    monkeypatch.setattr(journal_module, "boot_id", lambda: "after another power cut")
+    poison(partial)
+    assert resume(tmp_path).resumed == 0
+
+
+def test_touched_input_is_not_mixed_in(stopped: Callable[..., Path], tmp_path: Path) -> None:
+    """A parent that was touched since may have changed where its fingerprint does not look: nothing old is kept."""
+    stopped()
+    file = tmp_path / "a" / "model.safetensors"
+    os.utime(file, ns=(1, 1))
+    assert resume(tmp_path).resumed == 0
+
+
+@pytest.mark.parametrize("cut", [1, 5, 20])
+def test_cut_off_last_line_is_survived(cut: int, stopped: Callable[..., Path], tmp_path: Path) -> None:
+    """A kill in the middle of a journal's line loses that tensor only, and the next line is not glued to its rest."""
+    partial = stopped()
+    journal = partial / "journal.jsonl"
+    whole = journal.read_bytes()
+    finished = len(lines(partial)) - 1
+    last = whole.rstrip(b"\n").rsplit(b"\n", 1)[1]
+    journal.write_bytes(whole[: len(whole) - 1 - min(cut, len(last) - 1)])
+    with pytest.raises(KeyboardInterrupt):
+        gm.merge(RECIPE.format(tmp_path, 1), tmp_path / "out", resume=True, threads=1, progress=Interrupt(0.8))
+    assert resume(tmp_path).resumed > finished
+
+
+def test_journal_of_noise_is_not_believed(stopped: Callable[..., Path], tmp_path: Path) -> None:
+    """An empty journal, or one of random bytes, vouches for nothing."""
+    partial = stopped()
+    for noise in (b"", b"\0\xff\xfe" * 99, b"null\n[1]\n"):
+        (partial / "journal.jsonl").write_bytes(noise)
+        poison(partial)
+        with pytest.raises(KeyboardInterrupt):
+            gm.merge(RECIPE.format(tmp_path, 1), tmp_path / "out", resume=True, threads=1, progress=Interrupt(0.4))
+    assert 0 < resume(tmp_path).resumed
+
+
+def test_journal_round_trip(tmp_path: Path) -> None:
+    """What the manifest shall say of a tensor comes back bit for bit."""
+    path = tmp_path / "journal.jsonl"
+    facts = {3: {"coefficients": [0.1, 1 / 3, -1e-300]}, 0: {"loss": [1e-17, 2.5, 4096]}, 7: {}}
+    journal = Journal(path, "hash", resume=False)
+    journal.record(facts.items())
+    journal.close()
+    again = Journal(path, "hash", resume=True)
+    again.close()
+    assert again.finished == facts
+    with pytest.raises(gm.UsageError, match="another plan"):
+        Journal(path, "other", resume=True)
+
+
+def test_finished_output_cannot_be_resumed(tmp_path: Path) -> None:
+    """`resume` on a finished output is no licence to touch it."""
+    tiny.family(tmp_path)
+    gm.merge(RECIPE.format(tmp_path, 1), tmp_path / "out")
+    before = tiny.digests(tmp_path / "out")
+    with pytest.raises(gm.UsageError, match="exists"):
+        gm.merge(RECIPE.format(tmp_path, 1), tmp_path / "out", resume=True)
+    assert tiny.digests(tmp_path / "out") == before

@@ -1,0 +1,179 @@
+"""Every method against its independent float64 reference: the result rounded once, in every dtype and shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import references as ref
+import torch
+
+import geomerge as gm
+from geomerge.methods import registry, tile
+from geomerge.testing import models
+
+Array = ref.Array
+Reference = Callable[[Array | None, list[Array]], Array]
+
+SHAPES = [(1031,), (7, 150), (150, 7), (6, 5, 4, 9), (1,), (), (0, 3)]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+W = {1: [0.75], 2: [0.75, 0.5], 3: [0.75, 0.5, 1.25], 4: [1.0, -0.5, 0.75, 0.25]}
+SEED = 11
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method with parameters and what the reference says."""
+
+    method: str
+    count: int
+    reference: Reference
+    parameters: dict[str, Any] = field(default_factory=dict)
+    based: bool = True
+
+    def __str__(self) -> str:
+        return "-".join([self.method, str(self.count), *(f"{k}={v}" for k, v in self.parameters.items())])
+
+
+def drawn(method: str, taus: Sequence[Array], **parameters: Any) -> list[Array]:
+    """The masks that a random method draws: which elements of one task vector after the other survive."""
+    masks = []
+    for k in range(len(taus)):
+        experts = [torch.from_numpy(np.asarray(t if i == k else np.zeros_like(t))) for i, t in enumerate(taus)]
+        base = torch.zeros(taus[0].shape, dtype=torch.float64)
+        out = gm.methods.__getattr__(method)(base, experts, weight=1.0, rescale=False, seed=SEED, **parameters)
+        masks.append((out.numpy() != 0).astype(np.float64))
+    return masks
+
+
+def dare(elect: bool, density: float, w: list[float], **parameters: Any) -> Reference:
+    """DARE's reference for a density and weights; the parameters are those of `references.combine`."""
+
+    def reference(base: Array | None, experts: list[Array]) -> Array:
+        assert base is not None
+        masks = drawn("dare_linear", [np.ones_like(base)] * len(experts), density=density)
+        taus = [(x - base) * m / density for x, m in zip(experts, masks, strict=True)]
+        return ref.combine(base, taus, w, elect=elect, **parameters)
+
+    return reference
+
+
+def della(elect: bool, density: float, epsilon: float, w: list[float], **parameters: Any) -> Reference:
+    """DELLA's reference."""
+
+    def reference(base: Array | None, experts: list[Array]) -> Array:
+        assert base is not None
+        taus = [x - base for x in experts]
+        masks = drawn("della_linear", taus, density=density, epsilon=epsilon)
+        kept = [t * m / ref.keep_probability(t, density, epsilon) for t, m in zip(taus, masks, strict=True)]
+        return ref.combine(base, kept, w, elect=elect, **parameters)
+
+    return reference
+
+
+def thinned(step: Callable[[Array], Array], w: list[float], **parameters: Any) -> Reference:
+    """The reference of a method that thins task vectors by a step without chance."""
+
+    def reference(base: Array | None, experts: list[Array]) -> Array:
+        assert base is not None
+        return ref.combine(base, [step(x - base) for x in experts], w, **parameters)
+
+    return reference
+
+
+ROWS = [
+    Row("linear", 1, lambda b, x: ref.linear(x, W[1]), {"weight": W[1]}, False),
+    Row("linear", 4, lambda b, x: ref.linear(x, W[4]), {"weight": W[4]}, False),
+    Row("linear", 3, lambda b, x: ref.linear(x, W[3], False), {"weight": W[3], "normalize": False}, False),
+    *(Row("slerp", 1, lambda b, x, t=t: ref.slerp(b, x[0], t), {"t": t}) for t in (0.0, 0.3, 1.0)),
+    Row("nuslerp", 2, lambda b, x: ref.nuslerp(x, W[2]), {"weight": W[2]}, False),
+    Row("nuslerp", 2, lambda b, x: ref.nuslerp(x, W[2], b), {"weight": W[2]}),
+    Row("nuslerp", 2, lambda b, x: ref.nuslerp(x, W[2], b, "row"), {"weight": W[2], "nuslerp_flatten": False}),
+    Row(
+        "nuslerp",
+        2,
+        lambda b, x: ref.nuslerp(x, W[2], None, "column"),
+        {"weight": W[2], "nuslerp_flatten": False, "nuslerp_row_wise": True},
+        False,
+    ),
+    Row("multislerp", 3, lambda b, x: ref.multislerp(x, W[3]), {"weight": W[3]}, False),
+    Row("multislerp", 3, lambda b, x: ref.multislerp(x, W[3], b), {"weight": W[3]}),
+    Row("multislerp", 2, lambda b, x: ref.multislerp(x, W[2], b), {"weight": W[2]}),
+    Row("karcher", 2, lambda b, x: ref.karcher(x), {}, False),
+    Row("karcher", 4, lambda b, x: ref.karcher(x), {}, False),
+    Row("task_arithmetic", 1, lambda b, x: x[0], {"weight": 1.0}),
+    Row("task_arithmetic", 4, lambda b, x: ref.task_arithmetic(b, x, W[4], 0.3), {"weight": W[4], "lambda": 0.3}),
+    Row("model_stock", 2, lambda b, x: ref.model_stock(b, x)),
+    Row("model_stock", 4, lambda b, x: ref.model_stock(b, x)),
+    Row("model_stock", 3, lambda b, x: ref.model_stock(b, x, filter_wise=True), {"filter_wise": True}),
+    Row("nearswap", 1, lambda b, x: ref.nearswap(b, x[0], 0.01), {"t": 0.01}),
+    *(
+        Row("ties", k, thinned(lambda t: ref.magnitude(t, 0.3), W[k], elect=True, normalize=n, lambda_=0.7),
+            {"weight": W[k], "density": 0.3, "normalize": n, "lambda": 0.7})  # fmt: skip
+        for k, n in ((1, True), (3, True), (4, False))
+    ),
+    Row("dare_linear", 2, dare(False, 0.4, W[2], normalize=False), {"weight": W[2], "density": 0.4}),
+    Row("dare_ties", 3, dare(True, 0.4, W[3], normalize=True),
+        {"weight": W[3], "density": 0.4, "normalize": True}),  # fmt: skip
+    Row("della", 3, della(True, 0.5, 0.2, W[3], normalize=True), {"weight": W[3], "density": 0.5, "epsilon": 0.2}),
+    Row("della_linear", 4, della(False, 0.5, 0.2, W[4], normalize=False),
+        {"weight": W[4], "density": 0.5, "epsilon": 0.2, "normalize": False}),  # fmt: skip
+    Row("breadcrumbs", 4, thinned(lambda t: ref.outliers(t, 0.6, 0.05), W[4], elect=False, normalize=False),
+        {"weight": W[4], "density": 0.6, "gamma": 0.05}),  # fmt: skip
+    Row("breadcrumbs_ties", 3, thinned(lambda t: ref.outliers(t, 0.6, 0.05), W[3], elect=True, normalize=False),
+        {"weight": W[3], "density": 0.6, "gamma": 0.05}),  # fmt: skip
+    Row("sce", 1, lambda b, x: ref.sce(b, x)),
+    Row("sce", 3, lambda b, x: ref.sce(b, x)),
+    Row("sce", 3, lambda b, x: ref.sce(b, x, 0.4), {"select_topk": 0.4}),
+    Row("sce", 2, lambda b, x: ref.sce(b, x, 0.4, True), {"select_topk": 0.4, "select_only_for_weights": True}),
+    Row("arcee_fusion", 1, lambda b, x: ref.arcee_fusion(b, x[0])),
+    Row("ram", 3, lambda b, x: ref.ram(b, x, 0.02), {"epsilon": 0.02}),
+    Row("ramplus_tl", 3, lambda b, x: ref.ramplus_tl(b, x, 0.3, 0.5, 0.02), {"r": 0.3, "alpha": 0.5, "epsilon": 0.02}),
+    Row("passthrough", 1, lambda b, x: 1.5 * x[0], {"scale": 1.5}, False),
+]  # fmt: skip
+
+
+def test_every_method_has_a_row() -> None:
+    """No method escapes the comparison."""
+    assert {row.method for row in ROWS} == set(registry.all_methods())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_agrees_with_the_reference(row: Row, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every element is the reference rounded to nearest, in every shape, on changes of any size and on a coarse grid."""
+    monkeypatch.setattr(tile, "SEGMENT", 1 << 10)
+    for shape in SHAPES:
+        for kind in ("dense", "grid"):
+            tensors = [m.to(DTYPES[dtype]) for m in models(row.count + row.based, shape, kind)]
+            arrays = [m.double().numpy() for m in tensors]
+            base, experts = (tensors[0], tensors[1:]) if row.based else (None, tensors)
+            function = getattr(gm.methods, row.method)
+            if function.method.base_use == "required":
+                out = function(base, experts, seed=SEED, **row.parameters)
+            else:
+                extra = {"base": base} if row.based else {}
+                out = function(experts, seed=SEED, **extra, **row.parameters)
+            assert out.dtype == DTYPES[dtype]
+            found = out.double().numpy()
+            exact = row.reference(arrays[0] if row.based else None, arrays[1:] if row.based else arrays)
+            assert found.shape == shape
+            # Half an ulp: rounded once, to nearest. A little more, for bfloat16 is reached by way of float32, and 10⁻¹⁵
+            # of the inputs for what float64 leaves where they cancel.
+            allowed = ref.ulp(exact, dtype) / 2 * (1 + 2**-15) + 1e-15 * max([0.0, *np.abs(arrays).ravel()])
+            error = np.abs(found - exact)
+            assert np.all(error <= allowed), (shape, kind, np.max(error / ref.ulp(exact, dtype)))
+
+
+def test_rounding_of_the_references() -> None:
+    """The references' rounding is that of the formats: float32 against NumPy, halves at their ties and subnormals."""
+    values = np.random.default_rng(0).standard_normal(10_000) * 10.0 ** np.arange(-44, 36).repeat(125)
+    assert np.array_equal(ref.round_once(values, "float32"), values.astype(np.float32).astype(np.float64))
+    small = values[np.abs(values) < 6e4]
+    assert np.array_equal(ref.round_once(small, "float16"), small.astype(np.float16).astype(np.float64))
+    # bfloat16 has 8 bits: 1 + 1/256 lies between 1 and 1 + 1/128 and goes to the even 1; 1 + 3/256 to the even 1 + 2/128.
+    ties = np.array([1 + 1 / 256, 1 + 3 / 256, 1 + 1 / 256 + 1e-12])
+    assert ref.round_once(ties, "bfloat16").tolist() == [1.0, 1 + 2 / 128, 1 + 1 / 128]
