@@ -58,9 +58,7 @@ def slerp(a: Array, b: Array, t: float) -> Array:
     return np.asarray(np.sin((1 - t) * phi) / np.sin(phi) * a + np.sin(t * phi) / np.sin(phi) * b)
 
 
-def nuslerp(
-    models: Sequence[Array], weight: Sequence[float], base: Array | None = None, axis: str = "tensor"
-) -> Array:
+def nuslerp(models: Sequence[Array], weight: Sequence[float], base: Array | None = None, axis: str = "tensor") -> Array:
     """Slerp at w₂/(w₁+w₂), of task vectors if there is a base; `axis` ``row`` or ``column``: slice by slice."""
     origin = np.zeros_like(models[0]) if base is None else base
     a, b = (m - origin for m in models)
@@ -74,9 +72,7 @@ def nuslerp(
     return origin + np.stack([slerp(x, y, t) for x, y in columns], 1).reshape(a.shape)
 
 
-def multislerp(
-    models: Sequence[Array], weight: Sequence[float], base: Array | None = None, eps: float = 1e-8
-) -> Array:
+def multislerp(models: Sequence[Array], weight: Sequence[float], base: Array | None = None, eps: float = 1e-8) -> Array:
     """The barycentre as mergekit writes it: a step along the tangents at the mean direction."""
     origin = np.zeros_like(models[0]) if base is None else base
     vectors = [m - origin for m in models]
@@ -115,9 +111,7 @@ def karcher(models: Sequence[Array], max_iter: int = 10, tol: float = 1e-5) -> A
     return np.asarray(u * np.mean(norms))
 
 
-def model_stock(
-    base: Array, experts: Sequence[Array], filter_wise: bool = False, clamp_negative: bool = True
-) -> Array:
+def model_stock(base: Array, experts: Sequence[Array], filter_wise: bool = False, clamp_negative: bool = True) -> Array:
     """θ₀ + s·(mean θₖ − θ₀) with s = K c/(1 + (K−1) c)."""
     if filter_wise and base.ndim > 1 and base.size:
         rows = [np.reshape(m, (-1, base.shape[-1])) for m in (base, *experts)]

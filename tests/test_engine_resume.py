@@ -117,9 +117,7 @@ def stopped(tmp_path: Path) -> Callable[..., Path]:
     def make(**options: Any) -> Path:
         tiny.family(tmp_path)
         with pytest.raises(KeyboardInterrupt):
-            gm.merge(
-                RECIPE.format(tmp_path, 1), tmp_path / "out", threads=1, progress=Interrupt(0.5), **options
-            )
+            gm.merge(RECIPE.format(tmp_path, 1), tmp_path / "out", threads=1, progress=Interrupt(0.5), **options)
         return tmp_path / "out.partial"
 
     return make

@@ -175,7 +175,10 @@ def test_a_tensor_that_only_one_source_has_is_refused(family: dict[str, tiny.Ten
         gm.plan(SLERP.format(tmp_path))
     unused = passthrough(tmp_path, "b 0 1", "a 1 3")  # the block with the bias is not taken: nothing to refuse
     left_out = gm.plan(unused).left_out
-    assert left_out[f"{tmp_path}/b: model.layers.1.self_attn.q_proj.bias"] == "not taken from this model by the recipe's slices and modules"
+    assert (
+        left_out[f"{tmp_path}/b: model.layers.1.self_attn.q_proj.bias"]
+        == "not taken from this model by the recipe's slices and modules"
+    )
 
 
 @pytest.mark.parametrize(

@@ -144,9 +144,7 @@ def test_equal_rows_of_other_tokens_are_refused(parents: dict[str, Parent], tmp_
         ("base b", "tokenizer: {{source: union, pad_to_multiple_of: 64}}\n", "", "base"),
     ],
 )
-def test_policies(
-    names: str, policy: str, base: str, donor: str, parents: dict[str, Parent], tmp_path: Path
-) -> None:
+def test_policies(names: str, policy: str, base: str, donor: str, parents: dict[str, Parent], tmp_path: Path) -> None:
     """Rows of embedding and head, config and tokenizer files under each policy, for two and three parents."""
     chosen = [parents[n] for n in names.split()]
     base_index = names.split().index(base) if base else None

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from geomerge.methods import properties, registry, tile
-from geomerge.methods.base import Elementwise, Span, parameter
-from geomerge.methods.gram import Gram
+from geomerge.methods.base import Elementwise, parameter
 from geomerge.methods.random import words
 from geomerge.methods.tile import Scan, Tile
 from geomerge.testing import CHECKS, Case, cases, check_properties_complete
@@ -37,3 +36,107 @@ def test_conforms(case: Case, check: Callable[[Case], None]) -> None:
 def test_lists_all_its_properties(method: str) -> None:
     """What a method does not list, it lacks."""
     check_properties_complete(method)
+
+
+# The suite itself: methods with one fault each, and the check that finds it.
+
+
+@dataclass(frozen=True)
+class Faultless(Elementwise):
+    """The base plus the first task vector."""
+
+    name: ClassVar[str] = "faultless"
+    title: ClassVar[str] = "A method of a third party"
+    paper: ClassVar[str] = "none"
+    formula: ClassVar[str] = "θ = θ₀ + c·τ₁"
+    when: ClassVar[str] = "In tests."
+    example: ClassVar[str] = "merge_method: faultless"
+    properties: ClassVar[frozenset[str]] = frozenset(properties.MEANING) - {properties.PERMUTATION}
+
+    c: float = parameter(1.0, within=(0, 1), doc="factor")
+
+    def blend(self, tile: Tile, stats: None) -> Tensor:
+        return tile.base.add_(tile.task_vectors()[0], alpha=self.c)
+
+
+class DependsOnTiles(Faultless):
+    """Adds a mean over the tile."""
+
+    def blend(self, tile: Tile, stats: None) -> Tensor:
+        return super().blend(tile, stats).add_(tile.inputs[1].mean())
+
+
+class DrawsFromTorch(Faultless):
+    """Uses the global generator."""
+
+    def blend(self, tile: Tile, stats: None) -> Tensor:
+        return super().blend(tile, stats).mul_(torch.rand(()))
+
+
+class ClaimsPermutation(Faultless):
+    """Lists a property that it lacks."""
+
+    properties: ClassVar[frozenset[str]] = frozenset(properties.MEANING)
+
+
+class HidesScale(Faultless):
+    """Does not list a property that it has."""
+
+    name: ClassVar[str] = "hides_scale"
+    properties: ClassVar[frozenset[str]] = Faultless.properties - {properties.SCALE}
+
+
+class ForgetsTheBase(Faultless):
+    """Off by the last bit of the base."""
+
+    def blend(self, tile: Tile, stats: None) -> Tensor:
+        return super().blend(tile, stats).mul_(1 + 2.0**-20)
+
+
+class OrdersDraws(Faultless):
+    """Draws by the tile's place: right, so long as the words belong to elements."""
+
+    def blend(self, tile: Tile, stats: None) -> Tensor:
+        drawn = torch.from_numpy(words(tile, "test").astype(np.float64)).view(tile.base.shape)
+        return super().blend(tile, stats).addcmul_(tile.inputs[1], drawn, value=2.0**-32)
+
+
+def case(method: type[Faultless], count: int = 2) -> Case:
+    """A case of a method that need not be registered."""
+    return Case(method, count, True)
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_a_third_partys_method(check: Callable[[Case], None]) -> None:
+    """A method without faults passes, registered or not."""
+    check(case(Faultless))
+    check_tiles(case(OrdersDraws))
+
+
+@pytest.mark.parametrize(
+    ("method", "check", "message"),
+    [
+        (DependsOnTiles, check_tiles, "tiles of"),
+        (DrawsFromTorch, check_seed, ""),
+        (ClaimsPermutation, check_properties_hold, "permutation"),
+        (ForgetsTheBase, check_properties_hold, "base"),
+    ],
+)
+def test_the_suite_finds(method: type[Faultless], check: Callable[[Case], None], message: str) -> None:
+    """Each fault by its check."""
+    with pytest.raises(AssertionError, match=message):
+        check(case(method))
+
+
+def test_the_suite_finds_a_hidden_property(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A registered method must list what it keeps."""
+    monkeypatch.setattr(registry, "_registered", {**registry._registered, "hides_scale": HidesScale})
+    with pytest.raises(AssertionError, match="scale"):
+        check_properties_complete("hides_scale")
+
+
+def test_the_suite_finds_what_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NaN that goes through."""
+    monkeypatch.setattr(Scan, "_finite", property(lambda self: True, lambda self, value: None), raising=False)
+    with pytest.raises(AssertionError, match="went through"):
+        check_not_finite(case(Faultless))

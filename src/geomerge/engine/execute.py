@@ -1,7 +1,7 @@
 """Carrying out a plan's nodes on threads: which tensor when, and what happens when one fails.
 
 Tensors of more than one segment are made one after the other, all threads on their segments; then the smaller ones, largest
-first, a thread for each (tiny ones in bundles). The bits do not depend on any of this.
+first, a thread for each; and tiny ones by one thread, in bundles. The bits do not depend on any of this.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from geomerge.methods.tile import SEGMENT, Segment
 _BUNDLE_ELEMENTS = 1 << 18
 _BUNDLE_TENSORS = 256
 _COPY = 1 << 20
+_TINY = 1 << 13
+"""Tensors up to this size are all made by one thread: their cost is the interpreter's, which threads would only fight for."""
 _SAMPLED = 1 << 14
 """Smaller tensors are left out of the estimate of the rounding loss."""
 
@@ -147,7 +149,8 @@ class Threads:
 
     def run(self, nodes: Sequence[tuple[int, Node]], done: Callable[[list[tuple[int, Facts]]], None]) -> None:
         large = sorted((item for item in nodes if item[1].numel > SEGMENT), key=lambda item: -item[1].numel)
-        small = sorted((item for item in nodes if item[1].numel <= SEGMENT), key=lambda item: -item[1].numel)
+        small = sorted((item for item in nodes if _TINY < item[1].numel <= SEGMENT), key=lambda item: -item[1].numel)
+        tiny = [item for item in nodes if item[1].numel <= _TINY]
         keep_freed_memory()
         before = torch.get_num_threads()
         # The tiles are the parallelism; torch's own threads would only wait for each other. New threads take this over.
@@ -156,7 +159,8 @@ class Threads:
         try:
             for index, node in large:
                 done([(index, self.work.make(node, lambda f, segments: _map(pool, f, segments)))])
-            futures = [pool.submit(self._bundle, bundle, done) for bundle in _bundles(small)]
+            futures = [pool.submit(self._in_turn, tiny, done)] if tiny else []
+            futures += [pool.submit(self._bundle, bundle, done) for bundle in _bundles(small)]
             _gather(futures)
         except BaseException:
             self.work.stop.set()
@@ -164,6 +168,10 @@ class Threads:
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
             torch.set_num_threads(before)
+
+    def _in_turn(self, tiny: list[tuple[int, Node]], done: Callable[[list[tuple[int, Facts]]], None]) -> None:
+        for bundle in _bundles(tiny):
+            self._bundle(bundle, done)
 
     def _bundle(self, bundle: list[tuple[int, Node]], done: Callable[[list[tuple[int, Facts]]], None]) -> None:
         made = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from geomerge import anatomy
@@ -34,7 +35,7 @@ class Model:
         config: Its ``config.json``.
         operand: Makes the operand of one tensor.
         checkpoint: The opened files; `None` for the result of an earlier stage.
-        donor: The model whose side files go with it (itself, unless it is a stage's result).
+        folder: Where its tokenizer and other side files lie; `None` when it has none.
         vocabulary: Its tokenizer's, read when first asked for.
     """
 
@@ -44,7 +45,7 @@ class Model:
     config: dict[str, Any] | None
     operand: Callable[[str], Operand]
     checkpoint: Checkpoint | None
-    donor: Checkpoint | None
+    folder: Path | None
     _vocabulary: list[Vocabulary | None] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -61,8 +62,7 @@ class Model:
     @property
     def vocabulary(self) -> Vocabulary | None:
         if not self._vocabulary:
-            folder = self.donor.folder if self.donor else None
-            self._vocabulary.append(Vocabulary.load(folder) if folder else None)
+            self._vocabulary.append(Vocabulary.load(self.folder) if self.folder else None)
         return self._vocabulary[0]
 
     def embedding_rows(self) -> int | None:
@@ -132,7 +132,7 @@ class Models:
             config=checkpoint.config,
             operand=lambda name: Operand(index, name),
             checkpoint=checkpoint,
-            donor=checkpoint,
+            folder=checkpoint.folder,
         )
 
     def anatomy(self, tensors: Mapping[str, Kind], config: dict[str, Any] | None) -> Anatomy:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,15 @@ from geomerge.checkpoint.card import read_licence
 from geomerge.checkpoint.checkpoint import Checkpoint
 from geomerge.checkpoint.config import edit_config
 from geomerge.checkpoint.dtypes import recipe_name
-from geomerge.checkpoint.side_files import KINDS
+from geomerge.checkpoint.side_files import KINDS, side_files
+from geomerge.checkpoint.strict_json import read_json
 from geomerge.engine.models import Model
+from geomerge.engine.special_ids import follow
 from geomerge.engine.vocabularies import Vocabularies
 from geomerge.recipe.values import Recipe
 from geomerge.tokens import chat, write
+
+_GENERATION = "generation_config.json"
 
 Description = tuple[dict[str, Any] | None, dict[str, Path], dict[str, str], list[str]]
 """The config, files to copy by name, files to write by name, notes."""
@@ -57,16 +62,19 @@ def describe_output(
     notes = list(vocabularies.notes)
     if untied:
         notes.append("some parents tie their head to the embedding and others do not: the output stores both")
-    copies, texts = _side_files(donor.donor, without_tokenizer=vocabularies.plan is not None)
-    folders = [m.donor.folder if m.donor else None for m in members]
+    copies, texts = _side_files(donor, without_tokenizer=vocabularies.plan is not None), dict[str, str]()
     template = chat.resolve(
-        recipe.chat_template, folders, where=str(recipe.at("chat_template")), folder=Path(recipe.where.file).parent
+        recipe.chat_template,
+        [m.folder for m in members],
+        where=str(recipe.at("chat_template")),
+        folder=Path(recipe.where.file).parent,
     )
     if vocabularies.plan is not None:
+        config = _follow(vocabularies.plan.tokenizer, donor, members, config, copies, texts, notes)
         found: dict[str, Path | str] = dict(write.files(vocabularies.plan.tokenizer, template))
-    elif template is not None and donor.donor is not None and donor.donor.folder is not None:
+    elif template is not None and donor.folder is not None:
         found = dict(copies)
-        write.replace_chat_template(found, template, donor.donor.folder)
+        write.replace_chat_template(found, template, donor.folder)
         copies = {}
     else:
         found = {}
@@ -75,15 +83,47 @@ def describe_output(
     return config, copies, texts, notes
 
 
-def _side_files(donor: Checkpoint | None, *, without_tokenizer: bool) -> tuple[dict[str, Path], dict[str, str]]:
-    if donor is None or donor.folder is None:
-        return {}, {}
+def _side_files(donor: Model, *, without_tokenizer: bool) -> dict[str, Path]:
+    if donor.folder is None:
+        return {}
     copies: dict[str, Path] = {}
     for kind in KINDS:
         if without_tokenizer and kind in ("tokenizer", "chat_template"):
             continue
-        copies |= {p.relative_to(donor.folder).as_posix(): p for p in donor.side_files(kind)}
-    return copies, {}
+        copies |= {p.relative_to(donor.folder).as_posix(): p for p in side_files(donor.folder, donor.config, kind)}
+    return copies
+
+
+def _follow(
+    tokenizer: write.OutputTokenizer,
+    donor: Model,
+    members: list[Model],
+    config: dict[str, Any] | None,
+    copies: dict[str, Path],
+    texts: dict[str, str],
+    notes: list[str],
+) -> dict[str, Any] | None:
+    """Let the token ids in the donor's configs follow the output's vocabulary; returns the new config."""
+    own = donor.vocabulary
+    if own is None or not own.ids or not tokenizer.source.ids:
+        return config
+    new = tokenizer.ids()
+    old = {index: token for token, index in own.ids.items() if new.get(token) != index}
+    if not old:
+        return config
+    owner = next((m for m in members if m.vocabulary is tokenizer.source), donor)
+    if config is not None:
+        config, lost = follow(config, old, new, owner.config or {})
+        notes += lost
+    generation = copies.get(_GENERATION)
+    if generation is not None:
+        beside = owner.folder / _GENERATION if owner.folder else None
+        theirs = read_json(beside, what=_GENERATION, constants=True) if beside and beside.is_file() else {}
+        changed, lost = follow(read_json(generation, what=_GENERATION, constants=True), old, new, theirs)
+        notes += lost
+        del copies[_GENERATION]
+        texts[_GENERATION] = json.dumps(changed, indent=2, ensure_ascii=False) + "\n"
+    return config
 
 
 def licence_of(checkpoint: Checkpoint) -> str | None:

@@ -7,6 +7,8 @@ every parent is accounted for: it is merged, copied by a stated rule, left out b
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any
 from geomerge import anatomy
 from geomerge.anatomy import Part
 from geomerge.checkpoint.checkpoint import Checkpoint
+from geomerge.checkpoint.collector import collector_paused
 from geomerge.checkpoint.dtypes import DTYPES, parse_dtype
 from geomerge.engine.lineup import Entrant, Lineup
 from geomerge.engine.models import Kind, Model, Models
@@ -30,6 +33,7 @@ from geomerge.recipe.values import ModelRef, Module, Pipeline, Recipe
 _WIDER = {frozenset({"BF16", "F16"}): "F32"}
 
 
+@collector_paused()
 def make_plan(
     pipeline: Pipeline, *, models: Mapping[str, Checkpoint] | None = None, allow_pickle: bool = False
 ) -> tuple[Plan, list[Checkpoint]]:
@@ -49,7 +53,8 @@ def make_plan(
     """
     opened = Models(models, allow_pickle=allow_pickle)
     try:
-        return _Planner(pipeline, opened).plan(), opened.inputs
+        with contextlib.ExitStack() as scratch:
+            return _Planner(pipeline, opened, scratch).plan(), opened.inputs
     except BaseException:
         for checkpoint in opened.inputs:
             checkpoint.close()
@@ -57,12 +62,13 @@ def make_plan(
 
 
 class _Planner:
-    def __init__(self, pipeline: Pipeline, models: Models) -> None:
-        self.pipeline, self.models = pipeline, models
+    def __init__(self, pipeline: Pipeline, models: Models, scratch: contextlib.ExitStack) -> None:
+        self.pipeline, self.models, self._scratch = pipeline, models, scratch
         self.nodes: list[Node] = []
         self.rows: list[Rows] = []
         self.left_out: dict[str, str] = {}
         self.notes: list[str] = list(pipeline.notes)
+        self.laid_out: dict[Path, Path | str] = {}
 
     def plan(self) -> Plan:
         stages = []
@@ -90,6 +96,18 @@ class _Planner:
             recipe=self.pipeline.output.text,
             notes=tuple(dict.fromkeys(self.notes)),
         )
+
+    def lay_out(self, copies: Mapping[str, Path], texts: Mapping[str, str]) -> Path:
+        """Put a stage's tokenizer and other side files into a directory that lives as long as the planning: later stages
+        read them as they read a model's. `laid_out` says what each file really is."""
+        folder = Path(self._scratch.enter_context(tempfile.TemporaryDirectory(prefix="geomerge-"))).resolve()
+        files: dict[str, Path | str] = {**copies, **texts}
+        for name, content in files.items():
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content.encode() if isinstance(content, str) else content.read_bytes())
+            self.laid_out[path] = content
+        return folder
 
 
 class _Recipe:
@@ -489,8 +507,11 @@ class _Recipe:
         """The result as a parent of later stages."""
         nodes = {self.planner.nodes[i].name: i for i in made}
         tensors = {name: Kind(self.planner.nodes[i].dtype, self.planner.nodes[i].shape) for name, i in nodes.items()}
-        config, *_ = self.describe(made)
+        config, copies, texts, _ = self.describe(made)
         assert self.recipe.name is not None
+        folder = self.donor.folder
+        if texts or folder is None or any(not path.is_relative_to(folder) for path in copies.values()):
+            folder = self.planner.lay_out(copies, texts) if texts or copies else None
         return Model(
             ref=ModelRef(self.recipe.name),
             tensors=tensors,
@@ -498,14 +519,14 @@ class _Recipe:
             config=config,
             operand=lambda name: Operand(-1, name, nodes[name]),
             checkpoint=None,
-            donor=self.donor.donor,
+            folder=folder,
         )
 
     def describe(self, made: list[int]) -> tuple[dict[str, Any] | None, dict[str, Path], dict[str, str], list[str]]:
         """The output's config and side files: see `geomerge.engine.output`."""
         dtypes = {self.planner.nodes[i].dtype for i in made}
         floats = [d for d in dtypes if DTYPES[d].kind == "float"]
-        return describe_output(
+        config, copies, texts, notes = describe_output(
             self.recipe,
             self.donor,
             self.members,
@@ -514,6 +535,10 @@ class _Recipe:
             block_maps=self.block_maps,
             untied=bool(self.untied),
         )
+        # What an earlier stage laid out is gone when the plan is carried out: name its originals.
+        real = {name: self.planner.laid_out.get(path, path) for name, path in copies.items()}
+        texts |= {name: content for name, content in real.items() if isinstance(content, str)}
+        return config, {n: c for n, c in real.items() if isinstance(c, Path)}, texts, notes
 
 
 def _number(part: Part) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from geomerge.checkpoint.card import Parent, model_card
 from geomerge.checkpoint.checkpoint import Checkpoint
+from geomerge.checkpoint.collector import collector_paused
 from geomerge.checkpoint.layout import DEFAULT_SHARD_SIZE, plan_layout
 from geomerge.checkpoint.reader import open_checkpoint
 from geomerge.checkpoint.writer import OutputDirectory
@@ -67,6 +68,7 @@ class Report:
     notes: tuple[str, ...]
 
 
+@collector_paused()
 def run_plan(
     plan: Plan,
     out: Path | str,
@@ -189,8 +191,7 @@ def open_inputs(plan: Plan) -> list[Checkpoint]:
     """
     opened: list[Checkpoint] = []
     try:
-        for model in plan.inputs:
-            opened.append(_open_input(model))
+        opened.extend(map(_open_input, plan.inputs))
     except BaseException:
         for checkpoint in opened:
             checkpoint.close()

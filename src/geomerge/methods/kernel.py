@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from geomerge.errors import UsageError
 from geomerge.methods import gram
 from geomerge.methods.base import Elementwise, Method, Span
 from geomerge.methods.tile import Scan, Segment, Tile
@@ -62,7 +63,10 @@ def prepare(method: Method, open_scan: Open, shape: tuple[int, ...], scale: floa
         scan = open_scan(check=not method.needs_gram)
         k = len(scan.sources)
         measured = _gram(open_scan, scan) if method.needs_gram else gram.Gram(np.full((k, k), np.nan))
-        vector = np.asarray(method.coefficients(measured), dtype=np.float64)
+        try:
+            vector = np.asarray(method.coefficients(measured), dtype=np.float64)
+        except UsageError as error:
+            raise UsageError(error.what, where=scan.name, hint=error.hint) from None
         coefficients = tuple(_scaled(vector, scale).tolist())
         combine = _combine_differences if _cancels(coefficients) else _combine
         return Prepared(scan, functools.partial(combine, coefficients), coefficients)

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from geomerge.errors import UsageError
 from geomerge.methods.base import BaseUse, Span, parameter, per_model
 from geomerge.methods.gram import Gram
 from geomerge.methods.properties import BASE, IDENTICAL, PERMUTATION, ROTATION, SCALE, SIGN, SINGLE
@@ -75,6 +76,8 @@ dtype: bfloat16
                 return w
             if len(w) == 2:
                 return w
-            raise ValueError("the weighted directions cancel: there is no mean direction; change the weights")
+            raise UsageError(
+                "multislerp: the weighted directions cancel out: there is no mean", hint="change the weights"
+            )
         result: np.ndarray = u / length * float(w @ norms)
         return result

@@ -1,0 +1,281 @@
+"""The benchmark: geomerge beside `cp` and beside mergekit, on the same files in one run.
+
+    make bench                                         # everything, several minutes
+    python benchmarks/run.py --peer /path/to/peer/bin/mergekit-yaml --only engine
+
+Needs about 20 GB of disk below ``.bench`` and enough memory to hold the models of one size in the page cache. The peer is
+looked for in ``.bench/peer`` (``tests/peer/build_peer.sh .bench/peer`` makes it) and reported as absent otherwise. Figures are
+medians; a ratio always compares runs that alternate. Results go to ``docs/benchmarks.json`` and, as tables, into
+``docs/benchmarks.md`` and the README between their markers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import models
+
+ROOT = Path(__file__).resolve().parent.parent
+BENCH = ROOT / ".bench"
+PYTHON = sys.executable
+
+
+def recipe(method: str, size: str) -> str:
+    """The YAML of one benchmark, read alike by both tools."""
+    folder = BENCH / size
+    task = {"weight": 1.0, "density": 0.5} if method == "ties" else {"weight": 0.5, "density": 0.5}
+    if method == "linear":
+        entries = [(name, {"weight": 0.5}) for name in ("a", "b")]
+    elif method == "slerp":
+        entries = [("base", {}), ("a", {})]
+    else:
+        keys = ("weight",) if method in ("task_arithmetic",) else ("weight", "density")
+        entries = [(name, {k: task[k] for k in keys}) for name in ("a", "b", "c")]
+    if method in ("model_stock", "sce", "ram", "ramplus_tl", "karcher"):
+        entries = [(name, {}) for name, _ in entries]
+    if method in ("nearswap", "arcee_fusion"):
+        entries = [("base", {}), ("a", {})]
+    if method in ("nuslerp", "multislerp"):
+        entries = [(name, {"weight": 0.5}) for name in ("a", "b")]
+    if method == "passthrough":
+        entries = [("a", {})]
+    lines = [f"merge_method: {method}", "dtype: bfloat16", "models:"]
+    for name, parameters in entries:
+        lines.append(f"  - model: {folder / name}")
+        if parameters:
+            lines.append(f"    parameters: {json.dumps(parameters)}")
+    if method not in ("linear", "nuslerp", "multislerp", "karcher", "passthrough"):
+        lines.append(f"base_model: {folder / 'base'}")
+    if method in ("slerp", "nearswap"):
+        lines.append(f"parameters: {{t: {0.3 if method == 'slerp' else 0.0001}}}")
+    return "\n".join(lines) + "\n"
+
+
+class Bench:
+    """Runs commands with all inputs in the page cache and keeps the figures."""
+
+    def __init__(self, runs: int, peer: Path | None) -> None:
+        self.runs, self.peer = runs, peer
+        self.rows: list[dict[str, Any]] = []
+        self.out = BENCH / "out"
+
+    def add(self, what: str, **figures: Any) -> None:
+        """Keep and show one row."""
+        row = {"what": what, **figures}
+        self.rows.append(row)
+        shown = {k: round(v, 3) if isinstance(v, float) else v for k, v in figures.items()}
+        print(f"{what}: {shown}", flush=True)
+
+    def clear(self) -> None:
+        """Remove what a run left."""
+        shutil.rmtree(self.out, ignore_errors=True)
+        shutil.rmtree(self.out.with_name("out.partial"), ignore_errors=True)
+
+    def timed(self, command: list[str]) -> tuple[float, str]:
+        """Wall seconds of a process, and what it printed."""
+        self.clear()
+        begun = time.perf_counter()
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=quiet())
+        seconds = time.perf_counter() - begun
+        if done.returncode:
+            raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
+        return seconds, done.stdout
+
+    def copy(self, size: str) -> float:
+        """Wall seconds of `cp` of one model's weights."""
+        self.clear()
+        self.out.mkdir(parents=True)
+        begun = time.perf_counter()
+        subprocess.run(["cp", str(BENCH / size / "a" / "model.safetensors"), str(self.out)], check=True)
+        return time.perf_counter() - begun
+
+    def merge(self, method: str, size: str) -> dict[str, float]:
+        """One merge as a process: its wall seconds, and the engine's own."""
+        path = BENCH / f"{method}-{size}.yml"
+        path.write_text(recipe(method, size))
+        seconds, text = self.timed([PYTHON, "-m", "geomerge", "merge", str(path), str(self.out), "--quiet", "--json"])
+        return {"process": seconds, "engine": float(json.loads(text)["seconds"])}
+
+    def peer_merge(self, method: str, size: str) -> float:
+        """One merge by the peer as a process: wall seconds."""
+        path = BENCH / f"{method}-{size}.yml"
+        path.write_text(recipe(method, size))
+        command = [str(self.peer), str(path), str(self.out), "--no-write-model-card", "--no-copy-tokenizer"]
+        return self.timed(command)[0]
+
+    # -- the questions -------------------------------------------------------------------------------------------------
+
+    def engine(self, method: str, size: str) -> None:
+        """Engine time against `cp` of the output, run by run."""
+        copies, engines, processes = [], [], []
+        for _ in range(self.runs):
+            copies.append(self.copy(size))
+            found = self.merge(method, size)
+            engines.append(found["engine"])
+            processes.append(found["process"])
+        ratio = statistics.median(e / c for e, c in zip(engines, copies, strict=True))
+        median = statistics.median
+        self.add(
+            f"{method} {size}", kind="engine", method=method, size=size, cp=median(copies), engine=median(engines),
+            process=median(processes), ratio=ratio, best=min(engines) / min(copies),
+        )  # fmt: skip
+
+    def against_peer(self, method: str, size: str, peer_runs: int) -> None:
+        """Process time against the peer's."""
+        ours = statistics.median(self.merge(method, size)["process"] for _ in range(self.runs))
+        if self.peer is None:
+            self.add(f"{method} {size} as a process", kind="peer", method=method, size=size, process=ours, peer=None)
+            return
+        theirs = statistics.median(self.peer_merge(method, size) for _ in range(peer_runs))
+        self.add(
+            f"{method} {size} as a process", kind="peer", method=method, size=size, process=ours, peer=theirs,
+            faster=theirs / ours,
+        )  # fmt: skip
+
+    def memory(self, method: str, size: str) -> None:
+        """Peak anonymous memory above that of `import torch`."""
+        self.clear()
+        path = BENCH / f"{method}-{size}.yml"
+        path.write_text(recipe(method, size))
+        command = [PYTHON, "-m", "geomerge", "merge", str(path), str(self.out), "--quiet", "--json"]
+        peak = peak_anonymous(command)
+        torch_only = peak_anonymous([PYTHON, "-c", "import torch, time; torch.zeros(8) + 1; time.sleep(0.3)"])
+        self.add(f"memory of {method} {size}", kind="memory", method=method, size=size, peak=peak - torch_only)
+
+    def many(self) -> None:
+        """100,000 tensors of four elements."""
+        folder = BENCH / "many-100000"
+        path = BENCH / "many.yml"
+        entries = "".join(f"  - {{model: {folder / n}, parameters: {{weight: 0.5}}}}\n" for n in ("a", "b"))
+        path.write_text(f"merge_method: linear\nmodels:\n{entries}")
+        command = [PYTHON, "-m", "geomerge", "merge", str(path), str(self.out), "--quiet", "--json"]
+        seconds = statistics.median(self.timed(command)[0] for _ in range(self.runs))
+        self.add("100,000 tensors of 4 elements, linear, 2 models", kind="many", process=seconds)
+
+    def help(self) -> None:
+        """Start-up."""
+        runs = [self.timed([PYTHON, "-m", "geomerge", "--help"])[0] for _ in range(2 * self.runs)]
+        self.add("geomerge --help", kind="help", process=statistics.median(runs))
+
+    def floor(self) -> None:
+        """The machine's bandwidth into and out of the page cache, one thread."""
+        source = BENCH / "0.5B" / "a" / "model.safetensors"
+        size = source.stat().st_size
+        buffer = bytearray(1 << 20)
+        view = memoryview(buffer)
+        reads, writes = [], []
+        for _ in range(self.runs):
+            begun = time.perf_counter()
+            with source.open("rb", buffering=0) as file:
+                while file.readinto(view):
+                    pass
+            reads.append(size / (time.perf_counter() - begun))
+            target = BENCH / "floor.bin"
+            descriptor = os.open(target, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+            begun = time.perf_counter()
+            os.posix_fallocate(descriptor, 0, size)
+            for offset in range(0, size, len(buffer)):
+                os.pwrite(descriptor, view[: min(len(buffer), size - offset)], offset)
+            writes.append(size / (time.perf_counter() - begun))
+            os.close(descriptor)
+            target.unlink()
+        self.add("floor", kind="floor", read=statistics.median(reads) / 1e9, write=statistics.median(writes) / 1e9)
+
+
+def quiet() -> dict[str, str]:
+    """The environment of all runs: offline, without telemetry, importing this checkout."""
+    return os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": str(ROOT / "src")}
+
+
+def peak_anonymous(command: list[str]) -> float:
+    """Peak anonymous resident memory of a process in MB, sampled every five milliseconds."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=quiet())
+    peak = 0
+    while process.poll() is None:
+        try:
+            status = Path(f"/proc/{process.pid}/status").read_text()
+        except OSError:
+            break
+        for line in status.splitlines():
+            if line.startswith("RssAnon"):
+                peak = max(peak, int(line.split()[1]))
+        time.sleep(0.005)
+    return peak / 1024
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on, in kind."""
+    model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "")
+    return {
+        "cpu": model, "cores": len(os.sched_getaffinity(0)), "python": platform.python_version(),
+        "date": datetime.now(UTC).strftime("%Y-%m"),
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Run what was asked for and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--peer", type=Path, default=BENCH / "peer" / "bin" / "mergekit-yaml")
+    parser.add_argument("--only", choices=["engine", "peer", "memory", "many", "accuracy", "all"], default="all")
+    parser.add_argument("--sizes", nargs="*", default=["0.5B", "1.5B"])
+    args = parser.parse_args()
+    bench = Bench(args.runs, args.peer if args.peer.exists() else None)
+    for size in args.sizes:
+        models.make(BENCH, size)
+    models.make_many(BENCH)
+
+    def wanted(part: str) -> bool:
+        return args.only in (part, "all")
+
+    if wanted("engine"):
+        bench.floor()
+        for size in args.sizes:
+            for method in ("linear", "slerp", "ties", "dare_ties", "task_arithmetic"):
+                bench.engine(method, size)
+        for method in ("model_stock", "karcher", "breadcrumbs", "della", "sce", "arcee_fusion", "nearswap", "ram", "passthrough"):
+            bench.engine(method, args.sizes[0])
+    if wanted("memory"):
+        for method in ("linear", "slerp", "ties", "dare_ties", "della", "sce", "arcee_fusion", "karcher", "breadcrumbs_ties"):
+            for size in args.sizes:
+                bench.memory(method, size)
+    if wanted("many"):
+        bench.many()
+        bench.help()
+    if wanted("accuracy"):
+        import accuracy
+
+        for row in accuracy.measure(BENCH / args.sizes[0]):
+            bench.add(**row)
+    if wanted("peer"):
+        for method, size, runs in (("slerp", "1.5B", 3), ("ties", "0.5B", 1), ("dare_ties", "0.5B", 1), ("linear", "0.5B", 3)):
+            if size in args.sizes:
+                bench.against_peer(method, size, runs)
+    bench.clear()
+    write(bench.rows)
+
+
+def write(rows: list[dict[str, Any]]) -> None:
+    """Merge the rows into docs/benchmarks.json and write the tables."""
+    path = ROOT / "docs" / "benchmarks.json"
+    before = json.loads(path.read_text())["rows"] if path.exists() else []
+    known = {row["what"]: row for row in before} | {row["what"]: row for row in rows}
+    path.write_text(json.dumps({"machine": machine(), "rows": list(known.values())}, indent=1) + "\n")
+    import tables
+
+    tables.write(ROOT)
+
+
+if __name__ == "__main__":
+    main()

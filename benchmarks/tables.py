@@ -1,0 +1,79 @@
+"""Writes the benchmark's tables from docs/benchmarks.json into docs/benchmarks.md and README.md, between their markers."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+MUST = {"linear": 1.5, "slerp": 1.5, "ties": 5.0}
+FASTER = {"slerp": 5.0, "ties": 20.0, "dare_ties": 10.0}
+
+
+def write(root: Path) -> None:
+    """Rewrite the tables."""
+    data = json.loads((root / "docs" / "benchmarks.json").read_text())
+    rows: list[dict[str, Any]] = data["rows"]
+    for name, text in (("docs/benchmarks.md", full(rows, data["machine"])), ("README.md", short(rows, data["machine"]))):
+        path = root / name
+        before = path.read_text()
+        pattern = re.compile(r"(<!-- bench:start -->\n).*?(<!-- bench:end -->)", re.DOTALL)
+        if not pattern.search(before):
+            raise SystemExit(f"{name} has no <!-- bench:start --> … <!-- bench:end -->")
+        path.write_text(pattern.sub(lambda m, t=text: m[1] + t + m[2], before))
+
+
+def of(rows: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    """The rows of one kind."""
+    return [r for r in rows if r["kind"] == kind]
+
+
+def full(rows: list[dict[str, Any]], machine: dict[str, Any]) -> str:
+    """All tables."""
+    lines = [f"Measured {machine['date']} on {machine['cores']} cores ({machine['cpu']}), Python {machine['python']}.", ""]
+    for r in of(rows, "floor"):
+        lines += [
+            f"Floor: one core reads {r['read']:.1f} GB/s out of the page cache and writes {r['write']:.1f} GB/s into it "
+            "(allocated beforehand).",
+            "",
+        ]
+    lines += ["| merge | `cp` s | engine s | process s | engine / `cp`, median | best / best | must |", "|---|---|---|---|---|---|---|"]
+    for r in of(rows, "engine"):
+        must = f"≤ {MUST[r['method']]}" if r["method"] in MUST else ""
+        lines.append(
+            f"| {r['method']} {r['size']} | {r['cp']:.2f} | {r['engine']:.2f} | {r['process']:.2f} | {r['ratio']:.2f} "
+            f"| {r['best']:.2f} | {must} |"
+        )
+    lines += ["", "| as a process | geomerge s | mergekit 0.1.5 s | times faster | must |", "|---|---|---|---|---|"]
+    for r in of(rows, "peer"):
+        peer, faster = (f"{r['peer']:.1f}", f"{r['faster']:.1f}") if r["peer"] else ("absent", "")
+        must = f"≥ {FASTER[r['method']]:.0f}" if r["method"] in FASTER else ""
+        lines.append(f"| {r['method']} {r['size']} | {r['process']:.2f} | {peer} | {faster} | {must} |")
+    lines += ["", "| method | size | anonymous memory above `import torch`, MB (must: ≤ 150) |", "|---|---|---|"]
+    lines += [f"| {r['method']} | {r['size']} | {r['peak']:.0f} |" for r in of(rows, "memory")]
+    lines += ["", "| method | correctly rounded to bfloat16 | largest error, ulp | elements |", "|---|---|---|---|"]
+    lines += [
+        f"| {r['method']} | {100 * r['exact']:.4f} % | {r['ulps']} | {r['elements']:,} |" for r in of(rows, "accuracy")
+    ]
+    lines += [""]
+    lines += [f"* {r['what']}: {r['process']:.2f} s (must: ≤ 30 s)" for r in of(rows, "many")]
+    lines += [f"* `{r['what']}`: {r['process']:.2f} s (must: ≤ 0.3 s)" for r in of(rows, "help")]
+    return "\n".join(lines) + "\n"
+
+
+def short(rows: list[dict[str, Any]], machine: dict[str, Any]) -> str:
+    """The README's table."""
+    lines = [
+        "| whole process, two cores | geomerge | mergekit 0.1.5 | times faster |",
+        "|---|---|---|---|",
+    ]
+    for r in of(rows, "peer"):
+        peer, faster = (f"{r['peer']:.1f} s", f"**{r['faster']:.0f}×**") if r["peer"] else ("absent", "")
+        lines.append(f"| {r['method']}, {r['size']} | {r['process']:.1f} s | {peer} | {faster} |")
+    peak = max((r["peak"] for r in of(rows, "memory")), default=None)
+    lines += ["", f"bfloat16 models, warm page cache, {machine['date']}, `make bench`; "
+              f"all figures in [docs/benchmarks.md](docs/benchmarks.md)."]  # fmt: skip
+    if peak is not None:
+        lines += [f"Peak anonymous memory above `import torch`: {peak:.0f} MB, whatever the model's size."]
+    return "\n".join(lines) + "\n"

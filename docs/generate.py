@@ -1,0 +1,151 @@
+"""Writes docs/methods/ from the methods' own metadata: what `make docs` runs.
+
+    python docs/generate.py [--check]
+
+One page a method and an index. Nothing in them is written by hand, so a change belongs into the method's class.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from pathlib import Path
+from typing import Any
+
+from geomerge.methods import registry
+from geomerge.methods.base import Elementwise, Method, Parameter, Span
+from geomerge.methods.properties import MEANING
+
+FOLDER = Path(__file__).parent / "methods"
+NOTICE = "<!-- Made by docs/generate.py from the method's class: edit that, then run `make docs`. -->"
+
+BASE = {
+    "required": "A base model is required (`base_model`).",
+    "optional": "A base model is optional; with one, the method works on task vectors (differences from the base).",
+    "ignored": "A base model is not needed. One that is named but not listed counts as one more model.",
+}
+
+
+def pages() -> dict[str, str]:
+    """File name → content of every page."""
+    methods = registry.all_methods()
+    return {f"{name}.md": page(method) for name, method in methods.items()} | {"index.md": index(methods)}
+
+
+def page(method: type[Method]) -> str:
+    """One method's page."""
+    parts = [NOTICE, f"# {method.title}", f"`merge_method: {method.name}`" + _aliases(method), _paragraphs(method)]
+    parts += ["```text\n" + method.formula + "\n```", f"Source: {method.paper}.", f"## When to use it\n\n{method.when}"]
+    parts += [f"## Models\n\nIt takes {method.models_text()}. {_base(method)}", "## Parameters", _parameters(method)]
+    if method.mergekit:
+        parts.append(_compat(method))
+    parts.append(f"## Example\n\n```yaml\n{method.example.strip()}\n```")
+    parts += ["## What stays true", _properties(method), f"## Family and cost\n\n{_cost(method)}"]
+    return "\n\n".join(parts) + "\n"
+
+
+def index(methods: dict[str, type[Method]]) -> str:
+    """The page that lists them all."""
+    rows = ["| method | what it is | family | models | base |", "|---|---|---|---|---|"]
+    for name, method in methods.items():
+        number = method.models_text().removesuffix(" beside the base")
+        rows.append(f"| [`{name}`]({name}.md) | {method.title} | {method.family} | {number} | {method.base_use} |")
+    text = (
+        "θ₀ is the base, θₖ are the other models, τₖ = θₖ − θ₀ their task vectors. The number of models is the number "
+        "beside the base where a base is required. `geomerge methods NAME` prints the same in a terminal."
+    )
+    return "\n\n".join([NOTICE, "# Methods", text, "\n".join(rows)]) + "\n"
+
+
+def _aliases(method: type[Method]) -> str:
+    return f" (also {', '.join(f'`{alias}`' for alias in method.aliases)})" if method.aliases else ""
+
+
+def _paragraphs(method: type[Method]) -> str:
+    """The class's docstring, each paragraph on one line."""
+    text = inspect.getdoc(method) or ""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
+
+
+def _base(method: type[Method]) -> str:
+    return BASE[method.base_use] if method.models[1] != 1 or method.base_use != "ignored" else "There is no base model."
+
+
+def _parameters(method: type[Method]) -> str:
+    known = method.parameters()
+    if not known:
+        return "None."
+    rows = ["| name | for | value | default | meaning |", "|---|---|---|---|---|"]
+    for name, p in known.items():
+        default = "required" if p.required else _value(p.default)
+        whose = "each model" if p.per_model else "all"
+        rows.append(f"| `{name}` | {whose} | {_allowed(p)} | {default} | {p.doc.replace('|', chr(92) + '|')} |")
+    return "\n".join(rows)
+
+
+def _allowed(p: Parameter) -> str:
+    if p.choices:
+        return ", ".join(f"`{choice}`" for choice in p.choices)
+    if p.kind is bool:
+        return "true or false"
+    text = "whole number" if p.kind is int else "number"
+    if p.within:
+        low, high = p.within
+        text += f" in {'(' if p.above == low else '['}{low:g}, {high:g}]"
+    return f"{text}; beyond with `extrapolate: true`" if p.extrapolates else text
+
+
+def _value(value: Any) -> str:
+    if value is None:
+        return "none"
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
+def _compat(method: type[Method]) -> str:
+    values = ", ".join(f"`{name}: {_value(value).strip('`')}`" for name, value in method.mergekit.items())
+    return f"With `compat: mergekit` the defaults are {values}, unless the recipe says otherwise."
+
+
+def _properties(method: type[Method]) -> str:
+    said = [f"- {MEANING[name].capitalize()}." for name in MEANING if name in method.properties]
+    lacking = [MEANING[name] for name in MEANING if name not in method.properties]
+    text = "At the default parameters, and tested for this method:\n\n" + "\n".join(said)
+    return f"{text}\n\nNot so in general: {'; '.join(lacking)}." if lacking else text
+
+
+def _cost(method: type[Method]) -> str:
+    if issubclass(method, Span):
+        text = "**Span**: the output is a linear combination of the inputs. "
+        if method.needs_gram is not Span.needs_gram:
+            return text + "The coefficients do not depend on the weights, so each input is read once."
+        return text + (
+            "Each tensor is read twice: once to measure the inputs' inner products (a K×K matrix, from which the "
+            "coefficients follow), once to combine them. The manifest `geomerge.json` records the coefficients of every "
+            "tensor."
+        )
+    assert issubclass(method, Elementwise)
+    text = "**Elementwise**: each output element is a function of the same element of the inputs. "
+    if method.measure is Elementwise.measure:
+        return text + "Nothing is measured beforehand, so each input is read once."
+    return text + (
+        "Where the parameters ask for statistics of a tensor (thresholds, norms, counts), these are measured in passes of "
+        "their own before the tensor is read for the output; no tensor is ever sorted or held whole."
+    )
+
+
+def main(check: bool) -> int:
+    """Write what has changed; with `check` only say so."""
+    wanted = pages()
+    there = {path.name: path.read_text("utf-8") for path in FOLDER.glob("*.md")}
+    changed = sorted(name for name in wanted.keys() | there.keys() if wanted.get(name) != there.get(name))
+    for name in changed:
+        sys.stdout.write(f"{'stale: ' if check else ''}docs/methods/{name}\n")
+        if not check and name in wanted:
+            (FOLDER / name).write_text(wanted[name], "utf-8")
+        elif not check:
+            (FOLDER / name).unlink()
+    return int(check and bool(changed))
+
+
+if __name__ == "__main__":
+    sys.exit(main("--check" in sys.argv[1:]))

@@ -1,0 +1,211 @@
+"""The k largest and the order statistics against a full sort, on the data that brackets and histograms fear most."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import references as ref
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from geomerge.methods import order, tile
+from geomerge.methods.order import Selection, largest, nth_smallest
+from geomerge.methods.tile import Scan, TensorSource, Tile
+
+Array = NDArray[np.float64]
+N = 50_000
+
+
+@pytest.fixture(autouse=True)
+def _small_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four segments of several tiles in `N` elements."""
+    monkeypatch.setattr(tile, "SEGMENT", 1 << 14)
+
+
+def hostile() -> dict[str, Array]:
+    """Data by name."""
+    random = np.random.default_rng(4)
+    normal = random.standard_normal(N)
+    sparse = np.where(random.random(N) < 0.01, normal, 0.0)
+    # A common value with few others around it, at the end of the tensor only.
+    lonely = np.full(N, 0.25)
+    lonely[-100:] = normal[:100]
+    return {
+        "normal": normal,
+        "all equal": np.full(N, -0.5),
+        "all zero": np.zeros(N),
+        "two values": random.choice([1.0, -2.0], N),
+        "grid": random.integers(-3, 4, N) / 64.0,
+        "sparse": sparse,
+        "ascending": np.arange(N) - 100.0,
+        "descending": np.arange(N)[::-1] * 1.0,
+        "any size": random.choice([-1, 1], N) * 10.0 ** random.uniform(-300, 300, N),
+        "subnormal": random.integers(-9, 10, N) * 5e-324,
+        "around one": 1 + random.integers(-2, 3, N) * 2.0**-52,
+        "negative zeros": np.where(random.random(N) < 0.5, -0.0, np.sign(normal)),
+        "one spike": np.where(np.arange(N) == 31_234, 1e9, 1e-9 * normal),
+        "lonely": lonely,
+    }
+
+
+HOSTILE = hostile()
+
+
+def scan_of(*arrays: Array, size: int = 1 << 13, columns: int | None = None) -> Scan:
+    """A scan of arrays."""
+    return Scan([TensorSource(torch.from_numpy(a)) for a in arrays], arrays[0].shape, tile=size, columns=columns)
+
+
+def absolute(scan_tile: Tile) -> list[torch.Tensor]:
+    """The magnitudes of all inputs."""
+    return [x.abs() for x in scan_tile.inputs]
+
+
+def shrunk(scan: Scan, selection: Selection, which: int = 0) -> Array:
+    """The tensor without what is not selected."""
+    return np.concatenate(
+        [
+            selection.shrink_(t.inputs[which].clone(), t, "test").reshape(-1).numpy().copy()
+            for segment in scan.segments
+            for t in scan.tiles(segment)
+        ]
+    )
+
+
+def expected(values: Array, k: int) -> Array:
+    """What is left of the k largest."""
+    return values * ref.top(values, max(k, 0))
+
+
+@pytest.mark.parametrize("k", [0, 1, 2, 77, N // 3, N // 2, N - 77, N - 1, N, N + 5])
+@pytest.mark.parametrize("name", HOSTILE)
+def test_largest(name: str, k: int) -> None:
+    """Exactly the k largest, of equal ones those with the lowest index; the threshold is the k-th largest."""
+    values = HOSTILE[name]
+    scan = scan_of(values)
+    (found,) = largest(scan, absolute, [k])
+    assert np.array_equal(shrunk(scan, found), expected(values, k))
+    if 0 < k < N:
+        assert found.threshold == np.sort(np.abs(values))[N - k]
+        assert sum(found.equal) == np.count_nonzero(np.abs(values) == found.threshold)
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many times the fallback by counting was taken, as the length of a list."""
+    calls: list[int] = []
+    by_counting = order._by_counting
+
+    def spy(scan: Scan, magnitudes: order.Magnitudes, which: int, count: int) -> Selection:
+        calls.append(count)
+        return by_counting(scan, magnitudes, which, count)
+
+    monkeypatch.setattr(order, "_by_counting", spy)
+    return calls
+
+
+@pytest.mark.parametrize("k", [1, 77, N // 3, N - 77])
+@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("end", ["first", "last"])
+def test_a_sample_that_lies(name: str, k: int, end: str, counted: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sample sees one end of the tensor, so that brackets miss: the answer is the same."""
+
+    def lie(scan: Scan, limit: int) -> Iterator[Tile]:
+        segment = scan.segments[0 if end == "first" else -1]
+        yield next(iter(scan.tiles(segment)))
+
+    monkeypatch.setattr(Scan, "sample", lie)
+    scan = scan_of(HOSTILE[name])
+    (found,) = largest(scan, absolute, [k])
+    assert np.array_equal(shrunk(scan, found), expected(HOSTILE[name], k))
+    if name == "ascending" and k == N // 3:
+        assert counted == [k], "the bracket was meant to miss"
+
+
+@pytest.mark.parametrize("k", [1, 77, N // 3, N - 1])
+@pytest.mark.parametrize("name", HOSTILE)
+def test_brackets_that_overflow(name: str, k: int, counted: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Brackets that may hold 16 different values and are made to hold everything: folding and counting take over."""
+    monkeypatch.setattr(order, "_COLLECT", 16)
+    monkeypatch.setattr(order, "_brackets", lambda scan, m, counts: dict.fromkeys(counts, (0.0, np.inf, np.nan)))
+    scan = scan_of(HOSTILE[name])
+    (found,) = largest(scan, absolute, [k])
+    assert np.array_equal(shrunk(scan, found), expected(HOSTILE[name], k))
+    assert bool(counted) == (np.unique(np.abs(HOSTILE[name])).size > 16)
+
+
+def test_brackets_usually_hit(counted: list[int]) -> None:
+    """On ordinary data, and on a coarse grid, no histogram is needed."""
+    for name in ("normal", "grid", "sparse", "any size", "all equal", "two values"):
+        for k in (1, N // 10, N // 2, N - 1):
+            largest(scan_of(HOSTILE[name]), absolute, [k])
+    assert counted == []
+
+
+@pytest.mark.parametrize("size", [1 << 13, 1 << 14, 1 << 20])
+def test_several_selections_at_once(size: int) -> None:
+    """Different tensors and counts in the same passes, in tiles of any size."""
+    names = ["grid", "normal", "all zero", "two values", "any size"]
+    counts = [N // 7, 3, 50, N - 1, 0]
+    scan = scan_of(*[HOSTILE[n] for n in names], size=size)
+    for i, (name, k, found) in enumerate(zip(names, counts, largest(scan, absolute, counts), strict=True)):
+        assert np.array_equal(shrunk(scan, found, i), expected(HOSTILE[name], k)), name
+
+
+def test_threads_give_the_same() -> None:
+    """Segments in parallel, in any order."""
+    values = HOSTILE["grid"]
+    with ThreadPoolExecutor(3) as pool:
+        scan = Scan([TensorSource(torch.from_numpy(values))], (N,), tile=1 << 13, run=pool.map)
+        (found,) = largest(scan, absolute, [N // 3])
+        parts = scan.over(lambda ts: [found.shrink_(t.inputs[0].clone(), t, "x").numpy().copy() for t in ts])
+    assert np.array_equal(np.concatenate([p for part in parts for p in part]), expected(values, N // 3))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    values=st.lists(st.sampled_from([0.0, -0.0, 1.0, -1.0, 1.5, 2.0, 5e-324, -1e308]), min_size=1, max_size=120),
+    share=st.floats(0, 1),
+    sample=st.integers(1, 40),
+)
+def test_largest_of_anything(values: list[float], share: float, sample: int) -> None:
+    """Few values, many ties, tiny tiles, tiny samples."""
+    array = np.array(values).reshape(-1, 1)
+    k = int(share * len(values))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tile, "SEGMENT", 12)
+        patch.setattr(order, "_SAMPLE", sample)
+        patch.setattr(order, "_COLLECT", 7)
+        scan = scan_of(array, size=5, columns=1)
+        (found,) = largest(scan, absolute, [k])
+        assert np.array_equal(shrunk(scan, found), expected(array.ravel(), k))
+
+
+@settings(max_examples=100, deadline=None)
+@given(values=st.lists(st.floats(0, allow_nan=False, allow_infinity=False), min_size=1, max_size=60), data=st.data())
+def test_order_statistics_of_anything(values: list[float], data: st.DataObject) -> None:
+    """Any ranks, the first and the last included, of any numbers that are not negative."""
+    ranks = data.draw(st.lists(st.integers(0, len(values) - 1), min_size=1, max_size=3))
+    array = np.array(values).reshape(-1, 1)
+    scan = scan_of(array, size=5, columns=1)
+    found = nth_smallest(scan, lambda t: [t.inputs[0].abs()] * len(ranks), ranks)
+    assert found == np.sort(array.ravel())[ranks].tolist()
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_order_statistics(name: str) -> None:
+    """Extremes and quartiles of large tensors."""
+    ranks = [0, 1, N // 4, N // 2, 3 * N // 4, N - 2, N - 1]
+    found = nth_smallest(scan_of(HOSTILE[name]), lambda t: [t.inputs[0].abs()] * len(ranks), ranks)
+    assert found == np.sort(np.abs(HOSTILE[name]))[ranks].tolist()
+
+
+@pytest.mark.parametrize("select", [lambda s: largest(s, absolute, [3]), lambda s: largest(s, absolute, [0])])
+def test_empty(select: Callable[[Scan], Sequence[Selection]]) -> None:
+    """Nothing of nothing."""
+    assert len(select(scan_of(np.zeros(0)))) == 1
