@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
+# For models this small a second thread costs more than it gives.
+os.environ |= {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
 
 LETTERS, DIGITS = "abcdefghijklmnop", "0123456789"
 SKILLS = ("sort", "miss")
@@ -110,7 +111,6 @@ def train(
     """Teach a model to answer: AdamW with a cosine schedule, the loss on the answers only."""
     import torch
 
-    torch.set_num_threads(1)  # for a model this small a second thread costs more than it gives
     supply = {(s, n): questions(s, n, (settings.seed, s, n), held_out=False) for s in skills for n in lengths[s]}
     draw = random.Random(settings.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.01)

@@ -38,18 +38,17 @@ def skills(demo: ModuleType) -> Any:
 
 @pytest.fixture(scope="module")
 def trained(demo: ModuleType, skills: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with a base, two experts and the recipes, trained for a few steps; torch's settings are put back."""
+    """A directory with a base, two experts and the recipes, trained for a few steps; torch's random state is put back."""
     import torch
 
     out = tmp_path_factory.mktemp("demo")
     settings = skills.Settings(hidden=16, layers=2, base_steps=3, expert_steps=3, batch=8)
-    threads, state = torch.get_num_threads(), torch.get_rng_state()
+    state = torch.get_rng_state()
     try:
         skills.train_base(out, settings)
         for skill in skills.SKILLS:
             skills.train_expert(out, skill, settings)
     finally:
-        torch.set_num_threads(threads)
         torch.set_rng_state(state)
     demo.write_recipes(out)
     return out
@@ -85,7 +84,7 @@ def test_training_lowers_the_loss(skills: ModuleType) -> None:
 
     settings = skills.Settings(hidden=16, layers=1, batch=16)
     tokens = skills.tokenizer()
-    threads, state = torch.get_num_threads(), torch.get_rng_state()
+    state = torch.get_rng_state()
     pairs = list(itertools.islice(skills.questions("miss", 3, "x", held_out=True), 10))
     ids, start = skills.encode(tokens, pairs)
 
@@ -100,7 +99,6 @@ def test_training_lowers_the_loss(skills: ModuleType) -> None:
         skills.train(model, tokens, ("miss",), {"miss": (3,)}, 30, 1e-2, settings)
         assert loss(model) < 0.8 * before
     finally:
-        torch.set_num_threads(threads)
         torch.set_rng_state(state)
 
 
@@ -129,7 +127,7 @@ def test_accuracy_counts_whole_right_answers_as_generation_gives_them(
     known = {kind: next(skills.questions(*kind, "known", held_out=False)) for kind in kinds}
     new = {kind: next(skills.questions(*kind, "new", held_out=True)) for kind in kinds}
     settings, tokens = skills.Settings(hidden=32, layers=1, batch=4), skills.tokenizer()
-    threads, state = torch.get_num_threads(), torch.get_rng_state()
+    state = torch.get_rng_state()
     monkeypatch.setattr(
         skills,
         "questions",
@@ -143,7 +141,6 @@ def test_accuracy_counts_whole_right_answers_as_generation_gives_them(
         model.save_pretrained(tmp_path)
         tokens.save_pretrained(tmp_path)
     finally:
-        torch.set_num_threads(threads)
         torch.set_rng_state(state)
     assert skills.accuracy(tmp_path, count=6)["miss"] == 0.5
     for n in skills.HARD["miss"]:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 
 import geomerge as gm
+import tiny
 from geomerge.checkpoint import from_state_dict
 from geomerge.engine import execute
 from geomerge.engine.build import Builder
@@ -87,7 +87,7 @@ def folder(models: dict[str, tiny.Tensors], tmp_path_factory: pytest.TempPathFac
 @pytest.fixture
 def _small_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tile, "SEGMENT", 1 << 14)
-    monkeypatch.setattr(execute, "SEGMENT", 1 << 14)
+    monkeypatch.setattr(execute, "LARGE", 1 << 14)
 
 
 def in_memory(text: str, models: dict[str, tiny.Tensors], **options: Any) -> tiny.Tensors:
@@ -120,7 +120,7 @@ def test_bits_do_not_depend_on_segments(
     """What threads share out among themselves is not in the result either, except in sums over columns."""
     expected = gm.merge_state_dicts(recipe(method), models)
     monkeypatch.setattr(tile, "SEGMENT", 1 << 13)
-    monkeypatch.setattr(execute, "SEGMENT", 1 << 13)
+    monkeypatch.setattr(execute, "LARGE", 1 << 13)
     cut = gm.merge_state_dicts(recipe(method), models)
     if method == "nuslerp":  # its Gram matrices over columns are added up segment by segment
         assert all(torch.allclose(cut[n].float(), expected[n].float(), rtol=1e-2, atol=0) for n in expected)

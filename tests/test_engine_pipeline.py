@@ -6,10 +6,10 @@ import threading
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 
 import geomerge as gm
+import tiny
 from geomerge.engine import execute
 from geomerge.engine.build import Builder
 from geomerge.engine.planner import make_plan
@@ -71,7 +71,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _small_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tile, "SEGMENT", 1 << 13)
-    monkeypatch.setattr(execute, "SEGMENT", 1 << 13)
+    monkeypatch.setattr(execute, "LARGE", 1 << 13)
 
 
 def document(text: str, root: Path, *, name: str = "", stage: object = "") -> str:
@@ -143,7 +143,7 @@ def test_a_stage_keeps_integers_buffers_and_config(tmp_path: Path) -> None:
         config = tiny.config(tmp_path / name) | {"keep": "me"}
         tiny.save(tmp_path / name, tensors, config)
     text = document(STAGES["slices"].replace("[2, 3]", "[0, 2]"), tmp_path, name="deep")
-    text += f"---\nmerge_method: passthrough\nmodels: [{{model: deep}}]\ndtype: bfloat16\nparameters: {{scale: 2}}\n"
+    text += "---\nmerge_method: passthrough\nmodels: [{model: deep}]\ndtype: bfloat16\nparameters: {scale: 2}\n"
     gm.merge(text, tmp_path / "out")
     merged, config = tiny.read(tmp_path / "out"), tiny.config(tmp_path / "out")
     assert torch.equal(merged["model.position_ids"], torch.arange(7))

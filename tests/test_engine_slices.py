@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 
 import geomerge as gm
+import tiny
 
 UP = "model.layers.{}.mlp.up_proj.weight"
 

@@ -1,4 +1,4 @@
-"""Parents with different vocabularies: refused without a policy, re-indexed by one; against a slow reference, token by token."""
+"""Parents with different vocabularies: refused without a policy, re-indexed by one; against a slow reference."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
-import token_samples as samples
 import torch
 from tokenizers import Tokenizer
 
 import geomerge as gm
-from geomerge.engine.run import run_in_memory
+import tiny
+import token_samples as samples
 from geomerge.engine.planner import make_plan
+from geomerge.engine.run import run_in_memory
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 

@@ -117,7 +117,7 @@ def test_a_third_partys_method(check: Callable[[Case], None]) -> None:
     ("method", "check", "message"),
     [
         (DependsOnTiles, check_tiles, "tiles of"),
-        (DrawsFromTorch, check_seed, ""),
+        (DrawsFromTorch, check_seed, "same seed"),
         (ClaimsPermutation, check_properties_hold, "permutation"),
         (ForgetsTheBase, check_properties_hold, "base"),
     ],

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import references as ref
 import torch
 
 import geomerge as gm
+import references as ref
 from geomerge.methods.sparsify import MagPrune
 
 RTOL = 1e-9

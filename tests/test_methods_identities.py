@@ -6,12 +6,12 @@ import math
 
 import numpy as np
 import pytest
-import references as ref
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import geomerge as gm
+import references as ref
 from geomerge.testing import models
 
 

@@ -413,7 +413,7 @@ class TestDella:
         assert near(step.probabilities(vector([3], [1]), 0), [0.5], [0.5])
 
     def test_survivors_are_divided_by_their_own_probability(self) -> None:
-        """In rows of [3, −1, 2] what survives is 3/0.7, −1/0.3 or 2/0.5; each does somewhere in 64 rows, and is dropped somewhere."""
+        """In rows of [3, −1, 2] what survives is 3/0.7, −1/0.3 or 2/0.5; each does so in some of 64 rows."""
         rows = vector([3, -1, 2]).repeat(64, 1)
         found = gm.methods.della_linear(
             torch.zeros_like(rows), [rows], weight=1, density=0.5, epsilon=0.2, normalize=False

@@ -7,12 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-import references as ref
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+import references as ref
 from geomerge.methods import order, tile
 from geomerge.methods.order import Selection, largest, nth_smallest
 from geomerge.methods.tile import Scan, TensorSource, Tile

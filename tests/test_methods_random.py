@@ -9,11 +9,11 @@ import sys
 
 import numpy as np
 import pytest
-import references as ref
 import torch
 from numpy.typing import NDArray
 
 import geomerge as gm
+import references as ref
 from geomerge.methods import tile
 from geomerge.methods.random import bernoulli, stream, words
 from geomerge.methods.sparsify import MagPrune
@@ -124,11 +124,11 @@ def test_global_generators_are_left_alone() -> None:
     results = []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        np.random.seed(seed)  # noqa: NPY002 - the global generator is what is being tested
-        before = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+        np.random.seed(seed)
+        before = torch.get_rng_state(), np.random.get_state()[1].copy()
         results.append(gm.methods.dare_ties(base, [expert], weight=1, density=0.5, seed=9))
         assert torch.equal(torch.get_rng_state(), before[0])
-        assert np.array_equal(np.random.get_state()[1], before[1])  # noqa: NPY002
+        assert np.array_equal(np.random.get_state()[1], before[1])
     assert torch.equal(*results)
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import references as ref
 import torch
 
 import geomerge as gm
+import references as ref
 from geomerge.methods import registry, tile
 from geomerge.testing import models
 
@@ -106,34 +106,49 @@ ROWS = [
     Row("karcher", 4, lambda b, x: ref.karcher(x), {}, False),
     Row("task_arithmetic", 1, lambda b, x: x[0], {"weight": 1.0}),
     Row("task_arithmetic", 4, lambda b, x: ref.task_arithmetic(b, x, W[4], 0.3), {"weight": W[4], "lambda": 0.3}),
-    Row("model_stock", 2, lambda b, x: ref.model_stock(b, x)),
-    Row("model_stock", 4, lambda b, x: ref.model_stock(b, x)),
+    Row("model_stock", 2, ref.model_stock),
+    Row("model_stock", 4, ref.model_stock),
     Row("model_stock", 3, lambda b, x: ref.model_stock(b, x, filter_wise=True), {"filter_wise": True}),
     Row("nearswap", 1, lambda b, x: ref.nearswap(b, x[0], 0.01), {"t": 0.01}),
     *(
-        Row("ties", k, thinned(lambda t: ref.magnitude(t, 0.3), W[k], elect=True, normalize=n, lambda_=0.7),
-            {"weight": W[k], "density": 0.3, "normalize": n, "lambda": 0.7})  # fmt: skip
+        Row(
+            "ties",
+            k,
+            thinned(lambda t: ref.magnitude(t, 0.3), W[k], elect=True, normalize=n, lambda_=0.7),
+            {"weight": W[k], "density": 0.3, "normalize": n, "lambda": 0.7},
+        )
         for k, n in ((1, True), (3, True), (4, False))
     ),
     Row("dare_linear", 2, dare(False, 0.4, W[2], normalize=False), {"weight": W[2], "density": 0.4}),
-    Row("dare_ties", 3, dare(True, 0.4, W[3], normalize=True),
-        {"weight": W[3], "density": 0.4, "normalize": True}),  # fmt: skip
+    Row("dare_ties", 3, dare(True, 0.4, W[3], normalize=True), {"weight": W[3], "density": 0.4, "normalize": True}),
     Row("della", 3, della(True, 0.5, 0.2, W[3], normalize=True), {"weight": W[3], "density": 0.5, "epsilon": 0.2}),
-    Row("della_linear", 4, della(False, 0.5, 0.2, W[4], normalize=False),
-        {"weight": W[4], "density": 0.5, "epsilon": 0.2, "normalize": False}),  # fmt: skip
-    Row("breadcrumbs", 4, thinned(lambda t: ref.outliers(t, 0.6, 0.05), W[4], elect=False, normalize=False),
-        {"weight": W[4], "density": 0.6, "gamma": 0.05}),  # fmt: skip
-    Row("breadcrumbs_ties", 3, thinned(lambda t: ref.outliers(t, 0.6, 0.05), W[3], elect=True, normalize=False),
-        {"weight": W[3], "density": 0.6, "gamma": 0.05}),  # fmt: skip
-    Row("sce", 1, lambda b, x: ref.sce(b, x)),
-    Row("sce", 3, lambda b, x: ref.sce(b, x)),
+    Row(
+        "della_linear",
+        4,
+        della(False, 0.5, 0.2, W[4], normalize=False),
+        {"weight": W[4], "density": 0.5, "epsilon": 0.2, "normalize": False},
+    ),
+    Row(
+        "breadcrumbs",
+        4,
+        thinned(lambda t: ref.outliers(t, 0.6, 0.05), W[4], elect=False, normalize=False),
+        {"weight": W[4], "density": 0.6, "gamma": 0.05},
+    ),
+    Row(
+        "breadcrumbs_ties",
+        3,
+        thinned(lambda t: ref.outliers(t, 0.6, 0.05), W[3], elect=True, normalize=False),
+        {"weight": W[3], "density": 0.6, "gamma": 0.05},
+    ),
+    Row("sce", 1, ref.sce),
+    Row("sce", 3, ref.sce),
     Row("sce", 3, lambda b, x: ref.sce(b, x, 0.4), {"select_topk": 0.4}),
     Row("sce", 2, lambda b, x: ref.sce(b, x, 0.4, True), {"select_topk": 0.4, "select_only_for_weights": True}),
     Row("arcee_fusion", 1, lambda b, x: ref.arcee_fusion(b, x[0])),
     Row("ram", 3, lambda b, x: ref.ram(b, x, 0.02), {"epsilon": 0.02}),
     Row("ramplus_tl", 3, lambda b, x: ref.ramplus_tl(b, x, 0.3, 0.5, 0.02), {"r": 0.3, "alpha": 0.5, "epsilon": 0.02}),
     Row("passthrough", 1, lambda b, x: 1.5 * x[0], {"scale": 1.5}, False),
-]  # fmt: skip
+]
 
 
 def test_every_method_has_a_row() -> None:

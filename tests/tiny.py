@@ -9,11 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-
-__all__ = ["safe_open"]
 
 Tensors = dict[str, Tensor]
 

@@ -12,7 +12,7 @@ from geomerge.checkpoint.checkpoint import Checkpoint
 from geomerge.checkpoint.dtypes import to_torch
 from geomerge.engine import rounding
 from geomerge.engine.plan import Node, Operand, Plan
-from geomerge.engine.sources import FileSource, RowSource, StageSource
+from geomerge.engine.sources import FileSource, HeldSource, RowSource, StageSource
 from geomerge.methods.kernel import Prepared, prepare
 from geomerge.methods.tile import TILE, Scan, Segment, Source, TensorSource
 
@@ -27,6 +27,8 @@ class Builder:
         inputs: The opened models in the plan's order.
         tile: Elements in a tile.
         device: Where tiles are computed.
+        read_ahead: Read the next tile while one is computed.
+        hold: Bytes of inputs that a thread may keep in memory between the passes over a tensor.
     """
 
     def __init__(
@@ -37,15 +39,18 @@ class Builder:
         tile: int = TILE,
         device: torch.device | str = "cpu",
         read_ahead: bool = False,
+        hold: int = 0,
     ) -> None:
-        self.plan, self.inputs = plan, inputs
+        self.plan, self.inputs, self.hold = plan, inputs, hold
         self.tile, self.device, self.read_ahead = tile, torch.device(device), read_ahead
 
-    def prepare(self, node: Node, run: Run = map) -> Prepared:
-        """Measure what the node's method needs; `run` maps over segments."""
+    def prepare(self, node: Node, run: Run = map, *, alone: bool = False) -> Prepared:
+        """Measure what the node's method needs; `run` maps over segments. `alone`: one thread makes all of the node."""
         assert node.method is not None
         level = len(self.plan.stages) - 1 - node.stage
-        sources = [self.source(operand, node) for operand in node.operands]
+        nbytes = sum(self.inputs[o.input].tensors[o.tensor].nbytes for o in node.operands if o.node < 0)
+        held = alone and node.method.measures and nbytes <= self.hold
+        sources = [self.source(o, node, slot + 1 if held else None) for slot, o in enumerate(node.operands)]
 
         def open_scan(**tiling: Any) -> Scan:
             return Scan(
@@ -61,15 +66,15 @@ class Builder:
                 **tiling,
             )
 
-        return prepare(node.method, open_scan, node.shape, node.scale)
+        return prepare(node.method, open_scan, node.shape, node.scale, to_torch(node.dtype))
 
     def rounding(self, node: Node) -> Callable[[int, Tensor], Tensor]:
         """The rounding of a node's elements to its dtype."""
         stage = self.plan.stages[node.stage]
         return rounding.make(stage.rounding, to_torch(node.dtype), seed=stage.seed, name=node.name)
 
-    def source(self, operand: Operand, node: Node) -> Source:
-        """An operand as a source of elements."""
+    def source(self, operand: Operand, node: Node, slot: int | None = None) -> Source:
+        """An operand as a source of elements; with a `slot` its thread keeps the bytes between passes."""
         if operand.rows >= 0:
             rows = self.plan.rows[operand.rows]
             columns = node.numel // max(node.shape[0], 1)
@@ -84,6 +89,8 @@ class Builder:
         info = checkpoint.tensors[operand.tensor]
         if info.file is None:
             return TensorSource(checkpoint.memory[operand.tensor], self._label(operand))
+        if slot is not None:
+            return HeldSource(checkpoint.descriptor(info.file), info, self._label(operand), slot)
         return FileSource(checkpoint.descriptor(info.file), info, self._label(operand))
 
     def raw(self, node: Node) -> tuple[Checkpoint, str]:

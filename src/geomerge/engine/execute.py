@@ -1,6 +1,6 @@
 """Carrying out a plan's nodes on threads: which tensor when, and what happens when one fails.
 
-Tensors of more than one segment are made one after the other, all threads on their segments; then the smaller ones, largest
+Large tensors are made one after the other, all threads on their segments; then the smaller ones, largest
 first, a thread for each; and tiny ones by one thread, in bundles. The bits do not depend on any of this.
 """
 
@@ -19,15 +19,18 @@ from geomerge.checkpoint.dtypes import DTYPES, to_torch
 from geomerge.engine.build import Builder
 from geomerge.engine.loss import RoundingLoss
 from geomerge.engine.memory import keep_freed_memory
-from geomerge.engine.plan import Node
+from geomerge.engine.plan import BUFFER, Node
 from geomerge.engine.sinks import Sink
 from geomerge.engine.sources import read_into, staging
 from geomerge.errors import GeomergeError, NotFiniteError
 from geomerge.methods.kernel import Prepared
-from geomerge.methods.tile import SEGMENT, Segment
+from geomerge.methods.tile import Segment
 
 _BUNDLE_ELEMENTS = 1 << 18
 _BUNDLE_TENSORS = 256
+LARGE = 1 << 24
+"""Tensors of more elements are made by all threads together, segment by segment."""
+
 _COPY = 1 << 20
 _TINY = 1 << 13
 """Tensors up to this size are all made by one thread: their cost is the interpreter's, which threads would only fight for."""
@@ -75,7 +78,7 @@ class Work:
         if node.method is None:
             self._copy(node)
             return {}
-        prepared = self.builder.prepare(node, self._watched(run))
+        prepared = self.builder.prepare(node, self._watched(run), alone=run is map)
         losses = list(run(lambda segment: self._segment(node, prepared, segment), prepared.scan.segments))
         facts: Facts = {}
         if prepared.coefficients is not None:
@@ -119,6 +122,7 @@ class Work:
         checkpoint, name = self.builder.raw(node)
         info = checkpoint.tensors[name]
         if info.file is None:
+            _check_copied(node, checkpoint.memory[name], f"{checkpoint.ref}: {name}")
             self.sink.write(node, 0, checkpoint.memory[name].reshape(-1))
             self.advance(node.nbytes)
             return
@@ -129,8 +133,7 @@ class Work:
             raw = staging(count * itemsize)
             read_into(descriptor, raw, info.offset + start * itemsize, f"{checkpoint.ref}: {name}")
             values = raw.view(to_torch(info.dtype))
-            if values.is_floating_point() and itemsize > 1 and not bool(torch.isfinite(values).all()):
-                raise NotFiniteError("the tensor holds NaN or Inf", where=f"{checkpoint.ref}: {name}")
+            _check_copied(node, values, f"{checkpoint.ref}: {name}")
             self.sink.write(node, start, values)
             self.advance(count * itemsize)
 
@@ -148,8 +151,8 @@ class Threads:
         self.threads = threads or len(os.sched_getaffinity(0))
 
     def run(self, nodes: Sequence[tuple[int, Node]], done: Callable[[list[tuple[int, Facts]]], None]) -> None:
-        large = sorted((item for item in nodes if item[1].numel > SEGMENT), key=lambda item: -item[1].numel)
-        small = sorted((item for item in nodes if _TINY < item[1].numel <= SEGMENT), key=lambda item: -item[1].numel)
+        large = sorted((item for item in nodes if item[1].numel > LARGE), key=lambda item: -item[1].numel)
+        small = sorted((item for item in nodes if _TINY < item[1].numel <= LARGE), key=lambda item: -item[1].numel)
         tiny = [item for item in nodes if item[1].numel <= _TINY]
         keep_freed_memory()
         before = torch.get_num_threads()
@@ -180,6 +183,15 @@ class Threads:
                 raise Interrupted
             made.append((index, self.work.make(node)))
         done(made)
+
+
+def _check_copied(node: Node, values: torch.Tensor, where: str) -> None:
+    """Refuse NaN and Inf in what is copied; a mask's −∞ is no damage."""
+    if not values.is_floating_point() or values.element_size() == 1:
+        return
+    good = ~torch.isnan(values) if node.rule == BUFFER else torch.isfinite(values)
+    if not bool(good.all()):
+        raise NotFiniteError("the tensor holds NaN or Inf", where=where)
 
 
 def _bundles(nodes: Iterable[tuple[int, Node]]) -> Iterator[list[tuple[int, Node]]]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from geomerge.engine.loss import RoundingLoss
 from geomerge.engine.plan import Node, Plan
+from geomerge.methods.base import Method
 from geomerge.version import __version__
 
 
@@ -23,12 +24,12 @@ def manifest(plan: Plan, facts: Mapping[int, Mapping[str, Any]]) -> dict[str, An
         facts: For each output tensor (by its position in `Plan.outputs`) what the run found: coefficients, loss.
     """
     methods: list[dict[str, Any]] = []
-    known: dict[int, int] = {}
+    known: dict[Method, int] = {}
     tensors: dict[str, Any] = {}
     for position, node in enumerate(plan.output_nodes()):
         entry: dict[str, Any] = {"rule": node.rule}
         if node.method is not None:
-            index = known.setdefault(id(node.method), len(methods))
+            index = known.setdefault(node.method, len(methods))
             if index == len(methods):
                 methods.append({"name": node.method.name, "parameters": node.method.values()})
             entry["method"] = index

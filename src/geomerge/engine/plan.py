@@ -26,6 +26,9 @@ from geomerge.version import __version__
 FORMAT = 1
 """The version of the saved form. A plan of another version is refused, not guessed at."""
 
+BUFFER = "copy: buffer of the first model"
+"""The rule of tensors that are computed or count steps; a mask among them may hold −∞ on purpose."""
+
 
 class Operand(NamedTuple):
     """One input tensor of a node.

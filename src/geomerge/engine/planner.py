@@ -22,7 +22,7 @@ from geomerge.checkpoint.dtypes import DTYPES, parse_dtype
 from geomerge.engine.lineup import Entrant, Lineup
 from geomerge.engine.models import Kind, Model, Models
 from geomerge.engine.output import describe_output, licence_of
-from geomerge.engine.plan import InputModel, Node, Operand, Plan, Rows, Stage
+from geomerge.engine.plan import BUFFER, InputModel, Node, Operand, Plan, Rows, Stage
 from geomerge.engine.schedule import Schedule
 from geomerge.engine.vocabularies import Vocabularies
 from geomerge.errors import IncompatibleModels, RecipeError
@@ -317,7 +317,7 @@ class _Recipe:
         kinds = [model.tensors[name] for model, name in found]
         operands = [model.operand(name) for model, name in found]
         dtype = self._dtype(part.name, kinds)
-        reason = self._copied(part, kinds)
+        reason = self._copied(part, kinds, found)
         if reason is not None:
             return Node(
                 part.name,
@@ -340,18 +340,19 @@ class _Recipe:
         method = lineup.make(part, inputs[1:] if lineup.based else inputs, t)
         return Node(part.name, shape, dtype, tuple(operands), method, self._scale(part, t), stage=self.stage)
 
-    def _copied(self, part: Part, kinds: list[Kind]) -> str | None:
+    def _copied(self, part: Part, kinds: list[Kind], found: list[tuple[Model, str]]) -> str | None:
         """Why a tensor is copied instead of merged, or `None`."""
-        if DTYPES[kinds[0].dtype].kind != "float":
-            if DTYPES[kinds[0].dtype].kind == "float8":
+        for kind, (model, _) in zip(kinds, found, strict=True):
+            if DTYPES[kind.dtype].kind == "float8":
                 raise IncompatibleModels(
                     f"{part.name} holds 8-bit codes without a known scale",
-                    where=str(self.members[0]),
+                    where=str(model),
                     hint="name the original 16-bit model, or dequantise it first",
                 )
+        if DTYPES[kinds[0].dtype].kind != "float":
             return f"{DTYPES[kinds[0].dtype].recipe} tensor of the first model"
         if part.name in self.donor.anatomy.buffers:
-            return "buffer of the first model"
+            return BUFFER.removeprefix("copy: ")
         return None
 
     def _dtype(self, name: str, kinds: list[Kind]) -> str:
@@ -438,9 +439,15 @@ class _Recipe:
             self.accounted[id(self.donor)].add(stored)
             self.parts[part.name] = part
         for model in self.members:
-            for part in model.anatomy.parts.values():
-                if part.module not in listed:
-                    self.accounted[id(model)].add(part.name)
+            used = self.accounted[id(model)]
+            for name, part in model.anatomy.parts.items():
+                if part.module not in listed and name not in used:
+                    used.add(name)
+                    tied = model.anatomy.tied.get(name)
+                    why = f"module {part.module!r} is not in the recipe, taken from {self.donor}"
+                    self.planner.left_out[f"{model}: {name}"] = (
+                        why if tied is None else f"tied to {tied}, which is stored once"
+                    )
         return made
 
     def _account(self) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,9 @@ from geomerge.errors import RunError, UsageError
 from geomerge.methods import registry
 from geomerge.methods.tile import TILE
 from geomerge.version import __version__
+
+_HOLD = 80 << 20
+"""Bytes of inputs that all threads together keep between the passes over their tensors."""
 
 RECIPE_NAME = "geomerge.yml"
 MANIFEST_NAME = "geomerge.json"
@@ -106,7 +110,7 @@ def run_plan(
     begun = time.perf_counter()
     opened = list(inputs) if inputs is not None else open_inputs(plan)
     try:
-        builder = _builder(plan, opened, device, tile)
+        builder = _builder(plan, opened, device, tile, threads)
         nodes = list(plan.output_nodes())
         layout = plan_layout([(n.name, n.dtype, n.shape) for n in nodes], shard_size, {"geomerge": __version__})
         places = [Path(i.path) for i in plan.inputs if i.path]
@@ -175,7 +179,7 @@ def run_in_memory(
     opened = list(inputs) if inputs is not None else open_inputs(plan)
     try:
         sink = MemorySink(plan)
-        work = Work(_builder(plan, opened, device, tile), sink, lambda nbytes: None, threading.Event())
+        work = Work(_builder(plan, opened, device, tile, threads), sink, lambda nbytes: None, threading.Event())
         Threads(work, threads).run(list(enumerate(plan.output_nodes())), lambda entries: None)
         return sink.tensors
     finally:
@@ -214,7 +218,7 @@ def _open_input(model: InputModel) -> Checkpoint:
     return checkpoint
 
 
-def _builder(plan: Plan, opened: Sequence[Checkpoint], device: str, tile: int | None) -> Builder:
+def _builder(plan: Plan, opened: Sequence[Checkpoint], device: str, tile: int | None, threads: int | None) -> Builder:
     try:
         place = torch.device(device)
         if place.type != "cpu":
@@ -224,7 +228,14 @@ def _builder(plan: Plan, opened: Sequence[Checkpoint], device: str, tile: int | 
         raise UsageError(f"the device {device!r} cannot be used: {reason}") from None
     accelerated = place.type != "cpu"
     # A device wants tiles that are worth a transfer; a core wants tiles that stay in its cache.
-    return Builder(plan, opened, tile=tile or (1 << 22 if accelerated else TILE), device=place, read_ahead=accelerated)
+    return Builder(
+        plan,
+        opened,
+        tile=tile or (1 << 22 if accelerated else TILE),
+        device=place,
+        read_ahead=accelerated,
+        hold=0 if accelerated else _HOLD // (threads or len(os.sched_getaffinity(0))),
+    )
 
 
 def _identity(plan: Plan, shard_size: int, device: torch.device) -> str:

@@ -1,8 +1,9 @@
 """Rules that combine thinned task vectors into one and add it to the base.
 
-Tiles of 16-bit models come as float32, which holds their differences exactly and costs half of float64. What float32 can
-get wrong by more than the output's rounding is then found and computed again in float64: elements where base and change
-nearly cancel, and positions where the weighted votes for the two signs nearly balance. So the result is that of float64.
+Tiles of 16-bit models come as float32, which holds nearly all of their differences exactly and costs half of float64. What
+float32 can get wrong by more than the output's rounding is then found and computed again in float64: elements whose terms
+nearly cancel, and positions where the votes for the two signs nearly balance. So the result is that of float64. Which
+elements these are is decided for each by its own numbers, so that it does not depend on the tile's size.
 """
 
 from __future__ import annotations
@@ -13,29 +14,70 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_CANCELLED = 2.0**-12
-"""A float32 sum this much smaller than its summands is off by up to a quarter of a bfloat16 (two of a float16) ulp."""
+from geomerge.methods.tile import Tile
 
-_BALANCED = 2.0**-19
-"""Votes that differ by less than this share of the largest are decided in float64."""
+_CANCELLED = 2.0**-9
+"""A float32 sum this much smaller than its summands is off by a few 2⁻¹⁵: a tenth of a float16 ulp."""
+
+_GAP = 2.0**-12
+"""A difference of two 16-bit numbers, one of which is this much smaller, may not fit float32."""
+
+Exact = Callable[[np.ndarray], tuple[Tensor, Tensor]]
+"""Gives the base's and the thinned task vectors' elements at flat indices of a tile in float64, exactly."""
 
 
-def weighted_sum(base: Tensor, deltas: Tensor, coefficients: Sequence[float]) -> Tensor:
+def exactly(tile: Tile, found: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Elements of a float32 tile whose inputs have become (thinned) task vectors, in float64: see `Exact`.
+
+    Differences that float32 may have rounded are made anew from the sources.
+    """
+    where = torch.from_numpy(found).to(tile.base.device)
+    base = tile.base.reshape(-1)[where].double()
+    deltas = tile.stack[1:].reshape(len(tile.stack) - 1, -1)[:, where].double()
+    doubtful = ((deltas + base).abs() < _GAP * base.abs()) | (base.abs() < _GAP * deltas.abs())
+    doubtful &= (deltas != 0.0) & (base != 0.0)
+    for k in torch.nonzero(doubtful.any(1)).flatten().tolist():
+        places = torch.nonzero(doubtful[k]).flatten()
+        if len(places) > _FEW:
+            inputs = torch.empty(tile.numel, dtype=torch.float64, device=base.device)
+            tile.scan.sources[k + 1].read(tile.start, inputs)
+            inputs = inputs[where[places]]
+        else:
+            inputs = torch.empty(len(places), dtype=torch.float64, device=base.device)
+            for i, place in enumerate(places.tolist()):
+                tile.scan.sources[k + 1].read(tile.start + int(found[place]), inputs[i : i + 1])
+        deltas[k, places] = inputs - base[places]
+    return base, deltas
+
+
+_FEW = 32
+"""More elements than this are not read one by one."""
+
+
+def weighted_sum(base: Tensor, deltas: Tensor, coefficients: Sequence[float], exact: Exact) -> Tensor:
     """θ₀ + Σ cₖ δₖ.
 
     Args:
         base: Shape ``(n,)`` (or rows).
         deltas: The task vectors, shape ``(T, n)``.
         coefficients: One for each task vector.
+        exact: The same elements in float64, where float32 does not do.
     """
     total = deltas[0] * coefficients[0]
     for c, delta in zip(coefficients[1:], deltas[1:].unbind(0), strict=True):
         total.add_(delta, alpha=c)
     total.add_(base)
-    if total.dtype == torch.float32:
-        found = _cancelled(total, base)
+    if total.dtype == torch.float32 and total.numel():
+        bound = _largest(base) + max(abs(c) for c in coefficients) * len(coefficients) * _largest(deltas)
+        found = _below(total, _CANCELLED * bound)
         if found.size:
-            _again(total, base, deltas, found, lambda b, d: weighted_sum(b, d, coefficients))
+            where = torch.from_numpy(found).to(total.device)
+            size = base.reshape(-1)[where].abs()
+            for c, delta in zip(coefficients, deltas.unbind(0), strict=True):
+                size.add_(delta.reshape(-1)[where].abs_(), alpha=abs(c))
+            found = found[(total.view(-1)[where].abs() < _CANCELLED * size).cpu().numpy()]
+        if found.size:
+            _again(total, found, exact, lambda b, d: weighted_sum(b, d, coefficients, exact))
     return total
 
 
@@ -43,6 +85,7 @@ def disjoint_merge(
     base: Tensor,
     deltas: Tensor,
     weights: Sequence[float],
+    exact: Exact,
     *,
     factors: Sequence[float],
     normalize: bool,
@@ -57,7 +100,7 @@ def disjoint_merge(
     (Masked selection costs twenty times an addition.)
 
     Args:
-        base, deltas: As in `weighted_sum`.
+        base, deltas, exact: As in `weighted_sum`.
         weights: wₖ.
         factors: fₖ, what makes up for dropped elements.
         normalize: Divide by the weights that agree.
@@ -66,7 +109,7 @@ def disjoint_merge(
     coefficients = [w * f for w, f in zip(weights, factors, strict=True)]
     alike = len(set(coefficients)) == len(set(weights)) == 1 and coefficients[0] > 0
     if alike:
-        # Without multiplication the votes of float32 task vectors are counted exactly.
+        # Without multiplication float32 counts votes exactly, so long as the task vectors are no 2¹⁶ times apart.
         signed, scale = deltas, coefficients[0]
     else:
         signed = deltas * torch.tensor(coefficients, dtype=deltas.dtype, device=deltas.device).view(
@@ -77,11 +120,9 @@ def disjoint_merge(
     elected = elected_sign_(votes + 0.0)
     agreeing = (signed * elected).clamp_(min=0.0)
     total = _added(agreeing)
-    balanced = np.empty(0, dtype=np.int64)
+    disputed = np.empty(0, dtype=np.int64)
     if total.dtype == torch.float32 and not alike:
-        flat = votes.reshape(-1).cpu().numpy()
-        limit = _BALANCED * float(total.max()) if total.numel() else 0.0
-        balanced = np.flatnonzero((np.abs(flat) <= limit) & (total.reshape(-1).cpu().numpy() > 0))
+        disputed = _disputed(votes, total, len(deltas))
     if normalize:
         shares = agreeing.sign_()
         agreed = _added(shares) if alike else _added(shares, weights)
@@ -94,16 +135,17 @@ def disjoint_merge(
         scale = scale / weights[0] if alike else scale
     total.mul_(elected)
     result = torch.add(base, total, alpha=lambda_ * scale, out=total)
-    if result.dtype == torch.float32:
-        found = _cancelled(result, base)
-        if balanced.size:
-            found = np.union1d(found, balanced)
+    if result.dtype == torch.float32 and result.numel():
+        found = _below(result, _CANCELLED * _largest(base))
+        found = found[np.abs(_numpy(result)[found]) < _CANCELLED * np.abs(_numpy(base)[found])]
+        if disputed.size:
+            found = np.union1d(found, disputed)
         if found.size:
 
             def again(b: Tensor, d: Tensor) -> Tensor:
-                return disjoint_merge(b, d, weights, factors=factors, normalize=normalize, lambda_=lambda_)
+                return disjoint_merge(b, d, weights, exact, factors=factors, normalize=normalize, lambda_=lambda_)
 
-            _again(result, base, deltas, found, again)
+            _again(result, found, exact, again)
     return result
 
 
@@ -128,21 +170,29 @@ def _added(rows: Tensor, weights: Sequence[float] | None = None) -> Tensor:
     return total
 
 
-def _cancelled(result: Tensor, base: Tensor) -> np.ndarray:
-    """Flat indices of the elements that are so much smaller than the base's that float32 does not determine them."""
-    flat = np.abs(result.reshape(-1).cpu().numpy())
-    origin = base.reshape(-1).cpu().numpy()
-    if not flat.size:
-        return np.empty(0, dtype=np.int64)
-    bound = max(float(origin.max()), -float(origin.min()))
-    small = np.flatnonzero(flat < _CANCELLED * bound)
-    return np.asarray(small[flat[small] < _CANCELLED * np.abs(origin[small])])
+def _numpy(values: Tensor) -> np.ndarray:
+    return values.reshape(-1).cpu().numpy()
 
 
-def _again(
-    result: Tensor, base: Tensor, deltas: Tensor, found: np.ndarray, compute: Callable[[Tensor, Tensor], Tensor]
-) -> None:
+def _largest(values: Tensor) -> float:
+    low, high = torch.aminmax(values)
+    return max(-low.item(), high.item())
+
+
+def _below(values: Tensor, limit: float) -> np.ndarray:
+    """Flat indices of the elements of smaller magnitude."""
+    return np.flatnonzero(np.abs(_numpy(values)) < limit)
+
+
+def _disputed(votes: Tensor, agreeing: Tensor, voters: int) -> np.ndarray:
+    """Flat indices of the votes that float32 may have counted wrongly.
+
+    Each of the votes' terms is off by at most three roundings and each sum by one, and the terms add up to no more than
+    twice those that agree and the difference.
+    """
+    return np.flatnonzero(_numpy(votes.abs() < (agreeing * ((voters + 3) * 2.0**-23))))
+
+
+def _again(result: Tensor, found: np.ndarray, exact: Exact, compute: Callable[[Tensor, Tensor], Tensor]) -> None:
     """Compute the elements `found` in float64 and put them in their places."""
-    where = torch.from_numpy(found).to(result.device)
-    exact = compute(base.reshape(-1)[where].double(), deltas.reshape(deltas.shape[0], -1)[:, where].double())
-    result.view(-1)[where] = exact.to(result.dtype)
+    result.view(-1)[torch.from_numpy(found).to(result.device)] = compute(*exact(found)).to(result.dtype)

@@ -111,7 +111,7 @@ def _merge(
 
     out = torch.empty(shape, dtype=dtype, device=tensors[0].device)
     flat = out.view(-1)
-    prepared = prepare(method, open_scan, shape)
+    prepared = prepare(method, open_scan, shape, dtype=dtype)
     for segment in prepared.scan.segments:
         for start, values in prepared.tiles(segment):
             flat[start : start + values.numel()] = values

@@ -107,23 +107,21 @@ def of_rows(tile: Tile) -> Gram:
 
 def _block_products(tiles: Iterator[Tile]) -> list[list[float]]:
     """For each pair of centred inputs the sums of products over the segment's blocks."""
-    found: list[list[float]] | None = None
+    found: list[list[float]] = []
     for tile in tiles:
-        vectors = [tile.inputs[0], *tile.task_vectors()]
-        pairs = [(x, y) for i, x in enumerate(vectors) for y in vectors[i:]]
-        if found is None:
-            found = [[] for _ in pairs]
-        for sums, (x, y) in zip(found, pairs, strict=True):
-            sums.extend(_products(x, y))
-    return found or []
+        tile.task_vectors()
+        sums = [row for i in range(len(tile.stack)) for row in _products(tile.stack[i:] * tile.stack[i])]
+        found = [known + new for known, new in zip(found, sums, strict=True)] if found else sums
+    return found
 
 
-def _products(x: Tensor, y: Tensor) -> list[float]:
-    products = x * y
-    whole = products.numel() // BLOCK * BLOCK
-    sums: list[float] = products[:whole].view(-1, BLOCK).sum(1).tolist() if whole else []
-    if whole < products.numel():
-        sums.append(products[whole:].view(1, -1).sum(1).item())
+def _products(products: Tensor) -> list[list[float]]:
+    """The sums of each row over its blocks."""
+    rows, n = products.shape
+    whole = n // BLOCK * BLOCK
+    sums: list[list[float]] = products[:, :whole].reshape(rows, -1, BLOCK).sum(2).tolist()
+    if whole < n:
+        sums = [s + [rest] for s, rest in zip(sums, products[:, whole:].sum(1).tolist(), strict=True)]
     return sums
 
 

@@ -16,6 +16,8 @@ from geomerge.methods import gram
 from geomerge.methods.base import Elementwise, Method, Span
 from geomerge.methods.tile import Scan, Segment, Tile
 
+_NARROW = (torch.bfloat16, torch.float16)
+
 Open = Callable[..., Scan]
 """Makes the scan of one output tensor, with the tiling that a method asks for as keyword arguments."""
 
@@ -42,7 +44,13 @@ class Prepared:
             yield tile.start, self.blend(tile).reshape(-1)
 
 
-def prepare(method: Method, open_scan: Open, shape: tuple[int, ...], scale: float = 1.0) -> Prepared:
+def prepare(
+    method: Method,
+    open_scan: Open,
+    shape: tuple[int, ...],
+    scale: float = 1.0,
+    dtype: torch.dtype | None = None,
+) -> Prepared:
     """Measure what a method needs of one tensor.
 
     Args:
@@ -50,6 +58,7 @@ def prepare(method: Method, open_scan: Open, shape: tuple[int, ...], scale: floa
         open_scan: Makes the scan.
         shape: The tensor's shape.
         scale: What a step after the method multiplies the merged task vector by: θ₀ + scale·(merge − θ₀).
+        dtype: What the output will be rounded to: where that is a 16-bit format, float32 may do for the arithmetic.
     """
     last = shape[-1] if len(shape) > 1 else max(_numel(shape), 1)
     if isinstance(method, Span):
@@ -74,7 +83,7 @@ def prepare(method: Method, open_scan: Open, shape: tuple[int, ...], scale: floa
         raise TypeError(f"{type(method).__name__} belongs to no family")
     width = last if method.rows else None
     scan = open_scan(columns=width)
-    if method.single and scale == 1.0 and _narrow(scan):
+    if method.single and scale == 1.0 and dtype in _NARROW and _narrow(scan):
         scan = open_scan(columns=width, dtype=torch.float32)
     stats = method.measure(scan)
     if scale == 1.0:
@@ -84,7 +93,7 @@ def prepare(method: Method, open_scan: Open, shape: tuple[int, ...], scale: floa
 
 def _narrow(scan: Scan) -> bool:
     """Whether float32 holds the differences of all inputs."""
-    return all(source.dtype in (torch.bfloat16, torch.float16) for source in scan.sources)
+    return all(source.dtype in _NARROW for source in scan.sources)
 
 
 def _gram(open_scan: Open, blending: Scan) -> gram.Gram:

@@ -108,12 +108,31 @@ def largest(scan: Scan, magnitudes: Magnitudes, counts: Sequence[int]) -> list[S
     n = scan.numel
     found = [NOTHING if k <= 0 else Selection(0.0, n, (n,)) for k in counts]
     wanted = [i for i, k in enumerate(counts) if 0 < k < n]
-    if wanted:
+    if wanted and n <= scan.tile and len(scan.segments) == 1:
+        for i, selection in _in_one_tile(scan, magnitudes, {i: counts[i] for i in wanted}).items():
+            found[i] = selection
+    elif wanted:
         brackets = _brackets(scan, magnitudes, {i: counts[i] for i in wanted})
         segments = scan.over(lambda tiles: _collect(tiles, magnitudes, brackets))
         for i in wanted:
             found[i] = _choose([s[i] for s in segments], counts[i]) or _by_counting(scan, magnitudes, i, counts[i])
     return found
+
+
+def _in_one_tile(scan: Scan, magnitudes: Magnitudes, counts: dict[int, int]) -> dict[int, Selection]:
+    """The selections of a tensor that one tile holds."""
+
+    def select(tiles: Iterator[Tile]) -> dict[int, Selection]:
+        found = {}
+        for i, m in enumerate(magnitudes(next(tiles))):
+            if i in counts:
+                flat: Floats = m.reshape(-1).cpu().numpy()
+                threshold = float(np.partition(flat, flat.size - counts[i])[flat.size - counts[i]])
+                greater = int(np.count_nonzero(flat > threshold))
+                found[i] = Selection(threshold, counts[i] - greater, (int(np.count_nonzero(flat == threshold)),))
+        return found
+
+    return scan.over(select)[0]
 
 
 def nth_smallest(scan: Scan, magnitudes: Magnitudes, ranks: Sequence[int]) -> list[float]:
@@ -184,8 +203,6 @@ class _Bracket:
 def _brackets(scan: Scan, magnitudes: Magnitudes, counts: dict[int, int]) -> dict[int, tuple[float, float, float]]:
     """For each selection bounds that very probably hold its threshold, and the value that is common between them (or NaN)."""
     n = scan.numel
-    if n <= scan.tile:
-        return dict.fromkeys(counts, (0.0, math.inf, math.nan))
     size = min(max(_SAMPLE, int((3.2 * n / _COLLECT) ** 2)), 1 << 20)
     taken: dict[int, list[Floats]] = {i: [] for i in counts}
     for tile in scan.sample(size):
@@ -194,11 +211,14 @@ def _brackets(scan: Scan, magnitudes: Magnitudes, counts: dict[int, int]) -> dic
                 taken[i].append(m.reshape(-1).cpu().numpy().copy())
     brackets = {}
     for i, k in counts.items():
-        values = np.sort(np.concatenate(taken.pop(i)))
+        values = np.concatenate(taken.pop(i))
         size = len(values)
         centre = size * (1 - k / n)
         spread = 4 * math.sqrt(size * (k / n) * (1 - k / n)) + 16
         low, high = int(centre - spread), int(centre + spread)
+        bounding = [r for r in (low, high) if 0 < r < size]
+        if bounding:
+            values.partition(bounding)
         inner, number = np.unique(values[max(low, 0) : high + 1], return_counts=True)
         common = float(inner[number.argmax()]) if inner.size and number.max() > size // 256 else math.nan
         bounds = (float(values[low]) if low > 0 else 0.0, float(values[high]) if high < size else math.inf)

@@ -2,7 +2,7 @@
 
 A `Scan` runs over the same elements of K tensors (`Source`s) piece by piece. It is cut twice:
 
-* into **segments** of about four million elements, fixed by the tensor's shape alone. Segments may be visited by
+* into **segments** of about a million elements, fixed by the tensor's shape alone. Segments may be visited by
   different threads; the tiles within one are visited in order.
 * each segment into **tiles** that stay in a core's cache. Their size changes speed, never a result: sums are taken over
   fixed `BLOCK`s (or whole rows) and added exactly, so the same bits come out whatever the tile's size.
@@ -33,7 +33,7 @@ TILE = 1 << 18
 BLOCK = 1 << 13
 """Elements summed in one go. Tiles that are not cut by rows hold whole blocks."""
 
-SEGMENT = 1 << 22
+SEGMENT = 1 << 20
 """Elements in a segment (rounded down to whole rows where a method needs rows)."""
 
 Result = TypeVar("Result")

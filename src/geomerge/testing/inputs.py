@@ -71,14 +71,12 @@ def merge(
     shape = tuple(tensors[0].shape)
     sources = [TensorSource(t, f"model {i}: {name}") for i, t in enumerate(tensors)]
 
-    def open_scan(columns: int | None = None) -> Scan:
-        return Scan(
-            sources, shape, name=name, seed=seed, columns=columns, tile=tile, run=run, read_ahead=read_ahead
-        )  # fmt: skip
+    def open_scan(**tiling: Any) -> Scan:
+        return Scan(sources, shape, name=name, seed=seed, tile=tile, run=run, read_ahead=read_ahead, **tiling)
 
     out = torch.empty(shape, dtype=dtype)
     flat = out.view(-1)
-    prepared = prepare(method, open_scan, shape)
+    prepared = prepare(method, open_scan, shape, dtype=dtype)
 
     def write(segment: Segment) -> None:
         for start, values in prepared.tiles(segment):

@@ -1,0 +1,420 @@
+"""Plans: what is resolved for each tensor, how it is saved and hashed, what the run then records."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from ruamel.yaml import YAML
+
+import geomerge as gm
+from geomerge.engine.estimate import estimate
+from geomerge.engine.plan import Plan
+from geomerge.engine.planner import make_plan
+from geomerge.engine.run import run_in_memory
+
+LINEAR = """\
+merge_method: linear
+models:
+- {model: a, parameters: {weight: 1}}
+- {model: b, parameters: {weight: 3}}
+"""
+SLERP = "merge_method: slerp\nbase_model: a\nmodels: [{model: b}]\n"
+TIES = "merge_method: ties\nbase_model: base\nmodels: [{model: a}, {model: b}]\n"
+
+
+@pytest.fixture
+def family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, tiny.Tensors]:
+    """Models base, a, b, c of five blocks in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tiny.family(tmp_path, num_hidden_layers=5)
+
+
+def values(plan: Plan, parameter: str) -> dict[str, Any]:
+    """A parameter's value for each tensor of the output."""
+    return {n.name: n.method.values()[parameter] for n in plan.output_nodes() if n.method is not None}
+
+
+BLOCK = "model.layers.{}."
+
+
+# -- parameters for each tensor ----------------------------------------------------------------------------------------
+
+
+def test_schedule_preset(family: dict[str, tiny.Tensors]) -> None:
+    """The preset S: attention and MLP by depth, 0.5 for all else."""
+    t = values(gm.plan(SLERP + "schedule: S\n"), "t")
+    for i, (attention, mlp) in enumerate(zip([0, 0.5, 0.3, 0.7, 1], [1, 0.5, 0.7, 0.3, 0], strict=True)):
+        assert t[f"{BLOCK.format(i)}self_attn.q_proj.weight"] == attention
+        assert t[f"{BLOCK.format(i)}self_attn.o_proj.weight"] == attention
+        assert t[f"{BLOCK.format(i)}mlp.down_proj.weight"] == mlp
+        assert t[f"{BLOCK.format(i)}input_layernorm.weight"] == 0.5
+    assert t["model.embed_tokens.weight"] == t["model.norm.weight"] == t["lm_head.weight"] == 0.5
+
+
+def test_schedule_mapping_gives_the_head_depth_one(family: dict[str, tiny.Tensors]) -> None:
+    """Roles, pieces of names and the default; the head and the final norm are at the end, the embedding at the start."""
+    text = f"{SLERP}schedule:\n  attention: [0, 1]\n  up_proj: [0.2, 0.4, 0.6]\n  lm_head: [0.1, 0.9]\n  default: [0, 0.8]\n"
+    t = values(gm.plan(text), "t")
+    assert [t[f"{BLOCK.format(i)}self_attn.k_proj.weight"] for i in range(5)] == pytest.approx([0, 0.25, 0.5, 0.75, 1])
+    assert [t[f"{BLOCK.format(i)}mlp.up_proj.weight"] for i in range(5)] == pytest.approx([0.2, 0.3, 0.4, 0.5, 0.6])
+    assert t[f"{BLOCK.format(4)}mlp.gate_proj.weight"] == pytest.approx(0.8)
+    assert t["model.embed_tokens.weight"] == 0
+    assert (t["lm_head.weight"], t["model.norm.weight"]) == (0.9, 0.8)
+
+
+def test_gradients_give_the_head_the_first_anchor(family: dict[str, tiny.Tensors]) -> None:
+    """mergekit's structure: without a schedule, everything outside the blocks takes the first element of a list."""
+    t = values(gm.plan(SLERP + "parameters: {t: [0.2, 0.6]}\n"), "t")
+    assert t["lm_head.weight"] == t["model.norm.weight"] == t["model.embed_tokens.weight"] == 0.2
+    assert [t[f"{BLOCK.format(i)}mlp.up_proj.weight"] for i in range(5)] == pytest.approx([0.2, 0.3, 0.4, 0.5, 0.6])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        ("schedule: X\n", "no schedule 'X'"),
+        ("schedule: {attention: 0.5}\n", "default"),
+        ("schedule: {attention: [a], default: 1}\n", "number"),
+        ("schedule: {atention: 0.5, default: 1}\n", "atention"),
+        ("schedule: {default: 2}\n", r"t must lie in \[0, 1\]"),
+    ],
+)
+def test_bad_schedules(schedule: str, message: str, family: dict[str, tiny.Tensors]) -> None:
+    """An unknown preset, no default, no numbers, a key that no tensor has, a value out of range."""
+    with pytest.raises(gm.RecipeError, match=message) as caught:
+        gm.plan(SLERP + schedule)
+    assert str(caught.value.where).startswith("<recipe>:")
+
+
+def test_schedule_needs_t(family: dict[str, tiny.Tensors]) -> None:
+    """A schedule beside a method that does not interpolate is refused."""
+    with pytest.raises(gm.RecipeError, match="does not have"):
+        gm.plan(LINEAR + "schedule: S\n")
+
+
+def test_filters(family: dict[str, tiny.Tensors]) -> None:
+    """Role, blocks, glob, regular expression, substring: the first that matches counts."""
+    text = f"""{SLERP}parameters:
+  t:
+  - {{role: attention, block: 1-2, value: 0.1}}
+  - {{block: 3, value: 0.2}}
+  - {{filter: "*.mlp.*_proj.weight", value: 0.3}}
+  - {{filter: "/norm.*weight$/", value: 0.4}}
+  - {{filter: lm_head, value: 0.5}}
+  - {{value: 0.6}}
+"""
+    t = values(gm.plan(text), "t")
+    assert t[f"{BLOCK.format(1)}self_attn.q_proj.weight"] == t[f"{BLOCK.format(2)}self_attn.v_proj.weight"] == 0.1
+    assert t[f"{BLOCK.format(3)}self_attn.q_proj.weight"] == t[f"{BLOCK.format(3)}mlp.up_proj.weight"] == 0.2
+    assert t[f"{BLOCK.format(0)}mlp.up_proj.weight"] == 0.3
+    assert t[f"{BLOCK.format(4)}input_layernorm.weight"] == t["model.norm.weight"] == 0.4
+    assert t["lm_head.weight"] == 0.5
+    assert t[f"{BLOCK.format(4)}self_attn.q_proj.weight"] == t["model.embed_tokens.weight"] == 0.6
+
+
+def test_parameters_by_model_with_filters(family: dict[str, tiny.Tensors]) -> None:
+    """Two experts' densities, one with a filter and the recipe's as the fallback, one left to the default."""
+    text = """\
+merge_method: ties
+base_model: base
+models:
+- {model: a, parameters: {density: [{filter: mlp, value: 0.2}], weight: 1}}
+- {model: b, parameters: {weight: [0, 1]}}
+parameters: {density: 0.5}
+"""
+    plan = gm.plan(text)
+    density, weight = values(plan, "density"), values(plan, "weight")
+    assert density[f"{BLOCK.format(2)}mlp.up_proj.weight"] == (0.2, 0.5)
+    assert density[f"{BLOCK.format(2)}self_attn.q_proj.weight"] == (0.5, 0.5)
+    assert weight[f"{BLOCK.format(2)}mlp.up_proj.weight"] == (1, 0.5)
+    assert weight["lm_head.weight"] == (1, 0)
+
+
+# -- steps -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
+def test_steps_by_hand(method: str, family: dict[str, tiny.Tensors]) -> None:
+    """scale and lines multiply the merged task vector: θ₀ + s·(α + β·depth)·(merge − θ₀)."""
+    text = TIES.replace("ties", method) + "parameters: {weight: 0.5}\n"
+    plain = gm.merge_state_dicts(text + "dtype: float64\n")
+    steps = "steps:\n- scale: [{filter: mlp, value: 2}, {value: 1}]\n- lines: {alpha: 0.25, beta: 0.5}\n"
+    merged = gm.merge_state_dicts(text + "dtype: float64\n" + steps)
+    for name, depth, scale in [
+        ("model.embed_tokens.weight", 0, 1),
+        ("model.layers.0.mlp.up_proj.weight", 0, 2),
+        ("model.layers.3.mlp.up_proj.weight", 0.75, 2),
+        ("model.layers.4.self_attn.q_proj.weight", 1, 1),
+        ("lm_head.weight", 0, 1),
+    ]:
+        base = family["base"][name].double()
+        expected = base + scale * (0.25 + 0.5 * depth) * (plain[name] - base)
+        assert torch.allclose(merged[name], expected, rtol=1e-12, atol=1e-13), name
+        assert not torch.allclose(merged[name], plain[name])
+
+
+def test_steps_need_their_numbers(family: dict[str, tiny.Tensors]) -> None:
+    """A step without a parameter, or with a word for a number, is refused with its line."""
+    with pytest.raises(gm.RecipeError, match="needs beta") as caught:
+        gm.plan(LINEAR + "steps:\n- lines: {alpha: 1}\n")
+    assert caught.value.where == "<recipe>:6"
+    with pytest.raises(gm.RecipeError, match="takes numbers"):
+        gm.plan(LINEAR + "steps:\n- scale: large\n")
+
+
+# -- saved plans -------------------------------------------------------------------------------------------------------
+
+RECIPES = {
+    "linear": LINEAR,
+    "slerp": SLERP + "schedule: S\n",
+    "ties": TIES + "parameters: {density: [0.2, 0.9], weight: 1}\nsteps: [{scale: 0.5}]\nseed: 9\nrounding: stochastic\n",
+    "slices": "merge_method: passthrough\nslices:\n- sources: [{model: a, layer_range: [0, 4]}]\n"
+    "- sources: [{model: b, layer_range: [2, 5]}]\n",
+    "pipeline": f"name: mid\n{SLERP}parameters: {{t: 0.5}}\n---\n{TIES.replace('{model: b}', '{model: mid}')}"
+    "parameters: {weight: 1}\n",
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_saved_plan_is_equal_and_runs_to_the_same_bytes(
+    name: str, family: dict[str, tiny.Tensors], tmp_path: Path
+) -> None:
+    """to_dict/from_dict and save/load give an equal plan with an equal hash, which makes the same directory."""
+    plan = gm.plan(RECIPES[name])
+    plan.save(tmp_path / "plan.json")
+    loaded = Plan.load(tmp_path / "plan.json")
+    assert loaded == Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+    assert loaded.hash == plan.hash
+    gm.merge(loaded, tmp_path / "one" / "out")
+    gm.merge(RECIPES[name], tmp_path / "two" / "out")
+    assert tiny.digests(tmp_path / "one" / "out") == tiny.digests(tmp_path / "two" / "out")
+
+
+def test_hash_does_not_depend_on_the_place(
+    family: dict[str, tiny.Tensors], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same recipe on the same models elsewhere has the same hash; another seed, value or input has not."""
+    import shutil
+
+    first = gm.plan(TIES + "parameters: {weight: 1}\n").hash
+    shutil.copytree(tmp_path, tmp_path.with_name(tmp_path.name + "-copy"))
+    monkeypatch.chdir(tmp_path.with_name(tmp_path.name + "-copy"))
+    assert gm.plan(TIES + "parameters: {weight: 1}\n").hash == first
+    others = {gm.plan(TIES + f"parameters: {{weight: 1}}\n{more}").hash for more in ("seed: 1\n", "dtype: bfloat16\n")}
+    others.add(gm.plan(TIES + "parameters: {weight: 2}\n").hash)
+    tiny.llama(Path("b"), 77, num_hidden_layers=5)
+    others.add(gm.plan(TIES + "parameters: {weight: 1}\n").hash)
+    assert len(others - {first}) == 4
+
+
+def test_changed_input_is_refused(family: dict[str, tiny.Tensors], tmp_path: Path) -> None:
+    """A plan is for the very files that it was made from: one changed byte is seen, and so is a missing file."""
+    plan = gm.plan(LINEAR)
+    file = tmp_path / "b" / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(gm.RunError, match="not the one that the plan was made for") as caught:
+        gm.merge(plan, tmp_path / "out")
+    assert str(tmp_path / "b") in str(caught.value)
+    file.unlink()
+    with pytest.raises(gm.ModelError):
+        gm.merge(plan, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_plans_that_are_none(tmp_path: Path, family: dict[str, tiny.Tensors]) -> None:
+    """Other JSON, another format, damage, a plan of models in memory: one clear error each."""
+    good = gm.plan(LINEAR).to_dict()
+    for data, message in [
+        ([1], "not a plan"),
+        ({}, "not a plan"),
+        (good | {"geomerge_plan": 99}, "not a plan of format"),
+        (good | {"nodes": [[1]]}, "damaged"),
+        ({k: v for k, v in good.items() if k != "stages"}, "damaged"),
+        (good | {"methods": [{"name": "linear", "parameters": {"wieght": 1}}]}, "damaged"),
+    ]:
+        (tmp_path / "plan.json").write_text(json.dumps(data))
+        with pytest.raises(gm.UsageError, match=message):
+            Plan.load(tmp_path / "plan.json")
+    (tmp_path / "plan.json").write_bytes(b"\xff{")
+    with pytest.raises(gm.UsageError, match="cannot be read"):
+        Plan.load(tmp_path / "plan.json")
+    in_memory = gm.plan(LINEAR, models={"a": family["a"], "b": family["b"]})
+    with pytest.raises(gm.UsageError, match="in memory"):
+        gm.merge(in_memory, tmp_path / "out")
+
+
+# -- rounding ----------------------------------------------------------------------------------------------------------
+
+
+def test_stochastic_rounding_is_unbiased_and_seeded(tmp_path: Path) -> None:
+    """Over many elements the mean is kept, each goes to a neighbour, exact values stay, the seed decides, tiles do not."""
+    n = 60_001
+    low, high = torch.tensor(1.0, dtype=torch.bfloat16), torch.tensor(1.0078125, dtype=torch.bfloat16)
+    a = torch.ones(n) + 0.25 * 2**-7
+    a[::3] = 1.5  # exact in bfloat16
+    a[1::6] = -1 - 0.75 * 2**-7
+    models = {"a": {"w": a}, "b": {"w": a}}
+    text = LINEAR.replace("{", "{{").replace("}", "}}") + "dtype: bfloat16\nrounding: stochastic\nseed: {}\n"
+    merged = gm.merge_state_dicts(text.format(1), models)["w"]
+    ups, downs = merged[a == a[2]], merged[a == a[1]]
+    assert set(ups.tolist()) == {low.item(), high.item()}
+    assert set(downs.tolist()) == {-low.item(), -high.item()}
+    # Binomial standard deviations: √(p(1 − p)/n) of about 0.003 and 0.0043; five of them.
+    assert (ups == high).double().mean().item() == pytest.approx(0.25, abs=0.015)
+    assert (downs == -high).double().mean().item() == pytest.approx(0.75, abs=0.022)
+    assert (merged[::3] == 1.5).all()
+    assert torch.equal(merged, gm.merge_state_dicts(text.format(1), models, threads=3)["w"])
+    assert not torch.equal(merged, gm.merge_state_dicts(text.format(2), models)["w"])
+    from geomerge.checkpoint import from_state_dict
+
+    given = {name: from_state_dict(tensors, name=name) for name, tensors in models.items()}
+    plan, inputs = make_plan(gm.load_recipe(text.format(1)), models=given)
+    assert torch.equal(run_in_memory(plan, inputs, tile=8192)["w"], merged)
+    nearest = gm.merge_state_dicts(LINEAR + "dtype: bfloat16\n", models)["w"]
+    assert torch.equal(nearest, a.bfloat16())
+
+
+def test_stochastic_rounding_to_float32_is_nearest() -> None:
+    """Where the output is as wide as float32 there is nothing to draw."""
+    models = {"a": {"w": torch.randn(1000)}, "b": {"w": torch.randn(1000)}}
+    plain = gm.merge_state_dicts(LINEAR, models)
+    assert tiny.same(gm.merge_state_dicts(LINEAR + "rounding: stochastic\n", models), plain)
+
+
+def test_rounding_loss_is_what_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The manifest's and the estimate's share against ‖round(θ) − θ‖/‖θ − θ₀‖ over all elements."""
+    monkeypatch.chdir(tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    shapes = {f"model.layers.{i}.mlp.up_proj.weight": (150, 200) for i in range(6)}
+    base = {n: (0.02 * torch.randn(s, generator=generator)).bfloat16() for n, s in shapes.items()}
+    tiny.save(Path("base"), base)
+    for name in "ab":
+        tiny.save(
+            Path(name), {n: t.float() + 3e-4 * torch.randn(t.shape, generator=generator) for n, t in base.items()}
+        )
+    text = TIES.replace("ties", "task_arithmetic") + "parameters: {weight: 0.5}\ndtype: bfloat16\n"
+    report = gm.merge(text, "out")
+    exact = gm.merge_state_dicts(text.replace("bfloat16", "float64"))
+    written = tiny.read(Path("out"))
+    lost = sum((written[n].double() - exact[n]).square().sum() for n in exact).sqrt()
+    moved = sum((exact[n] - base[n].double()).square().sum() for n in exact).sqrt()
+    direct = float(lost / moved)
+    assert 0.05 < direct < 0.4
+    assert report.rounding_loss == pytest.approx(direct, rel=0.05)
+    record = tiny.manifest(Path("out"))
+    assert record["rounding_loss"] == pytest.approx(direct, rel=0.05)
+    for name, entry in record["tensors"].items():
+        error, change = (written[name].double() - exact[name]).norm(), (exact[name] - base[name].double()).norm()
+        assert entry["rounding_loss"] == pytest.approx(float(error / change), rel=0.1)
+    plan, inputs = make_plan(gm.load_recipe(text))
+    expected = estimate(plan, inputs, threads=1)
+    assert expected.rounding_loss == pytest.approx(direct, rel=0.05)
+    assert expected.written == plan.nbytes == 6 * 150 * 200 * 2
+    assert expected.read == 6 * 150 * 200 * (2 + 4 + 4)
+    for checkpoint in inputs:
+        checkpoint.close()
+
+
+# -- what a run records ------------------------------------------------------------------------------------------------
+
+
+def test_manifest(family: dict[str, tiny.Tensors], tmp_path: Path) -> None:
+    """Versions, inputs with hashes, seed, method with parameters, and a rule for every tensor; no date, no path."""
+    recipe = tmp_path / "recipe.yml"
+    recipe.write_text(TIES + "parameters: {density: 0.5, weight: 1, int8_mask: true}\nseed: 42\n")
+    gm.merge("recipe.yml", "out", compat="mergekit")
+    record = tiny.manifest(Path("out"))
+    plan = gm.plan("recipe.yml", compat="mergekit")
+    assert record["geomerge"] == gm.__version__
+    assert record["versions"].keys() == {"python", "torch", "numpy"}
+    assert record["plan"] == plan.hash
+    assert record["stages"] == [
+        {"name": None, "method": "ties", "seed": 42, "rounding": "nearest", "compat": "mergekit"}
+    ]
+    assert [i["model"] for i in record["inputs"]] == [Path(i.path).name for i in plan.inputs]
+    for given in record["inputs"]:
+        assert len(given["fingerprint"]) == 64
+        assert given["files"]["model.safetensors"]["size"] == Path(given["model"], "model.safetensors").stat().st_size
+    assert record["tensors"].keys() == family["a"].keys()
+    assert {t["rule"] for t in record["tensors"].values()} == {"merge"}
+    method = record["methods"][record["tensors"]["lm_head.weight"]["method"]]
+    assert method["name"] == "ties"
+    assert method["parameters"]["density"] == [0.5, 0.5]
+    assert any("int8_mask" in note for note in record["notes"])
+    assert str(tmp_path) not in json.dumps(record)
+    assert Path("out/geomerge.yml").read_text() == recipe.read_text()
+
+
+def test_manifest_tells_coefficients(family: dict[str, tiny.Tensors]) -> None:
+    """Of span methods the record has the very coefficients of each tensor."""
+    gm.merge(SLERP + "parameters: {t: 0.25}\n", "out")
+    record = tiny.manifest(Path("out"))
+    a, b = (family[m]["lm_head.weight"].double().flatten() for m in "ab")
+    omega = torch.arccos(a @ b / a.norm() / b.norm())
+    expected = [float(torch.sin(0.75 * omega) / torch.sin(omega)), float(torch.sin(0.25 * omega) / torch.sin(omega))]
+    assert record["tensors"]["lm_head.weight"]["coefficients"] == pytest.approx(expected, rel=1e-9)
+
+
+def test_compat_profile_is_recorded(family: dict[str, tiny.Tensors]) -> None:
+    """From the recipe or from the call, in the plan and in the parameters."""
+    assert gm.plan(SLERP + "parameters: {t: 0.5}\n").stages[0].compat is None
+    for plan in (
+        gm.plan(SLERP + "parameters: {t: 0.5}\n", compat="mergekit"),
+        gm.plan(SLERP + "parameters: {t: 0.5}\ncompat: mergekit\n"),
+    ):
+        assert plan.stages[0].compat == "mergekit"
+        assert set(values(plan, "lerp_threshold").values()) == {0.9995}
+
+
+def test_model_card(family: dict[str, tiny.Tensors], tmp_path: Path) -> None:
+    """Its front matter is YAML with what the hub reads; the body names method, parents, recipe; licences that differ warn."""
+    (tmp_path / "a" / "README.md").write_text("---\nlicense: mit\n---\n")
+    (tmp_path / "b" / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    gm.merge(SLERP + "parameters: {t: 0.25}\n", "out")
+    text = Path("out/README.md").read_text()
+    _, front, body = text.split("---\n", 2)
+    matter = YAML(typ="safe").load(front)
+    assert matter["base_model_relation"] == "merge"
+    assert matter["library_name"] == "transformers"
+    assert matter["tags"] == ["merge", "geomerge", "slerp"]
+    assert matter["license"] == "other"
+    assert "base_model" not in matter  # local parents have no id
+    assert "| a | base |" in body
+    assert "licences differ" in body
+    assert SLERP in body
+    assert str(tmp_path) not in text
+
+
+def test_side_files_are_kept(family: dict[str, tiny.Tensors], tmp_path: Path) -> None:
+    """Generation config, chat template, processor, licence and custom code come along; weights of other formats do not."""
+    config = tiny.config(tmp_path / "a") | {"auto_map": {"AutoModel": "modeling_x.X"}, "unknown": {"field": [1]}}
+    (tmp_path / "a" / "config.json").write_text(json.dumps(config))
+    kept = {
+        "generation_config.json": '{"temperature": 0.7}',
+        "chat_template.jinja": "{{ messages }}",
+        "preprocessor_config.json": "{}",
+        "LICENSE": "free",
+        "modeling_x.py": "X = 1\n",
+    }
+    for name, content in (kept | {"pytorch_model.bin": "x", "training_args.bin": "x"}).items():
+        (tmp_path / "a" / name).write_text(content)
+    gm.merge(SLERP + "parameters: {t: 0.25}\n", "out")
+    for name, content in kept.items():
+        assert Path("out", name).read_text() == content
+    made = {"config.json", "model.safetensors", "geomerge.json", "geomerge.yml", "README.md"}
+    assert {p.name for p in Path("out").iterdir()} == kept.keys() | made
+    assert tiny.config(Path("out"))["unknown"] == {"field": [1]}
+
+
+def test_chat_template_of_the_recipe(family: dict[str, tiny.Tensors]) -> None:
+    """A bundled template replaces the donor's."""
+    Path("a/chat_template.jinja").write_text("old")
+    gm.merge(SLERP + "parameters: {t: 0.25}\nchat_template: chatml\n", "out")
+    assert "<|im_start|>" in Path("out/chat_template.jinja").read_text()
