@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 
 import geomerge as gm
+import tiny
 
 LINEAR = """\
 merge_method: linear
@@ -28,7 +28,9 @@ def test_unmatched_tensors_are_refused() -> None:
     """A tensor that one parent lacks stops the merge, whichever parent it is; both are named."""
     extra = state(model__layers__0__mlp__up_proj__bias=torch.ones(3))
     for a, b, lacks in ((extra, state(), "b"), (state(), extra, "a")):
-        with pytest.raises(gm.IncompatibleModels, match=rf"{lacks} has no model\.layers\.0\.mlp\.up_proj\.bias") as caught:
+        with pytest.raises(
+            gm.IncompatibleModels, match=rf"{lacks} has no model\.layers\.0\.mlp\.up_proj\.bias"
+        ) as caught:
             gm.plan(LINEAR, models={"a": a, "b": b})
         assert "unmatched: copy" in str(caught.value)
 
@@ -96,7 +98,12 @@ def test_infinite_masks_are_no_damage(tmp_path: Path) -> None:
 
 def test_dtypes_of_the_parents_are_promoted() -> None:
     """Without `dtype` each tensor gets the widest of its parents' dtypes; bfloat16 and float16 meet in float32."""
-    dtypes = {"x": ("bfloat16", "float32"), "y": ("bfloat16", "float16"), "z": ("float16", "float16"), "u": ("float64", "bfloat16")}
+    dtypes = {
+        "x": ("bfloat16", "float32"),
+        "y": ("bfloat16", "float16"),
+        "z": ("float16", "float16"),
+        "u": ("float64", "bfloat16"),
+    }
     a = state(**{f"model__{k}": torch.ones(2, dtype=getattr(torch, d[0])) for k, d in dtypes.items()})
     b = state(**{f"model__{k}": torch.ones(2, dtype=getattr(torch, d[1])) for k, d in dtypes.items()})
     merged = gm.merge_state_dicts(LINEAR, {"a": a, "b": b})
@@ -141,7 +148,8 @@ parameters: {{weight: 1}}
     assert f"{tmp_path}/b: shared.weight" in plan.left_out
     merged = gm.merge_state_dicts(text)
     assert torch.equal(
-        merged["decoder.block.0.layer.0.SelfAttention.q.weight"], t5(1)["decoder.block.0.layer.0.SelfAttention.q.weight"]
+        merged["decoder.block.0.layer.0.SelfAttention.q.weight"],
+        t5(1)["decoder.block.0.layer.0.SelfAttention.q.weight"],
     )
     assert torch.equal(merged["shared.weight"], t5(0)["shared.weight"])
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from ruamel.yaml import YAML
 
 import geomerge as gm
+import tiny
 from geomerge.engine.estimate import estimate
 from geomerge.engine.plan import Plan
 from geomerge.engine.planner import make_plan
@@ -172,7 +172,8 @@ def test_steps_need_their_numbers(family: dict[str, tiny.Tensors]) -> None:
 RECIPES = {
     "linear": LINEAR,
     "slerp": SLERP + "schedule: S\n",
-    "ties": TIES + "parameters: {density: [0.2, 0.9], weight: 1}\nsteps: [{scale: 0.5}]\nseed: 9\nrounding: stochastic\n",
+    "ties": TIES
+    + "parameters: {density: [0.2, 0.9], weight: 1}\nsteps: [{scale: 0.5}]\nseed: 9\nrounding: stochastic\n",
     "slices": "merge_method: passthrough\nslices:\n- sources: [{model: a, layer_range: [0, 4]}]\n"
     "- sources: [{model: b, layer_range: [2, 5]}]\n",
     "pipeline": f"name: mid\n{SLERP}parameters: {{t: 0.5}}\n---\n{TIES.replace('{model: b}', '{model: mid}')}"

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import geomerge as gm
 from geomerge.methods import gram, tile
 from geomerge.methods.tile import Scan, TensorSource
 from geomerge.testing import models
@@ -104,3 +105,11 @@ def test_sums_do_not_depend_on_order_or_size() -> None:
     x[0], x[tile.BLOCK], x[2 * tile.BLOCK] = 1e16, 1.0, -1e16
     for size in (tile.BLOCK, 2 * tile.BLOCK, 1 << 20):
         assert scan_of([x], size=size).sums(lambda t: [t.inputs[0]]) == [1.0]
+
+
+def test_tiny_halves_do_not_underflow() -> None:
+    """bfloat16 models of size 10⁻²⁵: their squares fit float64, and the arc is that of models of ordinary size."""
+    a, b = torch.tensor([1.0, 0.0]).bfloat16(), torch.tensor([0.0, 1.0]).bfloat16()
+    tiny = 2.0**-83
+    large, small = gm.methods.slerp(a, [b], t=0.25), gm.methods.slerp(a * tiny, [b * tiny], t=0.25)
+    assert torch.equal(small, large * tiny)

@@ -13,6 +13,8 @@ import torch
 import geomerge as gm
 import references as ref
 from geomerge.methods import registry, tile
+from geomerge.methods.kernel import prepare
+from geomerge.methods.tile import Scan, TensorSource
 from geomerge.testing import models
 
 Array = ref.Array
@@ -192,3 +194,106 @@ def test_rounding_of_the_references() -> None:
     # bfloat16 has 8 bits: 1 + 1/256 lies between 1 and 1 + 1/128 and goes to the even 1; 1 + 3/256 to the even 1 + 2/128.
     ties = np.array([1 + 1 / 256, 1 + 3 / 256, 1 + 1 / 256 + 1e-12])
     assert ref.round_once(ties, "bfloat16").tolist() == [1.0, 1 + 2 / 128, 1 + 1 / 128]
+
+
+# Float32 tiles of 16-bit models (geomerge.methods.combine): as exact as float64 ones, on numbers made to betray them.
+
+
+def scattered(random: np.random.Generator, n: int, low: int, high: int, dtype: torch.dtype) -> torch.Tensor:
+    """Numbers of any sign and of exponents in a range."""
+    values = random.choice([-1, 1], n) * (1 + random.random(n)) * 2.0 ** random.integers(low, high + 1, n)
+    return torch.from_numpy(values).to(dtype)
+
+
+def hostile(kind: str, dtype: torch.dtype, n: int = 60_000) -> list[torch.Tensor]:
+    """A base and three experts.
+
+    ``independent``: of sizes that have nothing to do with each other, so that differences do not fit float32.
+    ``crossing``: experts far smaller than the base, which the task vector all but cancels.
+    ``opposite``: two task vectors that all but cancel each other on a tiny base.
+    """
+    random = np.random.default_rng(17)
+    low = -30 if dtype == torch.bfloat16 else -20
+    if kind == "independent":
+        return [scattered(random, n, low, 3, dtype) for _ in range(4)]
+    if kind == "crossing":
+        return [scattered(random, n, 0, 1, dtype), *(scattered(random, n, low, -10, dtype) for _ in range(3))]
+    large = scattered(random, n, -3, 1, dtype)
+    return [scattered(random, n, low, -12, dtype), large, -large, scattered(random, n, low, 3, dtype)]
+
+
+HOSTILE: list[tuple[str, dict[str, Any]]] = [
+    ("ties", {"weight": [1.0, 0.75, 0.5]}),
+    ("ties", {"weight": [0.7, 0.35, 1.1], "normalize": False, "lambda": 0.9}),
+    ("dare_linear", {"weight": [0.7, 0.35, 0.3]}),
+    ("dare_linear", {"weight": [1.0, -1.0, 0.5]}),
+    ("breadcrumbs_ties", {"weight": [0.5, -0.75, 0.5], "gamma": 0.0}),
+]
+
+
+@pytest.mark.parametrize("kind", ["independent", "crossing", "opposite"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(("method", "parameters"), HOSTILE, ids=str)
+def test_hostile_halves(method: str, parameters: dict[str, Any], dtype: str, kind: str) -> None:
+    """Well within an ulp everywhere, as float64 tiles are."""
+    base, *experts = hostile(kind, DTYPES[dtype])
+    found = getattr(gm.methods, method)(base, experts, **parameters).double().numpy()
+    origin = base.double().numpy()
+    weights = parameters["weight"]
+    taus = [x.double().numpy() - origin for x in experts]
+    elect, normalize = "ties" in method, parameters.get("normalize", method == "ties")
+    exact = ref.combine(origin, taus, weights, elect=elect, normalize=normalize, lambda_=parameters.get("lambda", 1.0))
+    size = np.abs(origin) + sum(abs(w) * np.abs(t) for w, t in zip(weights, taus, strict=True))
+    error = np.maximum(np.abs(found - exact) - 1e-15 * size, 0) / ref.ulp(exact, dtype)
+    assert error.max() < 0.6, f"{np.count_nonzero(error > 0.6)} elements are off by up to {error.max():.3g} ulp"
+
+
+@pytest.mark.parametrize("kind", ["independent", "crossing", "opposite"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_hostile_halves_of_equal_weight(count: int, dtype: str, kind: str) -> None:
+    """Equal weights, whose votes float32 counts without multiplying: the same, but for ties of changes 2¹⁶ times apart."""
+    base, *experts = hostile(kind, DTYPES[dtype])
+    experts = experts[:count]
+    found = gm.methods.ties(base, experts, weight=1).double().numpy()
+    origin = base.double().numpy()
+    taus = [x.double().numpy() - origin for x in experts]
+    exact = ref.combine(origin, taus, [1.0] * count, elect=True, normalize=True)
+    clear = np.abs(sum(taus)) >= 2.0**-20 * sum(np.abs(t) for t in taus)
+    error = (np.maximum(np.abs(found - exact) - 1e-15 * np.abs(origin), 0) / ref.ulp(exact, dtype))[clear]
+    assert error.max() < 0.6, f"{np.count_nonzero(error > 0.6)} elements are off by up to {error.max():.3g} ulp"
+    assert clear.mean() > 0.8
+
+
+@pytest.mark.parametrize(("method", "parameters"), HOSTILE, ids=str)
+def test_float32_results_do_not_depend_on_tiles(
+    method: str, parameters: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is computed again in float64 is chosen element by element: float32 results are the same, bit for bit."""
+    monkeypatch.setattr(tile, "SEGMENT", 1 << 14)
+    tensors = hostile("independent", torch.bfloat16)
+    made = registry.get(method).make(parameters, count=3)
+
+    def computed(size: int) -> torch.Tensor:
+        sources = [TensorSource(t) for t in tensors]
+
+        def open_scan(**tiling: Any) -> Scan:
+            return Scan(sources, tensors[0].shape, tile=size, **tiling)
+
+        prepared = prepare(made, open_scan, tuple(tensors[0].shape), dtype=torch.bfloat16)
+        assert prepared.scan.dtype == torch.float32
+        return torch.cat([v.clone() for segment in prepared.scan.segments for _, v in prepared.tiles(segment)])
+
+    expected = computed(1 << 13)
+    for size in (1 << 14, 1 << 20):
+        assert torch.equal(computed(size), expected)
+
+
+@pytest.mark.parametrize("method", ["ties", "dare_linear", "breadcrumbs"])
+def test_a_float32_output_of_halves_is_rounded_once(method: str) -> None:
+    """Who merges bfloat16 models into float32 gets float32's precision."""
+    base, *experts = [m.bfloat16() for m in models(4, (20_000,))]
+    settings = {"weight": [0.7, 0.35, 0.3]}
+    narrow = getattr(gm.methods, method)(base, experts, dtype=torch.float32, **settings)
+    wide = getattr(gm.methods, method)(base.double(), [x.double() for x in experts], **settings)
+    assert torch.equal(narrow, wide.float())

@@ -64,7 +64,8 @@ def locate(ref: str, revision: str | None = None, *, allow_pickle: bool = False)
     """
     if not ref or "\0" in ref:
         raise ModelError(f"{ref!r} is not a path of a model")
-    if is_hub_id(ref):
+    # `demo/bose` beside a directory `demo` is a slip of the pen, not a request to the network.
+    if is_hub_id(ref) and not (revision is None and Path(ref).parent.is_dir()):
         return _download(ref, revision, allow_pickle=allow_pickle)
     path = Path(ref)
     if ref.startswith("~"):
@@ -90,6 +91,8 @@ def _missing_hint(ref: str, path: Path) -> str:
             return "did you mean " + " or ".join(repr(str(path.parent / name)) for name in close) + "?"
     if "/" not in ref:
         return f"the current directory has no {ref!r}; ids of the hub have the form owner/name"
+    if path.parent.is_dir():
+        return f"{str(path.parent)!r} is a local directory; for the hub's model write {ref}@main"
     return "ids of the hub have the form owner/name"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -12,8 +11,9 @@ from typing import Any
 import torch
 
 from geomerge.checkpoint.checkpoint import Checkpoint
-from geomerge.checkpoint.dtypes import DTYPES
+from geomerge.checkpoint.dtypes import DTYPES, to_torch
 from geomerge.engine.build import Builder
+from geomerge.engine.execute import cores
 from geomerge.engine.loss import RoundingLoss
 from geomerge.engine.plan import Node, Plan
 from geomerge.methods.kernel import prepare
@@ -52,7 +52,7 @@ def estimate(plan: Plan, inputs: Sequence[Checkpoint], *, threads: int | None = 
         inputs: Its opened inputs.
         threads: As the run will have them.
     """
-    threads = threads or len(os.sched_getaffinity(0))
+    threads = threads or cores()
     nodes = list(plan.output_nodes())
     merged = [n for n in nodes if n.method is not None and n.numel]
     loss = RoundingLoss()
@@ -104,7 +104,7 @@ def _try(builder: Builder, node: Node) -> tuple[float, int, RoundingLoss]:
     def open_scan(**tiling: Any) -> Scan:
         return Scan(sources, shape, name=node.name, seed=builder.plan.stages[node.stage].seed, **tiling)
 
-    prepared = prepare(node.method, open_scan, shape, node.scale)
+    prepared = prepare(node.method, open_scan, shape, node.scale, to_torch(node.dtype))
     round_ = builder.rounding(node)
     loss = RoundingLoss()
     spent = time.perf_counter() - begun

@@ -37,6 +37,14 @@ _TINY = 1 << 13
 _SAMPLED = 1 << 14
 """Smaller tensors are left out of the estimate of the rounding loss."""
 
+
+def cores() -> int:
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 Facts = dict[str, Any]
 """What the manifest says of a tensor: coefficients, rounding loss."""
 
@@ -148,7 +156,7 @@ class Threads:
 
     def __init__(self, work: Work, threads: int | None = None) -> None:
         self.work = work
-        self.threads = threads or len(os.sched_getaffinity(0))
+        self.threads = threads or cores()
 
     def run(self, nodes: Sequence[tuple[int, Node]], done: Callable[[list[tuple[int, Facts]]], None]) -> None:
         large = sorted((item for item in nodes if item[1].numel > LARGE), key=lambda item: -item[1].numel)

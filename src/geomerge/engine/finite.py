@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
@@ -15,6 +14,7 @@ from torch import Tensor
 from geomerge.checkpoint.checkpoint import Checkpoint
 from geomerge.checkpoint.dtypes import DTYPES
 from geomerge.checkpoint.header import TensorInfo
+from geomerge.engine.execute import cores
 from geomerge.engine.sources import FileSource
 from geomerge.methods.tile import SEGMENT, TILE, Source, TensorSource
 
@@ -70,7 +70,7 @@ def find_not_finite(
                     found[info.name] = found.get(info.name, NotFinite()) + bad
                 advance(count * DTYPES[info.dtype].itemsize)
 
-    pool = ThreadPoolExecutor(threads or len(os.sched_getaffinity(0)), thread_name_prefix="geomerge-scan")
+    pool = ThreadPoolExecutor(threads or cores(), thread_name_prefix="geomerge-scan")
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from geomerge.checkpoint.writer import disk_error
 from geomerge.errors import UsageError
 
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
@@ -40,6 +41,7 @@ class Journal:
 
     Raises:
         UsageError: The journal belongs to another plan.
+        RunError: It cannot be written.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Journal:
     ) -> None:
         self.finished: dict[int, dict[str, Any]] = {}
         self._durable = durable
+        self._path = path
         self._lock = threading.Lock()
         head = {"plan": plan_hash, "boot": boot_id(), "durable": durable, "inputs": [list(i) for i in inputs]}
         lines = _lines(path) if resume else []
@@ -90,9 +93,13 @@ class Journal:
     def _write(self, lines: list[dict[str, Any]]) -> None:
         text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines).encode()
         with self._lock:
-            os.write(self._file, text)
-            if self._durable:
-                os.fdatasync(self._file)
+            try:
+                while text:
+                    text = text[os.write(self._file, text) :]
+                if self._durable:
+                    os.fdatasync(self._file)
+            except OSError as error:
+                raise disk_error(error, self._path, len(text)) from None
 
     def close(self) -> None:
         """Close the file; it stays."""

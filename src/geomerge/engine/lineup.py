@@ -11,7 +11,7 @@ from geomerge.errors import RecipeError, UsageError
 from geomerge.methods import registry
 from geomerge.methods.base import Method
 from geomerge.recipe.resolve import Lookup, scopes
-from geomerge.recipe.values import Module, Recipe, Slice, Source
+from geomerge.recipe.values import Module, Recipe, Slice, Source, Where
 
 if TYPE_CHECKING:
     from geomerge.anatomy import Part
@@ -123,7 +123,7 @@ class Lineup:
         """
         values: dict[str, Any] = {}
         key: list[Any] = []
-        where = None
+        places: dict[str, list[Where]] = {}
         for name, lookup in self._shared.items():
             found = lookup.at(part, t)
             if self.schedule is not None and name == "t":
@@ -132,13 +132,13 @@ class Lineup:
                 continue
             if found is not None:
                 values[name] = found.value
-                where = where or found.where
+                places[name] = [found.where]
             key.append(None if found is None else found.value)
         for name, lookups in self._each.items():
             several = [lookup.at(p, t) for lookup, p in zip(lookups, inputs, strict=True)]
             if any(s is not None for s in several):
-                where = where or next(s.where for s in several if s is not None)
                 values[name] = self._fill(name, several)
+                places[name] = [s.where if s is not None else self.slice.where for s in several]
             key.append(tuple(None if s is None else s.value for s in several))
         frozen = tuple(key)
         made = self._made.get(frozen)
@@ -151,10 +151,21 @@ class Lineup:
                     extrapolate=self.recipe.extrapolate or self.recipe.compat is not None,
                 )
             except UsageError as error:
-                place = where or self.recipe.at("merge_method")
+                place = self._blame(values, places)
                 raise RecipeError(f"{error.what} (for {part.name})", where=str(place), hint=error.hint) from None
             self._made[frozen] = made
         return made
+
+    def _blame(self, values: Mapping[str, Any], places: Mapping[str, list[Where]]) -> Where:
+        """The line of the first value that is impossible by itself; else of the first value; else of the method."""
+        for name, where in places.items():
+            several = values[name] if isinstance(values[name], list) else [values[name]]
+            for value, place in zip(several, where, strict=True):
+                try:
+                    self.method.parameters()[name].check(value, compat=self.recipe.compat)
+                except ValueError:
+                    return place
+        return next((where[0] for where in places.values()), self.recipe.at("merge_method"))
 
     def _fill(self, name: str, several: list[Any]) -> list[Any]:
         """Values of a per-model parameter, where some models leave it to the default."""

@@ -20,7 +20,7 @@ from geomerge.checkpoint.layout import DEFAULT_SHARD_SIZE, plan_layout
 from geomerge.checkpoint.reader import open_checkpoint
 from geomerge.checkpoint.writer import OutputDirectory
 from geomerge.engine.build import Builder
-from geomerge.engine.execute import Threads, Work
+from geomerge.engine.execute import Threads, Work, cores
 from geomerge.engine.journal import Journal
 from geomerge.engine.manifest import manifest, total_loss
 from geomerge.engine.plan import InputModel, Plan
@@ -234,7 +234,7 @@ def _builder(plan: Plan, opened: Sequence[Checkpoint], device: str, tile: int | 
         tile=tile or (1 << 22 if accelerated else TILE),
         device=place,
         read_ahead=accelerated,
-        hold=0 if accelerated else _HOLD // (threads or len(os.sched_getaffinity(0))),
+        hold=0 if accelerated else _HOLD // (threads or cores()),
     )
 
 
@@ -243,7 +243,6 @@ def _identity(plan: Plan, shard_size: int, device: torch.device) -> str:
 
 
 def _flush(descriptor: int) -> None:
-    import os
 
     os.fdatasync(descriptor)
 

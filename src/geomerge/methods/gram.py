@@ -121,7 +121,7 @@ def _products(products: Tensor) -> list[list[float]]:
     whole = n // BLOCK * BLOCK
     sums: list[list[float]] = products[:, :whole].reshape(rows, -1, BLOCK).sum(2).tolist()
     if whole < n:
-        sums = [s + [rest] for s, rest in zip(sums, products[:, whole:].sum(1).tolist(), strict=True)]
+        sums = [[*s, rest] for s, rest in zip(sums, products[:, whole:].sum(1).tolist(), strict=True)]
     return sums
 
 

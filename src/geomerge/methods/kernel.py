@@ -18,6 +18,8 @@ from geomerge.methods.tile import Scan, Segment, Tile
 
 _NARROW = (torch.bfloat16, torch.float16)
 
+_UNDERFLOW = 1e-30
+
 Open = Callable[..., Scan]
 """Makes the scan of one output tensor, with the tiling that a method asks for as keyword arguments."""
 
@@ -104,7 +106,8 @@ def _gram(open_scan: Open, blending: Scan) -> gram.Gram:
     """
     if _narrow(blending):
         found = gram.measure(open_scan(dtype=torch.float32, check=False), "tensor")
-        if np.isfinite(found.centred).all():
+        # Products of numbers below 10⁻¹⁹ are lost to float32.
+        if np.isfinite(found.centred).all() and (np.diagonal(found.centred) > _UNDERFLOW).all():
             return found
     return gram.measure(open_scan(), "tensor")
 

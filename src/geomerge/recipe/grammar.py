@@ -66,7 +66,9 @@ RECIPE = Shape(
         ),
         Key("parameters", "parameters", _PARAMETERS.format("the whole merge")),
         Key(
-            "dtype", "dtype", "The number format that inputs are taken in; also the output's unless out_dtype is given."
+            "dtype",
+            "dtype",
+            "The number format of the output, unless out_dtype is given. (Arithmetic never depends on it.)",
         ),
         Key("out_dtype", "dtype", "The number format of the output."),
         Key("tokenizer_source", "tokenizer_source", "The output's vocabulary: union, base, or a model."),

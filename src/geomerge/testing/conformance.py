@@ -142,15 +142,19 @@ def check_not_finite(case: Case) -> None:
 
 
 def check_tiles(case: Case) -> None:
-    """The same float64 bits for every size of tiles, on several threads, and with reading ahead."""
-    for shape in LARGE:
-        inputs = case.models(shape, "wide")
-        expected = merge(case.made(), inputs, tile=TILES[0])
+    """The same bits for every size of tiles, on several threads, and with reading ahead; in float64 and in bfloat16."""
+    for shape, dtype in zip(LARGE, (torch.float64, torch.bfloat16, torch.float64), strict=True):
+        inputs = [m.to(dtype) for m in case.models(shape, "wide")]
+
+        def merged(**way: Any) -> Tensor:
+            return merge(case.made(), inputs, dtype=dtype, **way)  # noqa: B023 - used in this turn of the loop only
+
+        expected = merged(tile=TILES[0])
         for tile in TILES[1:]:
-            assert torch.equal(merge(case.made(), inputs, tile=tile), expected), f"tiles of {tile} differ at {shape}"
+            assert torch.equal(merged(tile=tile), expected), f"tiles of {tile} differ at {shape}"
         with ThreadPoolExecutor(3) as pool:
-            assert torch.equal(merge(case.made(), inputs, run=pool.map), expected), f"threads differ at {shape}"
-        assert torch.equal(merge(case.made(), inputs, read_ahead=True), expected), f"reading ahead differs at {shape}"
+            assert torch.equal(merged(run=pool.map), expected), f"threads differ at {shape}"
+        assert torch.equal(merged(read_ahead=True), expected), f"reading ahead differs at {shape}"
 
 
 def check_seed(case: Case) -> None:
