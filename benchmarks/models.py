@@ -97,7 +97,9 @@ def make_many(folder: Path, tensors: int = 100_000, names: tuple[str, ...] = ("a
         experts = tensors // 50
         content = {f"model.layers.{i % 50}.mlp.experts.{i // 50}.w1.weight": values[i] for i in range(experts * 50)}
         save_file(content, out / "model.safetensors", metadata={"format": "pt"})
-        (out / "config.json").write_text(json.dumps({"model_type": "mixtral", "num_hidden_layers": 50, "dtype": "float32"}))
+        (out / "config.json").write_text(
+            json.dumps({"model_type": "mixtral", "num_hidden_layers": 50, "dtype": "float32"})
+        )
 
 
 if __name__ == "__main__":

@@ -216,7 +216,10 @@ def peak_anonymous(command: list[str]) -> float:
 
 def machine() -> dict[str, Any]:
     """What the figures were measured on, in kind."""
-    model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "")
+    model = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        "",
+    )
     return {
         "cpu": model, "cores": len(os.sched_getaffinity(0)), "python": platform.python_version(),
         "date": datetime.now(UTC).strftime("%Y-%m"),
@@ -244,10 +247,30 @@ def main() -> None:
         for size in args.sizes:
             for method in ("linear", "slerp", "ties", "dare_ties", "task_arithmetic"):
                 bench.engine(method, size)
-        for method in ("model_stock", "karcher", "breadcrumbs", "della", "sce", "arcee_fusion", "nearswap", "ram", "passthrough"):
+        for method in (
+            "model_stock",
+            "karcher",
+            "breadcrumbs",
+            "della",
+            "sce",
+            "arcee_fusion",
+            "nearswap",
+            "ram",
+            "passthrough",
+        ):
             bench.engine(method, args.sizes[0])
     if wanted("memory"):
-        for method in ("linear", "slerp", "ties", "dare_ties", "della", "sce", "arcee_fusion", "karcher", "breadcrumbs_ties"):
+        for method in (
+            "linear",
+            "slerp",
+            "ties",
+            "dare_ties",
+            "della",
+            "sce",
+            "arcee_fusion",
+            "karcher",
+            "breadcrumbs_ties",
+        ):
             for size in args.sizes:
                 bench.memory(method, size)
     if wanted("many"):
@@ -259,7 +282,12 @@ def main() -> None:
         for row in accuracy.measure(BENCH / args.sizes[0]):
             bench.add(**row)
     if wanted("peer"):
-        for method, size, runs in (("slerp", "1.5B", 3), ("ties", "0.5B", 1), ("dare_ties", "0.5B", 1), ("linear", "0.5B", 3)):
+        for method, size, runs in (
+            ("slerp", "1.5B", 3),
+            ("ties", "0.5B", 1),
+            ("dare_ties", "0.5B", 1),
+            ("linear", "0.5B", 3),
+        ):
             if size in args.sizes:
                 bench.against_peer(method, size, runs)
     bench.clear()

@@ -15,7 +15,10 @@ def write(root: Path) -> None:
     """Rewrite the tables."""
     data = json.loads((root / "docs" / "benchmarks.json").read_text())
     rows: list[dict[str, Any]] = data["rows"]
-    for name, text in (("docs/benchmarks.md", full(rows, data["machine"])), ("README.md", short(rows, data["machine"]))):
+    for name, text in (
+        ("docs/benchmarks.md", full(rows, data["machine"])),
+        ("README.md", short(rows, data["machine"])),
+    ):
         path = root / name
         before = path.read_text()
         pattern = re.compile(r"(<!-- bench:start -->\n).*?(<!-- bench:end -->)", re.DOTALL)
@@ -31,14 +34,20 @@ def of(rows: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
 
 def full(rows: list[dict[str, Any]], machine: dict[str, Any]) -> str:
     """All tables."""
-    lines = [f"Measured {machine['date']} on {machine['cores']} cores ({machine['cpu']}), Python {machine['python']}.", ""]
+    lines = [
+        f"Measured {machine['date']} on {machine['cores']} cores ({machine['cpu']}), Python {machine['python']}.",
+        "",
+    ]
     for r in of(rows, "floor"):
         lines += [
             f"Floor: one core reads {r['read']:.1f} GB/s out of the page cache and writes {r['write']:.1f} GB/s into it "
             "(allocated beforehand).",
             "",
         ]
-    lines += ["| merge | `cp` s | engine s | process s | engine / `cp`, median | best / best | must |", "|---|---|---|---|---|---|---|"]
+    lines += [
+        "| merge | `cp` s | engine s | process s | engine / `cp`, median | best / best | must |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for r in of(rows, "engine"):
         must = f"≤ {MUST[r['method']]}" if r["method"] in MUST else ""
         lines.append(

@@ -114,7 +114,7 @@ def karcher(models: Sequence[Array], max_iter: int = 10, tol: float = 1e-5) -> A
 def model_stock(base: Array, experts: Sequence[Array], filter_wise: bool = False, clamp_negative: bool = True) -> Array:
     """θ₀ + s·(mean θₖ − θ₀) with s = K c/(1 + (K−1) c)."""
     if filter_wise and base.ndim > 1 and base.size:
-        rows = [np.reshape(m, (-1, base.shape[-1])) for m in (base, *experts)]
+        rows = [np.reshape(m, (len(base), -1)) for m in (base, *experts)]
         out = [model_stock(r[0], r[1:], clamp_negative=clamp_negative) for r in zip(*rows, strict=True)]
         return np.reshape(out, base.shape)
     taus = [np.ravel(x - base) for x in experts]

@@ -38,7 +38,7 @@ def test_unmatched_tensors_are_refused() -> None:
 def test_many_unmatched_tensors_are_counted() -> None:
     """Five are missing: four are shown, all are counted."""
     extra = state(**{f"model__x{i}": torch.ones(1) for i in range(5)})
-    with pytest.raises(gm.IncompatibleModels, match="5 tensors are not in every model.*and 1 more"):
+    with pytest.raises(gm.IncompatibleModels, match=r"5 tensors are not in every model.*and 1 more"):
         gm.plan(LINEAR, models={"a": extra, "b": state()})
 
 
@@ -94,6 +94,12 @@ def test_infinite_masks_are_no_damage(tmp_path: Path) -> None:
     text = LINEAR.replace("model: ", f"model: {tmp_path}/")
     gm.merge(text, tmp_path / "out")
     assert tiny.read(tmp_path / "out")[name] == -torch.inf
+    a[name] = torch.tensor(torch.nan)
+    tiny.save(tmp_path / "a", a, {"model_type": "gpt2", "n_layer": 1})
+    with pytest.raises(gm.NotFiniteError, match="masked_bias"):
+        gm.merge_state_dicts(LINEAR, {"a": a, "b": a})
+    with pytest.raises(gm.NotFiniteError, match="masked_bias"):
+        gm.merge(text, tmp_path / "out2")
 
 
 def test_dtypes_of_the_parents_are_promoted() -> None:
@@ -144,7 +150,10 @@ parameters: {{weight: 1}}
     rules = {n.name: n.rule for n in plan.output_nodes()}
     assert rules.keys() == t5(0).keys()
     assert rules["shared.weight"] == f"copy: module 'shared' is not in the recipe, taken from {tmp_path}/a"
-    assert plan.left_out[f"{tmp_path}/a: decoder.block.0.layer.0.SelfAttention.q.weight"].startswith("not taken")
+    assert (
+        plan.left_out[f"{tmp_path}/a: decoder.block.0.layer.0.SelfAttention.q.weight"]
+        == "its module is taken from other models"
+    )
     assert f"{tmp_path}/b: shared.weight" in plan.left_out
     merged = gm.merge_state_dicts(text)
     assert torch.equal(
@@ -158,12 +167,12 @@ def test_every_tensor_is_somewhere(tmp_path: Path) -> None:
     """Over recipes of every structure: each tensor of each parent is an operand of the output or stands in `left_out`."""
     tiny.family(tmp_path, "base a b")
     head = f"base_model: {tmp_path}/base\n"
+    a, b = f"model: {tmp_path}/a", f"model: {tmp_path}/b"
+    shifted = f"[{{model: {tmp_path}/base, layer_range: [0, 2]}}, {{{b}, layer_range: [1, 3]}}]"
     recipes = [
-        f"merge_method: ties\n{head}models: [{{model: {tmp_path}/a}}, {{model: {tmp_path}/b}}]\nparameters: {{weight: 1}}\n",
-        f"merge_method: passthrough\nslices:\n- sources: [{{model: {tmp_path}/a, layer_range: [0, 2]}}]\n"
-        f"- sources: [{{model: {tmp_path}/b, layer_range: [1, 3]}}]\n",
-        f"merge_method: slerp\n{head}slices:\n- sources: [{{model: {tmp_path}/base, layer_range: [0, 2]}}, "
-        f"{{model: {tmp_path}/b, layer_range: [1, 3]}}]\nparameters: {{t: 0.5}}\n",
+        f"merge_method: ties\n{head}models: [{{{a}}}, {{{b}}}]\nparameters: {{weight: 1}}\n",
+        tiny.passthrough(tmp_path, "a 0 2", "b 1 3"),
+        f"merge_method: slerp\n{head}slices: [{{sources: {shifted}}}]\nparameters: {{t: 0.5}}\n",
     ]
     for text in recipes:
         plan = gm.plan(text)

@@ -128,24 +128,6 @@ def test_bits_do_not_depend_on_segments(
         assert tiny.same(cut, expected)
 
 
-class Interrupt:
-    """A progress that stops the run when a share of the bytes is written."""
-
-    def __init__(self, share: float) -> None:
-        self.share, self.total, self.seen = share, 0, 0
-
-    def start(self, total: int, done: int) -> None:
-        self.total, self.seen = total, done
-
-    def advance(self, nbytes: int) -> None:
-        self.seen += nbytes
-        if self.seen > self.share * self.total:
-            raise KeyboardInterrupt
-
-    def finish(self) -> None:
-        pass
-
-
 @pytest.mark.usefixtures("_small_segments")
 @pytest.mark.parametrize("method", METHODS)
 def test_resumed_run_gives_the_same_directory(method: str, folder: Path, tmp_path: Path) -> None:
@@ -154,7 +136,7 @@ def test_resumed_run_gives_the_same_directory(method: str, folder: Path, tmp_pat
     gm.merge(text, tmp_path / "whole" / "out")
     for share in (0.3, 0.6, 0.9):
         with pytest.raises(KeyboardInterrupt):
-            gm.merge(text, tmp_path / "out", resume=True, threads=1, tile=8192, progress=Interrupt(share))
+            gm.merge(text, tmp_path / "out", resume=True, threads=1, tile=8192, progress=tiny.Interrupt(share))
         assert not (tmp_path / "out").exists()
     report = gm.merge(text, tmp_path / "out", resume=True, threads=2)
     assert 0 < report.resumed < report.tensors

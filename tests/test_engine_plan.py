@@ -330,7 +330,7 @@ def test_manifest(family: dict[str, tiny.Tensors], tmp_path: Path) -> None:
     """Versions, inputs with hashes, seed, method with parameters, and a rule for every tensor; no date, no path."""
     recipe = tmp_path / "recipe.yml"
     recipe.write_text(TIES + "parameters: {density: 0.5, weight: 1, int8_mask: true}\nseed: 42\n")
-    gm.merge("recipe.yml", "out", compat="mergekit")
+    gm.merge(recipe, "out", compat="mergekit")  # by its absolute path
     record = tiny.manifest(Path("out"))
     plan = gm.plan("recipe.yml", compat="mergekit")
     assert record["geomerge"] == gm.__version__

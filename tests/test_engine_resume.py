@@ -17,7 +17,6 @@ import geomerge as gm
 import tiny
 from geomerge.engine import journal as journal_module
 from geomerge.engine.journal import Journal
-from test_engine_identity import Interrupt
 
 # Imports once; then each merge runs in a forked child that tells through a pipe when it has begun and, slowed down by its
 # progress, is killed after a random time. What is left is continued by the next child.
@@ -117,7 +116,7 @@ def stopped(tmp_path: Path) -> Callable[..., Path]:
     def make(**options: Any) -> Path:
         tiny.family(tmp_path)
         with pytest.raises(KeyboardInterrupt):
-            gm.merge(RECIPE.format(tmp_path, 1), tmp_path / "out", threads=1, progress=Interrupt(0.5), **options)
+            gm.merge(RECIPE.format(tmp_path, 1), tmp_path / "out", threads=1, progress=tiny.Interrupt(0.5), **options)
         return tmp_path / "out.partial"
 
     return make
@@ -208,7 +207,12 @@ def test_durable_journal_outlives_a_boot(
     monkeypatch.setattr(journal_module, "boot_id", lambda: "after the power cut")
     with pytest.raises(KeyboardInterrupt):
         gm.merge(
-            RECIPE.format(tmp_path, 1), tmp_path / "out", resume=True, threads=1, durable=False, progress=Interrupt(0.8)
+            RECIPE.format(tmp_path, 1),
+            tmp_path / "out",
+            resume=True,
+            threads=1,
+            durable=False,
+            progress=tiny.Interrupt(0.8),
         )
     assert lines(partial)[0]["durable"] is False
     assert len(lines(partial)) - 1 > finished
@@ -235,7 +239,7 @@ def test_cut_off_last_line_is_survived(cut: int, stopped: Callable[..., Path], t
     last = whole.rstrip(b"\n").rsplit(b"\n", 1)[1]
     journal.write_bytes(whole[: len(whole) - 1 - min(cut, len(last) - 1)])
     with pytest.raises(KeyboardInterrupt):
-        gm.merge(RECIPE.format(tmp_path, 1), tmp_path / "out", resume=True, threads=1, progress=Interrupt(0.8))
+        gm.merge(RECIPE.format(tmp_path, 1), tmp_path / "out", resume=True, threads=1, progress=tiny.Interrupt(0.8))
     assert resume(tmp_path).resumed > finished
 
 
@@ -246,7 +250,7 @@ def test_journal_of_noise_is_not_believed(stopped: Callable[..., Path], tmp_path
         (partial / "journal.jsonl").write_bytes(noise)
         poison(partial)
         with pytest.raises(KeyboardInterrupt):
-            gm.merge(RECIPE.format(tmp_path, 1), tmp_path / "out", resume=True, threads=1, progress=Interrupt(0.4))
+            gm.merge(RECIPE.format(tmp_path, 1), tmp_path / "out", resume=True, threads=1, progress=tiny.Interrupt(0.4))
     assert resume(tmp_path).resumed > 0
 
 
@@ -262,6 +266,14 @@ def test_journal_round_trip(tmp_path: Path) -> None:
     assert again.finished == facts
     with pytest.raises(gm.UsageError, match="another plan"):
         Journal(path, "other", resume=True)
+
+
+def test_journal_on_a_full_disk() -> None:
+    """A journal that cannot be written is an error of the run, not a traceback."""
+    if not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    with pytest.raises(gm.RunError, match="not enough room"):
+        Journal(Path("/dev/full"), "hash", resume=False)
 
 
 def test_finished_output_cannot_be_resumed(tmp_path: Path) -> None:

@@ -19,18 +19,9 @@ def family(tmp_path: Path) -> dict[str, tiny.Tensors]:
     return tiny.family(tmp_path)
 
 
-def passthrough(root: Path, *pieces: str) -> str:
-    """A frankenmerge: ``"a 0 2"`` takes blocks 0 and 1 of the model a."""
-    text = "merge_method: passthrough\nslices:\n"
-    for piece in pieces:
-        model, first, stop = piece.split()
-        text += f"- sources: [{{model: {root}/{model}, layer_range: [{first}, {stop}]}}]\n"
-    return text
-
-
 def test_frankenmerge_renumbers_blocks(family: dict[str, tiny.Tensors], tmp_path: Path) -> None:
     """Blocks are numbered on; embeddings come from the first slice, the final norm and the head from the last."""
-    gm.merge(passthrough(tmp_path, "a 0 2", "b 0 3", "a 1 3"), tmp_path / "out")
+    gm.merge(tiny.passthrough(tmp_path, "a 0 2", "b 0 3", "a 1 3"), tmp_path / "out")
     merged = tiny.read(tmp_path / "out")
     sources = [("a", 0), ("a", 1), ("b", 0), ("b", 1), ("b", 2), ("a", 1), ("a", 2)]
     expected = {"model.embed_tokens.weight": family["a"]["model.embed_tokens.weight"]}
@@ -45,7 +36,7 @@ def test_frankenmerge_renumbers_blocks(family: dict[str, tiny.Tensors], tmp_path
 
 def test_embeddings_of_the_first_and_head_of_the_last(family: dict[str, tiny.Tensors], tmp_path: Path) -> None:
     """Two models: the first gives the embeddings, the last the final norm and the head."""
-    merged = gm.merge_state_dicts(passthrough(tmp_path, "a 0 1", "b 1 3"))
+    merged = gm.merge_state_dicts(tiny.passthrough(tmp_path, "a 0 1", "b 1 3"))
     assert torch.equal(merged["model.embed_tokens.weight"], family["a"]["model.embed_tokens.weight"])
     assert torch.equal(merged["lm_head.weight"], family["b"]["lm_head.weight"])
     assert torch.equal(merged["model.norm.weight"], family["b"]["model.norm.weight"])
@@ -53,7 +44,7 @@ def test_embeddings_of_the_first_and_head_of_the_last(family: dict[str, tiny.Ten
 
 def test_zero_length_last_slice_gives_the_head(family: dict[str, tiny.Tensors], tmp_path: Path) -> None:
     """The trick to keep another model's head: a last slice without blocks."""
-    gm.merge(passthrough(tmp_path, "a 0 3", "b 3 3"), tmp_path / "out")
+    gm.merge(tiny.passthrough(tmp_path, "a 0 3", "b 3 3"), tmp_path / "out")
     merged = tiny.read(tmp_path / "out")
     assert tiny.config(tmp_path / "out")["num_hidden_layers"] == 3
     assert torch.equal(merged["lm_head.weight"], family["b"]["lm_head.weight"])
@@ -62,7 +53,7 @@ def test_zero_length_last_slice_gives_the_head(family: dict[str, tiny.Tensors], 
 
 def test_every_left_out_tensor_is_accounted_for(family: dict[str, tiny.Tensors], tmp_path: Path) -> None:
     """The manifest lists what the slices did not take, and why."""
-    gm.merge(passthrough(tmp_path, "a 0 1", "b 1 3"), tmp_path / "out")
+    gm.merge(tiny.passthrough(tmp_path, "a 0 1", "b 1 3"), tmp_path / "out")
     left_out = tiny.manifest(tmp_path / "out")["left_out"]
     taken_from_a = {n for n in family["a"] if ".layers.0." in n} | {"model.embed_tokens.weight"}
     taken_from_b = {n for n in family["b"] if ".layers.1." in n or ".layers.2." in n}
@@ -70,7 +61,7 @@ def test_every_left_out_tensor_is_accounted_for(family: dict[str, tiny.Tensors],
     expected = {f"{tmp_path}/a: {n}" for n in family["a"].keys() - taken_from_a}
     expected |= {f"{tmp_path}/b: {n}" for n in family["b"].keys() - taken_from_b}
     assert left_out.keys() == expected
-    assert set(left_out.values()) == {"not taken from this model by the recipe's slices and modules"}
+    assert set(left_out.values()) == {"in none of the recipe's slices"}
 
 
 SLERP = """\
@@ -173,12 +164,9 @@ def test_a_tensor_that_only_one_source_has_is_refused(family: dict[str, tiny.Ten
     tiny.save(tmp_path / "b", extra, tiny.config(tmp_path / "b"))
     with pytest.raises(gm.IncompatibleModels, match=r"layers\.1\.self_attn\.q_proj\.bias"):
         gm.plan(SLERP.format(tmp_path))
-    unused = passthrough(tmp_path, "b 0 1", "a 1 3")  # the block with the bias is not taken: nothing to refuse
+    unused = tiny.passthrough(tmp_path, "b 0 1", "a 1 3")  # the block with the bias is not taken: nothing to refuse
     left_out = gm.plan(unused).left_out
-    assert (
-        left_out[f"{tmp_path}/b: model.layers.1.self_attn.q_proj.bias"]
-        == "not taken from this model by the recipe's slices and modules"
-    )
+    assert left_out[f"{tmp_path}/b: model.layers.1.self_attn.q_proj.bias"] == "in none of the recipe's slices"
 
 
 @pytest.mark.parametrize(

@@ -285,6 +285,13 @@ class TestModelStock:
         s = 0.6 / 1.3
         assert near(gm.methods.model_stock(torch.zeros(2, 2), experts), [0.8 * s, 0.4 * s], [0.5 * s, 0.5 * s])
 
+    def test_filters_of_a_convolution(self) -> None:
+        """An output filter is all of a row of the flattened weight: [1, 0] and [0.6, 0.8] as 2 × 1 × 1 and 1 × 1 × 2 each."""
+        for shape in ((2, 2, 1, 1), (2, 1, 1, 2)):
+            experts = [vector([1, 0], [1, 0]).reshape(shape), vector([0.6, 0.8], [0, 1]).reshape(shape)]
+            found = gm.methods.model_stock(torch.zeros(shape), experts, filter_wise=True)
+            assert near(found.reshape(2, 2), [0.6, 0.3], [0, 0])
+
     def test_norm_floor(self) -> None:
         """τ = [0.1, 0] twice: ⟨τ, τ⟩ = 0.01 over max(0.01, 1): c = 0.01, s = 0.02/1.01."""
         found = gm.methods.model_stock(vector(0, 0), [vector(0.1, 0)] * 2, norm_floor=1)

@@ -166,3 +166,30 @@ def config(folder: Path) -> dict[str, Any]:
     """A directory's ``config.json``."""
     found: dict[str, Any] = json.loads((folder / "config.json").read_text())
     return found
+
+
+def passthrough(root: Path, *pieces: str) -> str:
+    """A frankenmerge: ``"a 0 2"`` takes blocks 0 and 1 of the model a."""
+    text = "merge_method: passthrough\nslices:\n"
+    for piece in pieces:
+        model, first, stop = piece.split()
+        text += f"- sources: [{{model: {root}/{model}, layer_range: [{first}, {stop}]}}]\n"
+    return text
+
+
+class Interrupt:
+    """A progress that stops the run when a share of the bytes is written."""
+
+    def __init__(self, share: float) -> None:
+        self.share, self.total, self.seen = share, 0, 0
+
+    def start(self, total: int, done: int) -> None:
+        self.total, self.seen = total, done
+
+    def advance(self, nbytes: int) -> None:
+        self.seen += nbytes
+        if self.seen > self.share * self.total:
+            raise KeyboardInterrupt
+
+    def finish(self) -> None:
+        pass

@@ -94,8 +94,13 @@ class _Planner:
             copies={name: str(path) for name, path in copies.items()},
             texts=texts,
             recipe=self.pipeline.output.text,
-            notes=tuple(dict.fromkeys(self.notes)),
+            notes=self._portable_notes(),
         )
+
+    def _portable_notes(self) -> tuple[str, ...]:
+        """The notes, each once, with the recipe's name in place of its path: they go into the output and the hash."""
+        path = self.pipeline.output.where.file
+        return tuple(dict.fromkeys(note.replace(f"{path}:", f"{Path(path).name}:") for note in self.notes))
 
     def lay_out(self, copies: Mapping[str, Path], texts: Mapping[str, str]) -> Path:
         """Put a stage's tokenizer and other side files into a directory that lives as long as the planning: later stages
@@ -466,7 +471,9 @@ class _Recipe:
                 elif name in model.anatomy.buffers:
                     self.planner.left_out[key] = "a buffer that the first model does not have"
                 elif self._cut_away(model, part):
-                    self.planner.left_out[key] = "not taken from this model by the recipe's slices and modules"
+                    cut = part.module in self.block_maps or None in self.covered
+                    why = "in none of the recipe's slices" if cut else "its module is taken from other models"
+                    self.planner.left_out[key] = why
                 elif part.module in self.block_maps:
                     # Copying has no place to offer: the slices may take this block to several places.
                     self.missing.append(f"{model} alone has {name} of what a slice merges")

@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 BaseUse = Literal["required", "optional", "ignored"]
 """How a method uses the base model: as the origin of the task vectors or first endpoint, if given, or as any other model."""
 
-Axis = Literal["tensor", "row", "column"]
-"""What a span method measures at a time: whole tensors, slices along the last dimension, or slices along the first."""
+Axis = Literal["tensor", "row", "filter", "column"]
+"""What a span method measures at a time: whole tensors, slices along the last dimension, slices along all dimensions but the
+first (a matrix's rows, a convolution's filters), or slices along the first."""
 
 _METADATA = "geomerge"
 
@@ -286,13 +287,13 @@ class Span(Method):
 
     @property
     def rows(self) -> bool:
-        return self.axis == "row"
+        return self.axis in ("row", "filter")
 
     def coefficients(self, gram: Gram) -> Any:
         """The coefficients of the K inputs.
 
         Args:
-            gram: The Gram matrix of the inputs; for the axes ``row`` and ``column`` one matrix for each slice.
+            gram: The Gram matrix of the inputs; for all axes but ``tensor`` one matrix for each slice.
 
         Returns:
             Shape ``(K,)`` for the axis ``tensor``, ``(slices, K)`` otherwise, float64.

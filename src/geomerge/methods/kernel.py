@@ -64,8 +64,9 @@ def prepare(
     """
     last = shape[-1] if len(shape) > 1 else max(_numel(shape), 1)
     if isinstance(method, Span):
-        if method.axis == "row" and len(shape) > 1:
-            return Prepared(open_scan(columns=last), functools.partial(_blend_rows, method, scale))
+        if method.rows and len(shape) > 1:
+            length = last if method.axis == "row" else max(_numel(shape[1:]), 1)
+            return Prepared(open_scan(columns=length), functools.partial(_blend_rows, method, scale))
         if method.axis == "column" and len(shape) > 1:
             scan = open_scan(columns=max(_numel(shape[1:]), 1))
             table = _scaled(np.asarray(method.coefficients(gram.measure(scan, "column"))), scale)

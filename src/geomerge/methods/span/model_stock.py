@@ -39,7 +39,7 @@ dtype: bfloat16
 
     @property
     def axis(self) -> Axis:
-        return "row" if self.filter_wise else "tensor"
+        return "filter" if self.filter_wise else "tensor"
 
     def coefficients(self, gram: Gram) -> np.ndarray:
         k = gram.count - 1
