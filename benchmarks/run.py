@@ -40,7 +40,7 @@ def recipe(method: str, size: str) -> str:
     elif method == "slerp":
         entries = [("base", {}), ("a", {})]
     else:
-        keys = ("weight",) if method in ("task_arithmetic",) else ("weight", "density")
+        keys = ("weight",) if method == "task_arithmetic" else ("weight", "density")
         entries = [(name, {k: task[k] for k in keys}) for name in ("a", "b", "c")]
     if method in ("model_stock", "sce", "ram", "ramplus_tl", "karcher"):
         entries = [(name, {}) for name, _ in entries]

@@ -40,8 +40,10 @@ def full(rows: list[dict[str, Any]], machine: dict[str, Any]) -> str:
     ]
     for r in of(rows, "floor"):
         lines += [
-            f"Floor: one core reads {r['read']:.1f} GB/s out of the page cache and writes {r['write']:.1f} GB/s into it "
-            "(allocated beforehand).",
+            (
+                f"Floor: one core reads {r['read']:.1f} GB/s out of the page cache and writes {r['write']:.1f} GB/s into it "
+                "(allocated beforehand)."
+            ),
             "",
         ]
     lines += [
@@ -81,8 +83,8 @@ def short(rows: list[dict[str, Any]], machine: dict[str, Any]) -> str:
         peer, faster = (f"{r['peer']:.1f} s", f"**{r['faster']:.0f}×**") if r["peer"] else ("absent", "")
         lines.append(f"| {r['method']}, {r['size']} | {r['process']:.1f} s | {peer} | {faster} |")
     peak = max((r["peak"] for r in of(rows, "memory")), default=None)
-    lines += ["", f"bfloat16 models, warm page cache, {machine['date']}, `make bench`; "
-              f"all figures in [docs/benchmarks.md](docs/benchmarks.md)."]  # fmt: skip
+    lines += ["", (f"bfloat16 models, warm page cache, {machine['date']}, `make bench`; "
+              f"all figures in [docs/benchmarks.md](docs/benchmarks.md).")]  # fmt: skip
     if peak is not None:
         lines += [f"Peak anonymous memory above `import torch`: {peak:.0f} MB, whatever the model's size."]
     return "\n".join(lines) + "\n"

@@ -7,9 +7,9 @@ from collections import defaultdict
 import numpy as np
 import pytest
 import yaml
-from peer import stored
 
 import geomerge as gm
+from peer import stored
 
 CASES = {case["name"]: case for case in stored.cases(deterministic=True)}
 

@@ -68,7 +68,7 @@ RECIPE = Shape(
         Key(
             "dtype",
             "dtype",
-            "The number format of the output, unless out_dtype is given. (Arithmetic never depends on it.)",
+            "The number format of the output, unless out_dtype is given. Arithmetic never depends on it.",
         ),
         Key("out_dtype", "dtype", "The number format of the output."),
         Key("tokenizer_source", "tokenizer_source", "The output's vocabulary: union, base, or a model."),
