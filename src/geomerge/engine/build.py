@@ -12,7 +12,7 @@ from geomerge.checkpoint.checkpoint import Checkpoint
 from geomerge.checkpoint.dtypes import to_torch
 from geomerge.engine import rounding
 from geomerge.engine.plan import Node, Operand, Plan
-from geomerge.engine.sources import FileSource, HeldSource, RowSource, StageSource
+from geomerge.engine.sources import FileSource, RowSource, StageSource
 from geomerge.methods.kernel import Prepared, prepare
 from geomerge.methods.tile import TILE, Scan, Segment, Source, TensorSource
 
@@ -28,7 +28,6 @@ class Builder:
         tile: Elements in a tile.
         device: Where tiles are computed.
         read_ahead: Read the next tile while one is computed.
-        hold: Bytes of inputs that a thread may keep in memory between the passes over a tensor.
     """
 
     def __init__(
@@ -39,18 +38,15 @@ class Builder:
         tile: int = TILE,
         device: torch.device | str = "cpu",
         read_ahead: bool = False,
-        hold: int = 0,
     ) -> None:
-        self.plan, self.inputs, self.hold = plan, inputs, hold
+        self.plan, self.inputs = plan, inputs
         self.tile, self.device, self.read_ahead = tile, torch.device(device), read_ahead
 
-    def prepare(self, node: Node, run: Run = map, *, alone: bool = False) -> Prepared:
-        """Measure what the node's method needs; `run` maps over segments. `alone`: one thread makes all of the node."""
+    def prepare(self, node: Node, run: Run = map) -> Prepared:
+        """Measure what the node's method needs; `run` maps over segments."""
         assert node.method is not None
         level = len(self.plan.stages) - 1 - node.stage
-        nbytes = sum(self.inputs[o.input].tensors[o.tensor].nbytes for o in node.operands if o.node < 0)
-        held = alone and node.method.measures and nbytes <= self.hold
-        sources = [self.source(o, node, slot + 1 if held else None) for slot, o in enumerate(node.operands)]
+        sources = [self.source(operand, node) for operand in node.operands]
 
         def open_scan(**tiling: Any) -> Scan:
             return Scan(
@@ -73,8 +69,8 @@ class Builder:
         stage = self.plan.stages[node.stage]
         return rounding.make(stage.rounding, to_torch(node.dtype), seed=stage.seed, name=node.name)
 
-    def source(self, operand: Operand, node: Node, slot: int | None = None) -> Source:
-        """An operand as a source of elements; with a `slot` its thread keeps the bytes between passes."""
+    def source(self, operand: Operand, node: Node) -> Source:
+        """An operand as a source of elements."""
         if operand.rows >= 0:
             rows = self.plan.rows[operand.rows]
             columns = node.numel // max(node.shape[0], 1)
@@ -89,8 +85,6 @@ class Builder:
         info = checkpoint.tensors[operand.tensor]
         if info.file is None:
             return TensorSource(checkpoint.memory[operand.tensor], self._label(operand))
-        if slot is not None:
-            return HeldSource(checkpoint.descriptor(info.file), info, self._label(operand), slot)
         return FileSource(checkpoint.descriptor(info.file), info, self._label(operand))
 
     def raw(self, node: Node) -> tuple[Checkpoint, str]:

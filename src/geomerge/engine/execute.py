@@ -17,7 +17,7 @@ import torch
 
 from geomerge.checkpoint.dtypes import DTYPES, to_torch
 from geomerge.engine.build import Builder
-from geomerge.engine.loss import RoundingLoss
+from geomerge.engine.loss import SAMPLE, RoundingLoss
 from geomerge.engine.memory import keep_freed_memory
 from geomerge.engine.plan import BUFFER, Node
 from geomerge.engine.sinks import Sink
@@ -86,7 +86,7 @@ class Work:
         if node.method is None:
             self._copy(node)
             return {}
-        prepared = self.builder.prepare(node, self._watched(run), alone=run is map)
+        prepared = self.builder.prepare(node, self._watched(run))
         losses = list(run(lambda segment: self._segment(node, prepared, segment), prepared.scan.segments))
         facts: Facts = {}
         if prepared.coefficients is not None:
@@ -120,7 +120,7 @@ class Work:
             rounded = round_(start, values)
             self.sink.write(node, start, rounded)
             if sampled and start == segment.start:
-                reference = torch.empty_like(values)
+                reference = torch.empty_like(values[:SAMPLE])
                 prepared.scan.sources[0].read(start, reference)
                 loss.add(values, rounded, reference)
             self.advance(values.numel() * itemsize)

@@ -20,7 +20,7 @@ from geomerge.checkpoint.layout import DEFAULT_SHARD_SIZE, plan_layout
 from geomerge.checkpoint.reader import open_checkpoint
 from geomerge.checkpoint.writer import OutputDirectory
 from geomerge.engine.build import Builder
-from geomerge.engine.execute import Threads, Work, cores
+from geomerge.engine.execute import Threads, Work
 from geomerge.engine.journal import Journal
 from geomerge.engine.manifest import manifest, total_loss
 from geomerge.engine.plan import InputModel, Plan
@@ -29,9 +29,6 @@ from geomerge.errors import RunError, UsageError
 from geomerge.methods import registry
 from geomerge.methods.tile import TILE
 from geomerge.version import __version__
-
-_HOLD = 80 << 20
-"""Bytes of inputs that all threads together keep between the passes over their tensors."""
 
 RECIPE_NAME = "geomerge.yml"
 MANIFEST_NAME = "geomerge.json"
@@ -110,7 +107,7 @@ def run_plan(
     begun = time.perf_counter()
     opened = list(inputs) if inputs is not None else open_inputs(plan)
     try:
-        builder = _builder(plan, opened, device, tile, threads)
+        builder = _builder(plan, opened, device, tile)
         nodes = list(plan.output_nodes())
         layout = plan_layout([(n.name, n.dtype, n.shape) for n in nodes], shard_size, {"geomerge": __version__})
         places = [Path(i.path) for i in plan.inputs if i.path]
@@ -179,7 +176,7 @@ def run_in_memory(
     opened = list(inputs) if inputs is not None else open_inputs(plan)
     try:
         sink = MemorySink(plan)
-        work = Work(_builder(plan, opened, device, tile, threads), sink, lambda nbytes: None, threading.Event())
+        work = Work(_builder(plan, opened, device, tile), sink, lambda nbytes: None, threading.Event())
         Threads(work, threads).run(list(enumerate(plan.output_nodes())), lambda entries: None)
         return sink.tensors
     finally:
@@ -218,7 +215,7 @@ def _open_input(model: InputModel) -> Checkpoint:
     return checkpoint
 
 
-def _builder(plan: Plan, opened: Sequence[Checkpoint], device: str, tile: int | None, threads: int | None) -> Builder:
+def _builder(plan: Plan, opened: Sequence[Checkpoint], device: str, tile: int | None) -> Builder:
     try:
         place = torch.device(device)
         if place.type != "cpu":
@@ -234,7 +231,6 @@ def _builder(plan: Plan, opened: Sequence[Checkpoint], device: str, tile: int | 
         tile=tile or (1 << 22 if accelerated else TILE),
         device=place,
         read_ahead=accelerated,
-        hold=0 if accelerated else _HOLD // (threads or cores()),
     )
 
 

@@ -81,28 +81,6 @@ class FileSource:
         out.copy_(raw.view(self.dtype), non_blocking=pinned)
 
 
-class HeldSource(FileSource):
-    """A tensor in a file that its thread keeps in memory between the passes over it. For tensors made by one thread.
-
-    Args:
-        slot: Which of the thread's buffers; each operand of a node has one.
-    """
-
-    def __init__(self, descriptor: int, info: TensorInfo, label: str, slot: int) -> None:
-        super().__init__(descriptor, info, label)
-        self._nbytes = info.nbytes
-        self._slot = slot
-
-    def read(self, start: int, out: Tensor) -> None:
-        held: dict[int, HeldSource] = _local.__dict__.setdefault("held", {})
-        raw = staging(self._nbytes, slot=self._slot)
-        if held.get(self._slot) is not self:
-            held[self._slot] = self
-            read_into(self._descriptor, raw, self._offset, self.label)
-        raw = raw[start * self._itemsize :][: out.numel() * self._itemsize]
-        out.copy_(raw.view(self.dtype))
-
-
 class StageSource:
     """The output of an earlier stage, computed tile by tile and rounded as if it had been written.
 

@@ -255,11 +255,6 @@ class Method:
         """Whether a tile must hold whole rows."""
         return False
 
-    @property
-    def measures(self) -> bool:
-        """Whether tensors are read more than once."""
-        return True
-
     def values(self) -> dict[str, Any]:
         """The parameters by recipe name, as `make` takes them back."""
         return {name: getattr(self, p.attribute) for name, p in type(self).parameters().items()}
@@ -280,10 +275,6 @@ class Span(Method):
     def needs_gram(self) -> bool:
         """Whether the coefficients depend on the weights at all (when not, nothing is measured)."""
         return True
-
-    @property
-    def measures(self) -> bool:
-        return self.needs_gram and self.axis != "row"
 
     @property
     def rows(self) -> bool:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from geomerge.methods.tile import Tile
 
-_CANCELLED = 2.0**-9
-"""A float32 sum this much smaller than its summands is off by a few 2⁻¹⁵: a tenth of a float16 ulp."""
+_CANCELLED = {torch.bfloat16: 2.0**-11, torch.float16: 2.0**-9}
+"""A float32 sum this much smaller than its summands is off by a tenth of the dtype's ulp."""
 
 _GAP = 2.0**-12
 """A difference of two 16-bit numbers, one of which is this much smaller, may not fit float32."""
@@ -54,7 +54,12 @@ _FEW = 32
 """More elements than this are not read one by one."""
 
 
-def weighted_sum(base: Tensor, deltas: Tensor, coefficients: Sequence[float], exact: Exact) -> Tensor:
+def cancelled(tile: Tile) -> float:
+    """How much smaller than its summands a float32 sum of a tile may be before it is computed again in float64."""
+    return min(_CANCELLED.get(source.dtype, 1.0) for source in tile.scan.sources)
+
+
+def weighted_sum(base: Tensor, deltas: Tensor, coefficients: Sequence[float], exact: Exact, limit: float) -> Tensor:
     """θ₀ + Σ cₖ δₖ.
 
     Args:
@@ -62,6 +67,7 @@ def weighted_sum(base: Tensor, deltas: Tensor, coefficients: Sequence[float], ex
         deltas: The task vectors, shape ``(T, n)``.
         coefficients: One for each task vector.
         exact: The same elements in float64, where float32 does not do.
+        limit: See `cancelled`.
     """
     total = deltas[0] * coefficients[0]
     for c, delta in zip(coefficients[1:], deltas[1:].unbind(0), strict=True):
@@ -69,15 +75,15 @@ def weighted_sum(base: Tensor, deltas: Tensor, coefficients: Sequence[float], ex
     total.add_(base)
     if total.dtype == torch.float32 and total.numel():
         bound = _largest(base) + max(abs(c) for c in coefficients) * len(coefficients) * _largest(deltas)
-        found = _below(total, _CANCELLED * bound)
+        found = _below(total, limit * bound)
         if found.size:
             where = torch.from_numpy(found).to(total.device)
             size = base.reshape(-1)[where].abs()
             for c, delta in zip(coefficients, deltas.unbind(0), strict=True):
                 size.add_(delta.reshape(-1)[where].abs_(), alpha=abs(c))
-            found = found[(total.view(-1)[where].abs() < _CANCELLED * size).cpu().numpy()]
+            found = found[(total.view(-1)[where].abs() < limit * size).cpu().numpy()]
         if found.size:
-            _again(total, found, exact, lambda b, d: weighted_sum(b, d, coefficients, exact))
+            _again(total, found, exact, lambda b, d: weighted_sum(b, d, coefficients, exact, limit))
     return total
 
 
@@ -86,6 +92,7 @@ def disjoint_merge(
     deltas: Tensor,
     weights: Sequence[float],
     exact: Exact,
+    limit: float,
     *,
     factors: Sequence[float],
     normalize: bool,
@@ -100,7 +107,7 @@ def disjoint_merge(
     (Masked selection costs twenty times an addition.)
 
     Args:
-        base, deltas, exact: As in `weighted_sum`.
+        base, deltas, exact, limit: As in `weighted_sum`.
         weights: wₖ.
         factors: fₖ, what makes up for dropped elements.
         normalize: Divide by the weights that agree.
@@ -117,7 +124,7 @@ def disjoint_merge(
         )
         scale = 1.0
     votes = _added(signed)
-    elected = elected_sign_(votes + 0.0)
+    elected = elected_sign(votes)
     agreeing = (signed * elected).clamp_(min=0.0)
     total = _added(agreeing)
     disputed = np.empty(0, dtype=np.int64)
@@ -136,22 +143,24 @@ def disjoint_merge(
     total.mul_(elected)
     result = torch.add(base, total, alpha=lambda_ * scale, out=total)
     if result.dtype == torch.float32 and result.numel():
-        found = _below(result, _CANCELLED * _largest(base))
-        found = found[np.abs(_numpy(result)[found]) < _CANCELLED * np.abs(_numpy(base)[found])]
+        found = _below(result, limit * _largest(base))
+        found = found[np.abs(_numpy(result)[found]) < limit * np.abs(_numpy(base)[found])]
         if disputed.size:
             found = np.union1d(found, disputed)
         if found.size:
 
             def again(b: Tensor, d: Tensor) -> Tensor:
-                return disjoint_merge(b, d, weights, exact, factors=factors, normalize=normalize, lambda_=lambda_)
+                return disjoint_merge(
+                    b, d, weights, exact, limit, factors=factors, normalize=normalize, lambda_=lambda_
+                )
 
             _again(result, found, exact, again)
     return result
 
 
-def elected_sign_(total: Tensor) -> Tensor:
-    """The sign of each element in place, + where it is zero (adding the smallest normal number changes no other)."""
-    return total.add_(torch.finfo(total.dtype).tiny).sign_()
+def elected_sign(total: Tensor) -> Tensor:
+    """The sign of each element, + where it is zero (adding the smallest normal number changes no other)."""
+    return torch.add(total, torch.finfo(total.dtype).tiny).sign_()
 
 
 def _added(rows: Tensor, weights: Sequence[float] | None = None) -> Tensor:

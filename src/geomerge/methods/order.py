@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 Magnitudes = Callable[[Tile], Sequence["Tensor"]]
 """Computes the magnitudes (float64, not negative) to be ranked, one tensor for each selection."""
 
-_SAMPLE = 1 << 16
+_SAMPLE = 1 << 15
 _COLLECT = 1 << 20
 """Values a bracket is meant to hold at most; beyond four times that, counting takes over."""
 
@@ -216,9 +216,7 @@ def _brackets(scan: Scan, magnitudes: Magnitudes, counts: dict[int, int]) -> dic
         centre = size * (1 - k / n)
         spread = 4 * math.sqrt(size * (k / n) * (1 - k / n)) + 16
         low, high = int(centre - spread), int(centre + spread)
-        bounding = [r for r in (low, high) if 0 < r < size]
-        if bounding:
-            values.partition(bounding)
+        values.sort()
         inner, number = np.unique(values[max(low, 0) : high + 1], return_counts=True)
         common = float(inner[number.argmax()]) if inner.size and number.max() > size // 256 else math.nan
         bounds = (float(values[low]) if low > 0 else 0.0, float(values[high]) if high < size else math.inf)

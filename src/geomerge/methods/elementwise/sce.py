@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from geomerge.methods.base import Elementwise, parameter
-from geomerge.methods.combine import elected_sign_
+from geomerge.methods.combine import elected_sign
 from geomerge.methods.order import Selection, largest
 from geomerge.methods.properties import BASE, IDENTICAL, PERMUTATION, SCALE, SINGLE
 from geomerge.methods.registry import register
@@ -97,7 +97,7 @@ dtype: bfloat16
         elected = deltas[0].clone()
         for d in deltas[1:]:
             elected.add_(d)
-        elected_sign_(elected)
+        elected = elected_sign(elected)
         total, divisor = torch.zeros_like(elected), torch.zeros_like(elected)
         for c, d in zip(weights, deltas, strict=True):
             d.mul_(elected).clamp_(min=0.0)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from geomerge.methods.base import Elementwise, parameter, per_model
-from geomerge.methods.combine import disjoint_merge, exactly, weighted_sum
+from geomerge.methods.combine import cancelled, disjoint_merge, exactly, weighted_sum
 from geomerge.methods.sparsify import MagPrune, Rescale, Sparsifier, measure
 from geomerge.methods.tile import Scan, Tile
 
@@ -59,12 +59,11 @@ class TaskVectors(Elementwise):
         for k, delta in enumerate(tile.task_vectors()):
             step.keep_(delta, k, tile, found)
         deltas = tile.stack[1:]
-        exact = functools.partial(exactly, tile)
+        exact, limit = functools.partial(exactly, tile), cancelled(tile)
         if self.elect:
             options = {"factors": factors, "normalize": self.normalize, "lambda_": self.lambda_}
-            return disjoint_merge(tile.base, deltas, self.weight, exact, **options)
+            return disjoint_merge(tile.base, deltas, self.weight, exact, limit, **options)
         divisor = sum(self.weight)
         scale = self.lambda_ / divisor if self.normalize and abs(divisor) >= 1e-8 else self.lambda_
-        return weighted_sum(
-            tile.base, deltas, [scale * w * f for w, f in zip(self.weight, factors, strict=True)], exact
-        )
+        coefficients = [scale * w * f for w, f in zip(self.weight, factors, strict=True)]
+        return weighted_sum(tile.base, deltas, coefficients, exact, limit)
