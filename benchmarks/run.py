@@ -199,19 +199,27 @@ def quiet() -> dict[str, str]:
 
 
 def peak_anonymous(command: list[str]) -> float:
-    """Peak anonymous resident memory of a process in MB, sampled every five milliseconds."""
+    """Peak anonymous memory in MB of a process and its children, what they share counted once; sampled."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=quiet())
     peak = 0
     while process.poll() is None:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
         try:
-            status = Path(f"/proc/{process.pid}/status").read_text()
+            family = [str(process.pid), *children.read_text().split()]
         except OSError:
             break
-        for line in status.splitlines():
-            if line.startswith("RssAnon"):
-                peak = max(peak, int(line.split()[1]))
-        time.sleep(0.005)
+        peak = max(peak, sum(anonymous(pid) for pid in family))
+        time.sleep(0.01)
     return peak / 1024
+
+
+def anonymous(pid: str) -> int:
+    """A process's share of anonymous pages in kB."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Pss_Anon"))
 
 
 def machine() -> dict[str, Any]:

@@ -35,9 +35,17 @@ class GeomergeError(Exception):
         self.what, self.where, self.hint = what, where, hint
         super().__init__(what)
 
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_remake, (type(self), self.what, self.where, self.hint))
+
     def __str__(self) -> str:
         text = f"{self.where}: {self.what}" if self.where else self.what
         return f"{text}\n  {self.hint}" if self.hint else text
+
+
+def _remake(kind: type[GeomergeError], what: str, where: str | None, hint: str | None) -> GeomergeError:
+    """An error as it was before it was pickled."""
+    return kind(what, where=where, hint=hint)
 
 
 class RecipeError(GeomergeError, ValueError):

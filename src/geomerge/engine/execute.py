@@ -52,12 +52,18 @@ Facts = dict[str, Any]
 class Executor(Protocol):
     """Makes the nodes of a plan, in any order, each exactly once."""
 
-    def run(self, nodes: Sequence[tuple[int, Node]], done: Callable[[list[tuple[int, Facts]]], None]) -> None:
+    def run(
+        self,
+        nodes: Sequence[tuple[int, Node]],
+        done: Callable[[list[tuple[int, Facts]]], None],
+        begin: Callable[[], None] = lambda: None,
+    ) -> None:
         """Make the nodes.
 
         Args:
             nodes: Index (the caller's) and node.
             done: Called, from any thread, with nodes whose bytes are all with the sink.
+            begin: Called once, when the workers exist and before the first `done`.
         """
 
 
@@ -81,6 +87,7 @@ class Work:
     advance: Callable[[int], None]
     stop: threading.Event
 
+    @torch.inference_mode()
     def make(self, node: Node, run: Callable[..., Iterable[Any]] = map) -> Facts:
         """Compute a node and write all of it; `run` maps over its segments."""
         if node.method is None:
@@ -109,6 +116,7 @@ class Work:
 
         return mapped
 
+    @torch.inference_mode()
     def _segment(self, node: Node, prepared: Prepared, segment: Segment) -> RoundingLoss:
         round_ = self.builder.rounding(node)
         itemsize = DTYPES[node.dtype].itemsize
@@ -158,7 +166,14 @@ class Threads:
         self.work = work
         self.threads = threads or cores()
 
-    def run(self, nodes: Sequence[tuple[int, Node]], done: Callable[[list[tuple[int, Facts]]], None]) -> None:
+    def run(
+        self,
+        nodes: Sequence[tuple[int, Node]],
+        done: Callable[[list[tuple[int, Facts]]], None],
+        begin: Callable[[], None] = lambda: None,
+    ) -> None:
+        """See `Executor`."""
+        begin()
         large = sorted((item for item in nodes if item[1].numel > LARGE), key=lambda item: -item[1].numel)
         small = sorted((item for item in nodes if _TINY < item[1].numel <= LARGE), key=lambda item: -item[1].numel)
         tiny = [item for item in nodes if item[1].numel <= _TINY]
@@ -171,7 +186,7 @@ class Threads:
             for index, node in large:
                 done([(index, self.work.make(node, lambda f, segments: _map(pool, f, segments)))])
             futures = [pool.submit(self._in_turn, tiny, done)] if tiny else []
-            futures += [pool.submit(self._bundle, bundle, done) for bundle in _bundles(small)]
+            futures += [pool.submit(self._bundle, bundle, done) for bundle in bundles(small)]
             _gather(futures)
         except BaseException:
             self.work.stop.set()
@@ -181,7 +196,7 @@ class Threads:
             torch.set_num_threads(before)
 
     def _in_turn(self, tiny: list[tuple[int, Node]], done: Callable[[list[tuple[int, Facts]]], None]) -> None:
-        for bundle in _bundles(tiny):
+        for bundle in bundles(tiny):
             self._bundle(bundle, done)
 
     def _bundle(self, bundle: list[tuple[int, Node]], done: Callable[[list[tuple[int, Facts]]], None]) -> None:
@@ -202,7 +217,8 @@ def _check_copied(node: Node, values: torch.Tensor, where: str) -> None:
         raise NotFiniteError("the tensor holds NaN or Inf", where=where)
 
 
-def _bundles(nodes: Iterable[tuple[int, Node]]) -> Iterator[list[tuple[int, Node]]]:
+def bundles(nodes: Iterable[tuple[int, Node]]) -> Iterator[list[tuple[int, Node]]]:
+    """Small nodes together, up to a size that is worth handing to a worker."""
     bundle: list[tuple[int, Node]] = []
     size = 0
     for item in nodes:

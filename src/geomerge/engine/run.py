@@ -20,10 +20,11 @@ from geomerge.checkpoint.layout import DEFAULT_SHARD_SIZE, plan_layout
 from geomerge.checkpoint.reader import open_checkpoint
 from geomerge.checkpoint.writer import OutputDirectory
 from geomerge.engine.build import Builder
-from geomerge.engine.execute import Threads, Work
+from geomerge.engine.execute import Executor, Threads, Work
 from geomerge.engine.journal import Journal
 from geomerge.engine.manifest import manifest, total_loss
 from geomerge.engine.plan import InputModel, Plan
+from geomerge.engine.processes import Processes, suitable
 from geomerge.engine.sinks import FileSink, MemorySink
 from geomerge.errors import RunError, UsageError
 from geomerge.methods import registry
@@ -124,8 +125,11 @@ def run_plan(
                 facts: dict[int, Mapping[str, Any]] = dict(journal.finished)
                 left = [(i, node) for i, node in enumerate(nodes) if i not in facts]
                 lock = threading.Lock()
-                if progress is not None:
-                    progress.start(plan.nbytes, sum(nodes[i].nbytes for i in facts))
+                written = sum(nodes[i].nbytes for i in facts)
+
+                def begin() -> None:
+                    if progress is not None:
+                        progress.start(plan.nbytes, written)
 
                 def advance(nbytes: int) -> None:
                     if progress is not None:
@@ -141,7 +145,10 @@ def run_plan(
                         facts.update(entries)
 
                 work = Work(builder, FileSink(output, layout), advance, threading.Event())
-                Threads(work, threads).run(left, done)
+                accelerated = builder.device.type != "cpu"
+                forks = not accelerated and suitable(left, threads) and not any(c.memory for c in opened)
+                executor: Executor = Processes(work, threads) if forks else Threads(work, threads)
+                executor.run(left, done, begin)
                 if progress is not None:
                     progress.finish()
             finally:

@@ -19,6 +19,7 @@ from torch import Tensor
 from geomerge.checkpoint.dtypes import DTYPES, to_torch
 from geomerge.errors import RunError
 from geomerge.methods.kernel import Prepared
+from geomerge.methods.tile import empty
 from geomerge.tokens.rows import MEAN, PAD
 
 if TYPE_CHECKING:
@@ -29,12 +30,12 @@ if TYPE_CHECKING:
 _local = threading.local()
 
 
-def staging(nbytes: int, *, pinned: bool = False, slot: int = 0) -> Tensor:
-    """This thread's byte buffer of at least that size; `slot` tells several apart."""
-    buffers: dict[tuple[int, bool], Tensor] = _local.__dict__.setdefault("staging", {})
-    found = buffers.get((slot, pinned))
+def staging(nbytes: int, *, pinned: bool = False) -> Tensor:
+    """This thread's byte buffer of at least that size."""
+    buffers: dict[bool, Tensor] = _local.__dict__.setdefault("staging", {})
+    found = buffers.get(pinned)
     if found is None or found.numel() < nbytes:
-        found = buffers[slot, pinned] = torch.empty(max(nbytes, 1 << 17), dtype=torch.uint8, pin_memory=pinned)
+        found = buffers[pinned] = empty(max(nbytes, 1 << 17), torch.uint8, pinned=pinned)
     return found[:nbytes]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -81,6 +82,9 @@ def prepare(
             raise UsageError(error.what, where=scan.name, hint=error.hint) from None
         coefficients = tuple(_scaled(vector, scale).tolist())
         combine = _combine_differences if _cancels(coefficients) else _combine
+        if not method.needs_gram and all(coefficients):
+            # What is not finite in an input shows in the output: one look instead of one for each input.
+            scan, combine = open_scan(check=False), functools.partial(_looked_at, combine)
         return Prepared(scan, functools.partial(combine, coefficients), coefficients)
     if not isinstance(method, Elementwise):
         raise TypeError(f"{type(method).__name__} belongs to no family")
@@ -141,6 +145,13 @@ def _combine(coefficients: tuple[float, ...], tile: Tile) -> Tensor:
         else:
             total.add_(x, alpha=c)
     return tile.inputs[0].zero_() if total is None else total
+
+
+def _looked_at(combine: Callable[..., Tensor], coefficients: tuple[float, ...], tile: Tile) -> Tensor:
+    total = combine(coefficients, tile)
+    if not math.isfinite(total.sum().item()):
+        tile.scan.look_again(tile.start, tile.numel)
+    return total
 
 
 def _cancels(coefficients: tuple[float, ...]) -> bool:

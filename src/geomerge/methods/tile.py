@@ -27,7 +27,7 @@ from torch import Tensor
 
 from geomerge.errors import NotFiniteError
 
-TILE = 1 << 18
+TILE = 1 << 17
 """Elements in a tile unless a caller asks otherwise: few enough to stay in the caches, enough to outweigh the calls."""
 
 BLOCK = 1 << 13
@@ -218,7 +218,7 @@ class Scan:
 
     def _fresh_buffers(self) -> Tensor:
         size = len(self.sources) * min(self.tile, max(self.numel, 1))
-        return torch.empty(size, dtype=self.dtype, device=self.device)
+        return empty(size, self.dtype, self.device)
 
     def _read(self, start: int, count: int, buffer: Tensor | None = None) -> Tensor:
         k = len(self.sources)
@@ -230,6 +230,17 @@ class Scan:
         if not self._finite and not math.isfinite(flat.sum().item()):
             self.refuse_not_finite(stack)
         return stack if self.columns is None else stack.view(k, -1, max(self.columns, 1))
+
+    def look_again(self, start: int, count: int) -> None:
+        """Read some elements anew to find out whether an input is not finite.
+
+        Raises:
+            NotFiniteError: Naming model and tensor.
+        """
+        stack = torch.empty(len(self.sources), count, dtype=torch.float64, device=self.device)
+        for source, out in zip(self.sources, stack.unbind(0), strict=True):
+            source.read(start, out)
+        self.refuse_not_finite(stack)
 
     def refuse_not_finite(self, stack: Tensor) -> None:
         """Look for the input that holds NaN or Inf in a tile.
@@ -285,11 +296,17 @@ def block_sums(values: Tensor) -> list[float]:
 _local = threading.local()
 
 
+def empty(count: int, dtype: torch.dtype, device: torch.device | str = "cpu", *, pinned: bool = False) -> Tensor:
+    """A buffer that may be written both inside and outside of `torch.inference_mode`."""
+    with torch.inference_mode(False):
+        return torch.empty(count, dtype=dtype, device=device, pin_memory=pinned)
+
+
 def _buffer(level: int, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """This thread's input buffer for a level: allocating anew for each tile would cost more than the sums."""
     buffers: dict[tuple[int, torch.dtype, torch.device], Tensor] = _local.__dict__.setdefault("buffers", {})
     key = (level, dtype, device)
     found = buffers.get(key)
     if found is None or found.numel() < count:
-        found = buffers[key] = torch.empty(count, dtype=dtype, device=device)
+        found = buffers[key] = empty(count, dtype, device)
     return found[:count]

@@ -1,0 +1,176 @@
+"""The executor that forks: as `Threads`, but each worker has an interpreter of its own.
+
+Threads of one interpreter pass its lock to each other after every operation on a tile, and each pass may put a core to sleep
+and wake it again: two threads then do a TIES merge hardly faster than one. Forked workers share nothing but the open files;
+they write their tensors into the output themselves and send back what the manifest shall say.
+
+Used when a run is large, and only from a process that has no other threads: forking among threads is not safe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+
+from geomerge.engine.execute import LARGE, Facts, Threads, Work, bundles, cores
+from geomerge.engine.memory import keep_freed_memory
+from geomerge.engine.plan import Node
+from geomerge.errors import RunError
+
+WORTH = 1 << 26
+"""Elements of output below which forking is not worth it."""
+
+_REPORT = 32 << 20
+"""Bytes after which a worker says how far it is."""
+
+_PR_SET_PDEATHSIG = 1
+
+Done = Callable[[list[tuple[int, Facts]]], None]
+
+
+def suitable(nodes: Sequence[tuple[int, Node]], threads: int | None) -> bool:
+    """Whether this process may fork, and whether the work is worth it."""
+    alone = sys.platform.startswith("linux") and threading.active_count() == 1
+    return alone and (threads or cores()) > 1 and sum(node.numel for _, node in nodes) >= WORTH
+
+
+class Processes:
+    """Makes nodes in forked workers.
+
+    Args:
+        work: Makes single nodes, in the workers.
+        workers: How many; by default one for each core that the process may use.
+    """
+
+    def __init__(self, work: Work, workers: int | None = None) -> None:
+        self.work = work
+        self.workers = workers or cores()
+
+    def run(self, nodes: Sequence[tuple[int, Node]], done: Done, begin: Callable[[], None] = lambda: None) -> None:
+        """See `geomerge.engine.execute.Executor`.
+
+        A tensor so large that the others would wait for its worker is made by threads, together, before.
+        """
+        total = sum(node.numel for _, node in nodes)
+        shared = [item for item in nodes if item[1].numel > LARGE and item[1].numel * self.workers > total]
+        if shared:
+            Threads(self.work, self.workers).run(shared, done, begin)
+            begin = _nothing
+        rest = [item for item in nodes if item not in shared] if shared else list(nodes)
+        if rest:
+            self._fork(rest, done, begin)
+
+    def _fork(self, nodes: list[tuple[int, Node]], done: Done, begin: Callable[[], None]) -> None:
+        queue = list(bundles(sorted(nodes, key=lambda item: -item[1].numel)))
+        context = multiprocessing.get_context("fork")
+        turn = context.Value("q", 0)
+        keep_freed_memory()
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        pipes: list[Connection] = []
+        processes = []
+        try:
+            for _ in range(min(self.workers, len(queue))):
+                ours, theirs = context.Pipe(duplex=False)
+                process = context.Process(target=self._work, args=(queue, turn, theirs), daemon=True)
+                process.start()
+                theirs.close()
+                pipes.append(ours)
+                processes.append(process)
+            begin()
+            self._listen(pipes, done)
+        except BaseException:
+            self.work.stop.set()
+            for process in processes:
+                process.terminate()
+            raise
+        finally:
+            for process in processes:
+                process.join()
+            for pipe in pipes:
+                pipe.close()
+            torch.set_num_threads(before)
+
+    def _listen(self, pipes: list[Connection], done: Done) -> None:
+        """Take in the workers' reports until all have finished.
+
+        Raises:
+            RunError: A worker died; or whatever error a worker met.
+        """
+        open_pipes = list(pipes)
+        while open_pipes:
+            for pipe in wait(open_pipes):
+                assert isinstance(pipe, Connection)
+                try:
+                    kind, content = pipe.recv()
+                except EOFError:
+                    raise RunError(
+                        "a worker process was killed", hint="is there enough memory? continue with --resume"
+                    ) from None
+                if kind == "advance":
+                    self.work.advance(content)
+                elif kind == "done":
+                    done(content)
+                elif kind == "error":
+                    raise content
+                else:
+                    open_pipes.remove(pipe)
+
+    def _work(self, queue: list[list[tuple[int, Node]]], turn: Any, pipe: Connection) -> None:
+        """One worker's life."""
+        _die_with_parent()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it and ends the workers
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        unreported = 0
+
+        def advance(nbytes: int) -> None:
+            nonlocal unreported
+            unreported += nbytes
+            if unreported >= _REPORT:
+                pipe.send(("advance", unreported))
+                unreported = 0
+
+        self.work.advance = advance
+        try:
+            while True:
+                with turn.get_lock():
+                    mine = turn.value
+                    turn.value += 1
+                if mine >= len(queue):
+                    break
+                pipe.send(("done", [(index, self.work.make(node)) for index, node in queue[mine]]))
+            pipe.send(("advance", unreported))
+            pipe.send(("end", None))
+        except BaseException as error:  # noqa: BLE001 - whatever it is, the parent must hear of it
+            with contextlib.suppress(OSError):
+                pipe.send(("error", _sendable(error)))
+        # Without the interpreter's farewells: buffers and locks here are copies of the parent's.
+        os._exit(0)
+
+
+def _sendable(error: BaseException) -> BaseException:
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # noqa: BLE001 - errors of other libraries may fail to pickle in any way
+        return RunError(f"{type(error).__name__}: {error}")
+    return error
+
+
+def _die_with_parent() -> None:
+    """Ask the system to end this process when its parent is killed: its lock on the output must not outlive it."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _nothing() -> None:
+    pass
