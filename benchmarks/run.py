@@ -67,15 +67,14 @@ class Bench:
 
     def __init__(self, runs: int, peer: Path | None) -> None:
         self.runs, self.peer = runs, peer
-        self.rows: list[dict[str, Any]] = []
         self.out = BENCH / "out"
 
     def add(self, what: str, **figures: Any) -> None:
         """Keep and show one row."""
         row = {"what": what, **figures}
-        self.rows.append(row)
         shown = {k: round(v, 3) if isinstance(v, float) else v for k, v in figures.items()}
         print(f"{what}: {shown}", flush=True)
+        write([row])
 
     def clear(self) -> None:
         """Remove what a run left."""
@@ -255,6 +254,7 @@ def main() -> None:
         for size in args.sizes:
             for method in ("linear", "slerp", "ties", "dare_ties", "task_arithmetic"):
                 bench.engine(method, size)
+        bench.runs = min(args.runs, 3)
         for method in (
             "model_stock",
             "karcher",
@@ -267,6 +267,7 @@ def main() -> None:
             "passthrough",
         ):
             bench.engine(method, args.sizes[0])
+    bench.runs = args.runs
     if wanted("memory"):
         for method in (
             "linear",
@@ -299,7 +300,6 @@ def main() -> None:
             if size in args.sizes:
                 bench.against_peer(method, size, runs)
     bench.clear()
-    write(bench.rows)
 
 
 def write(rows: list[dict[str, Any]]) -> None:

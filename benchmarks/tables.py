@@ -25,6 +25,7 @@ def write(root: Path) -> None:
         if not pattern.search(before):
             raise SystemExit(f"{name} has no <!-- bench:start --> … <!-- bench:end -->")
         path.write_text(pattern.sub(lambda m, t=text: m[1] + t + m[2], before))
+    picture(root)
 
 
 def of(rows: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
@@ -88,3 +89,30 @@ def short(rows: list[dict[str, Any]], machine: dict[str, Any]) -> str:
     if peak is not None:
         lines += [f"Peak anonymous memory above `import torch`: {peak:.0f} MB, whatever the model's size."]
     return "\n".join(lines) + "\n"
+
+
+def picture(root: Path) -> None:
+    """Draw whole-process times beside the peer's as docs/benchmarks.svg, readable on light and dark pages."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    import matplotlib.pyplot as plt
+
+    rows = [r for r in of(json.loads((root / "docs" / "benchmarks.json").read_text())["rows"], "peer") if r["peer"]]
+    if not rows:
+        return
+    mpl.rcParams.update({"svg.hashsalt": "geomerge", "font.size": 11, "text.color": "#57606a"})
+    figure, axes = plt.subplots(figsize=(7.2, 0.75 * len(rows) + 0.7))
+    for place, r in enumerate(reversed(rows)):
+        axes.barh(place + 0.19, r["peer"], 0.34, color="#9aa4af")
+        axes.barh(place - 0.19, r["process"], 0.34, color="#1f7a8c")
+        axes.text(r["peer"], place + 0.19, f" mergekit 0.1.5: {r['peer']:.0f} s", va="center")
+        axes.text(r["process"], place - 0.19, f" geomerge: {r['process']:.1f} s", va="center", weight="bold")
+    axes.set_yticks(range(len(rows)), [f"{r['method']}\n{r['size']}" for r in reversed(rows)])
+    axes.set_xlim(0, max(r["peer"] for r in rows) * 1.35)
+    axes.tick_params(colors="#57606a", length=0, labelbottom=False)
+    for side in axes.spines.values():
+        side.set_visible(False)
+    figure.tight_layout()
+    figure.savefig(root / "docs" / "benchmarks.svg", transparent=True, metadata={"Date": None})
+    plt.close(figure)

@@ -39,13 +39,16 @@ def test_case(name: str) -> None:
     ours = {k: v.float().numpy() for k, v in gm.merge_state_dicts(stored.recipe(case), compat="mergekit").items()}
     assert set(ours) == set(theirs)
     marks = ["equal_magnitudes"] if name in ALSO_EQUAL else case.get("marks") or []
+    agreeing = total = 0
     for tensor, expected in theirs.items():
         assert ours[tensor].shape == expected.shape, tensor
         if "equal_magnitudes" in marks:
-            # Which of several equal magnitudes the peer keeps is arbitrary; how many, and how large, is not.
-            assert np.allclose(np.sort(np.abs(ours[tensor]), None), np.sort(np.abs(expected), None), atol=0.2)
+            # Which of several equal magnitudes the peer keeps is arbitrary: only those at a threshold may differ.
+            agreeing += np.count_nonzero(np.abs(ours[tensor] - expected) <= 1e-6 * np.abs(expected).max())
+            total += expected.size
             continue
         assert relative_error(ours[tensor], expected) < TOLERANCES[marks[0] if marks else ""], tensor
+    assert agreeing >= 0.88 * total
 
 
 RANDOM = {case["name"]: case for case in stored.cases(deterministic=False)}

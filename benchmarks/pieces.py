@@ -1,0 +1,137 @@
+"""What the pieces of a merge cost: nanoseconds an element on one core, and what workers gain.
+
+    python benchmarks/pieces.py              # operations on tiles, reading, writing
+    python benchmarks/pieces.py workers      # TIES of the 0.5B models with 1 and 2 threads, and with 2 processes
+
+These are the figures that decided how the engine works; docs/benchmarks.md quotes them.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+BENCH = Path(__file__).resolve().parent.parent / ".bench"
+N = 1 << 17
+
+
+def report(name: str, work: Callable[[], object], elements: int = N) -> None:
+    """Print the best of several timings."""
+    work()
+    best = float("inf")
+    for _ in range(9):
+        begun = time.perf_counter()
+        for _ in range(30):
+            work()
+        best = min(best, (time.perf_counter() - begun) / 30)
+    print(f"{name:48s}{best / elements * 1e9:8.3f} ns", flush=True)
+
+
+def operations() -> None:
+    """Operations on one tile."""
+    torch.set_num_threads(1)
+    half = (torch.randn(N) * 0.02).bfloat16()
+    single, other = half.float(), torch.randn(N)
+    double, second = half.double(), torch.randn(N, dtype=torch.float64)
+    out32, out64, out16 = torch.empty(N), torch.empty(N, dtype=torch.float64), torch.empty(N, dtype=torch.bfloat16)
+    mask = single > 0
+    array = single.abs().numpy()
+    bits = single.view(torch.int32).numpy() >> 16 & 0x7FFF
+    report("bfloat16 to float32", lambda: out32.copy_(half))
+    report("bfloat16 to float64", lambda: out64.copy_(half))
+    report("float64 to bfloat16", lambda: out16.copy_(double))
+    report("x += c·y, float32", lambda: out32.add_(other, alpha=0.3))
+    report("x += c·y, float64", lambda: out64.add_(second, alpha=0.3))
+    report("hardshrink, float32", lambda: torch.hardshrink(single, 0.01, out=out32))
+    report("sum of products, float32, pairwise", lambda: torch.mul(single, other, out=out32).view(-1, 8192).sum(1))
+    report("sum of products, float64", lambda: torch.mul(double, second, out=out64).view(-1, 8192).sum(1))
+    report("torch.where, float32", lambda: torch.where(mask, single, other))
+    report("masked_fill_, float32", lambda: out32.masked_fill_(mask, 0))
+    report("isfinite().all(), float32", lambda: torch.isfinite(single).all())
+    report("sum, float32", single.sum)
+    report("NumPy comparison and count", lambda: np.count_nonzero(array < 0.01))
+    report("NumPy flatnonzero, 0.1 % found", lambda: np.flatnonzero(array < 2e-5))
+    report("NumPy flatnonzero, half found", lambda: np.flatnonzero(array < 0.0135))
+    report("bincount of 16 bits", lambda: np.bincount(bits, minlength=1 << 15))
+    report("sort, float32", lambda: np.sort(array))
+    report("random words, 32 bits", lambda: np.random.PCG64DXSM(1).random_raw(N // 2))
+
+
+def files() -> None:
+    """Reading and writing in pieces of 256 KiB, all in the page cache; an element is two bytes."""
+    source = BENCH / "0.5B" / "a" / "model.safetensors"
+    size = source.stat().st_size
+    buffer = np.ones(1 << 18, dtype=np.uint8)
+    descriptor = os.open(source, os.O_RDONLY)
+
+    def once(name: str, work: Callable[[], object]) -> None:
+        best = float("inf")
+        for _ in range(3):
+            begun = time.perf_counter()
+            work()
+            best = min(best, time.perf_counter() - begun)
+        print(f"{name:48s}{best / (size / 2) * 1e9:8.3f} ns", flush=True)
+
+    def read() -> None:
+        for offset in range(0, size, len(buffer)):
+            os.preadv(descriptor, [buffer], offset)
+
+    def mapped() -> None:
+        with mmap.mmap(descriptor, size, prot=mmap.PROT_READ) as view:
+            array = np.frombuffer(view, dtype=np.uint64, count=size // 8)
+            for start in range(0, len(array), 1 << 15):
+                array[start : start + (1 << 15)].max()
+            del array
+
+    def write(allocate: bool) -> None:
+        target = BENCH / "pieces.bin"
+        out = os.open(target, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+        if allocate:
+            os.posix_fallocate(out, 0, size)
+        for offset in range(0, size, len(buffer)):
+            os.pwritev(out, [buffer], offset)
+        os.close(out)
+        target.unlink()
+
+    once("preadv", read)
+    once("mapped and looked at once", mapped)
+    once("pwritev, allocated before", lambda: write(True))
+    once("pwritev, growing", lambda: write(False))
+    once("cp", lambda: shutil.copyfile(source, BENCH / "pieces.bin"))
+    (BENCH / "pieces.bin").unlink()
+
+
+def workers() -> None:
+    """One merge by threads and by processes."""
+    import run as bench
+
+    from geomerge.engine import run
+    from geomerge.engine.planner import make_plan
+    from geomerge.recipe import loads
+
+    suitable = run.suitable
+    for name, threads, forks in (("1 thread", 1, False), ("2 threads", 2, False), ("2 processes", 2, True)):
+        run.suitable = suitable if forks else lambda nodes, threads: False
+        seconds = []
+        for _ in range(3):
+            plan, opened = make_plan(loads(bench.recipe("ties", "0.5B")))
+            shutil.rmtree(BENCH / "out", ignore_errors=True)
+            seconds.append(run.run_plan(plan, BENCH / "out", inputs=opened, threads=threads).seconds)
+        print(f"ties 0.5B, {name}: {min(seconds):.2f} s", flush=True)
+    shutil.rmtree(BENCH / "out", ignore_errors=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["workers"]:
+        workers()
+    else:
+        operations()
+        files()
