@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 import geomerge as gm
 import references as ref
 from geomerge.methods import tile
-from geomerge.methods.random import bernoulli, stream, words
+from geomerge.methods.random import bernoulli, keep_, stream, words
 from geomerge.methods.sparsify import MagPrune
 from geomerge.methods.tile import Scan, TensorSource
 from geomerge.testing import models
@@ -94,16 +94,21 @@ def test_keys_are_independent(other: dict[str, object]) -> None:
     assert within(float(np.mean((u - 0.5) * (v - 0.5))), 0, 1 / 144 / N)
 
 
+@pytest.mark.parametrize("p", [1e-3, 0.1, 0.4, 0.5, 0.9, 1 - 1e-7])
+def test_keep(p: float) -> None:
+    """That share of the elements stays as it is and the others are zero, whatever the width of the words."""
+    scan = scan_of(size=167 * 50, columns=167)
+    kept = torch.cat([keep_(torch.full_like(t.base, 3.0), t, "x", p) for t in scan.tiles(scan.segments[0])])
+    assert set(kept.unique().tolist()) <= {0.0, 3.0}
+    assert within(float((kept != 0).double().sum()), p * N, p * (1 - p) * N)
+
+
 @pytest.mark.parametrize("p", [0.0, 1e-3, 0.1, 0.5, 0.9, 1.0])
 def test_bernoulli(p: float) -> None:
-    """Masks of a probability have that share of ones; one for each element gives the same mask as one for all."""
+    """Masks of a probability have that share of ones."""
     scan = scan_of(size=167 * 50, columns=167)
-    masks = []
-    for t in scan.tiles(scan.segments[0]):
-        mask = bernoulli(t, "x", p)
-        assert mask.shape == t.inputs[0].shape
-        assert torch.equal(mask, bernoulli(t, "x", torch.full(t.inputs[0].shape, p, dtype=torch.float64)))
-        masks.append(mask)
+    masks = [bernoulli(t, "x", torch.full(t.base.shape, p, dtype=torch.float64)) for t in scan.tiles(scan.segments[0])]
+    assert all(mask.shape == (50, 167) for mask in masks[:-1])
     ones = float(torch.cat(masks).double().sum())
     assert within(ones, p * N, p * (1 - p) * N)
 

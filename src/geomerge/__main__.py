@@ -1,8 +1,6 @@
 """``python -m geomerge``: the same program as ``geomerge``."""
 
-import sys
-
-from geomerge.cli.app import main
+from geomerge.cli.app import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

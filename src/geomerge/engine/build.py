@@ -91,7 +91,10 @@ class Builder:
         """Where the bytes of a copied node come from."""
         operand = node.operands[0]
         while operand.node >= 0:
-            operand = self.plan.nodes[operand.node].operands[0]
+            made = self.plan.nodes[operand.node]
+            if made.method is not None:
+                raise ValueError(f"{node.name} is to be copied, but {made.name} of an earlier stage is computed")
+            operand = made.operands[0]
         return self.inputs[operand.input], operand.tensor
 
     def _label(self, operand: Operand) -> str:

@@ -58,7 +58,9 @@ class Lineup:
             )
         if self.based:
             first = next((e for e in entrants if e.model is base), None) or self._unlisted(base, entrants)
-            self.entrants = [first, *(e for e in entrants if e.model is not base)]
+            self.entrants = [first, *(e for e in entrants if e is not first)]
+            if any(e.model is base for e in self.entrants[1:]):
+                raise RecipeError(f"the base {base} is two sources of one slice", where=str(each.where))
         else:
             listed = base is None or any(e.model is base for e in entrants)
             whole = all(e.source is not None and e.source.layer_range is None for e in entrants)

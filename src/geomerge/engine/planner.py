@@ -27,6 +27,7 @@ from geomerge.engine.schedule import Schedule
 from geomerge.engine.vocabularies import Vocabularies
 from geomerge.errors import IncompatibleModels, RecipeError
 from geomerge.methods import registry
+from geomerge.methods.base import Method
 from geomerge.recipe.resolve import Lookup, check_filters, layer_t
 from geomerge.recipe.values import ModelRef, Module, Pipeline, Recipe
 
@@ -324,15 +325,9 @@ class _Recipe:
         dtype = self._dtype(part.name, kinds)
         reason = self._copied(part, kinds, found)
         if reason is not None:
-            return Node(
-                part.name,
-                kinds[0].shape,
-                kinds[0].dtype,
-                (operands[0],),
-                None,
-                rule=f"copy: {reason}",
-                stage=self.stage,
-            )
+            method = _passthrough() if self._computed(operands[0]) else None
+            kind, rule = kinds[0], f"copy: {reason}"
+            return Node(part.name, kind.shape, kind.dtype, (operands[0],), method, rule=rule, stage=self.stage)
         shape = kinds[0].shape
         if self.vocabularies.reorders(found[0][0], found[0][1]):
             operands = [self.vocabularies.reordered(model, part.name) for model, _ in found]
@@ -367,7 +362,7 @@ class _Recipe:
         for kind in kinds[1:]:
             if kind.dtype != widest:
                 both = frozenset({widest, kind.dtype})
-                widest = _WIDER.get(both) or max(both, key=lambda d: DTYPES[d].itemsize)
+                widest = _WIDER.get(both) or max(both, key=lambda d: (DTYPES[d].itemsize, DTYPES[d].kind == "float", d))
         return widest
 
     def _scale(self, part: Part, t: float) -> float:
@@ -423,10 +418,15 @@ class _Recipe:
 
     def _copy(self, name: str, model: Model, stored: str, rule: str) -> Node:
         kind = model.tensors[stored]
-        merges = DTYPES[kind.dtype].kind == "float" and self.dtype not in (None, kind.dtype)
-        method = registry.get("passthrough").make({}, count=1) if merges else None
-        dtype = self.dtype if merges and self.dtype else kind.dtype
-        return Node(name, kind.shape, dtype, (model.operand(stored),), method, rule=rule, stage=self.stage)
+        converts = DTYPES[kind.dtype].kind == "float" and self.dtype not in (None, kind.dtype)
+        dtype = self.dtype if converts and self.dtype else kind.dtype
+        operand = model.operand(stored)
+        method = _passthrough() if converts or self._computed(operand) else None
+        return Node(name, kind.shape, dtype, (operand,), method, rule=rule, stage=self.stage)
+
+    def _computed(self, operand: Operand) -> bool:
+        """Whether an earlier stage computes the tensor, so that there are no bytes to copy."""
+        return operand.node >= 0 and self.planner.nodes[operand.node].method is not None
 
     def _other_modules(self) -> list[int]:
         """Tensors of modules that the recipe does not list are copied from the donor, so that the output is whole."""
@@ -553,6 +553,10 @@ class _Recipe:
         real = {name: self.planner.laid_out.get(path, path) for name, path in copies.items()}
         texts |= {name: content for name, content in real.items() if isinstance(content, str)}
         return config, {n: c for n, c in real.items() if isinstance(c, Path)}, texts, notes
+
+
+def _passthrough() -> Method:
+    return registry.get("passthrough").make({}, count=1)
 
 
 def _number(part: Part) -> int:

@@ -41,7 +41,8 @@ Done = Callable[[list[tuple[int, Facts]]], None]
 
 def suitable(nodes: Sequence[tuple[int, Node]], threads: int | None) -> bool:
     """Whether this process may fork, and whether the work is worth it."""
-    alone = sys.platform.startswith("linux") and threading.active_count() == 1
+    # Python's locks between processes live in /dev/shm.
+    alone = sys.platform.startswith("linux") and threading.active_count() == 1 and os.access("/dev/shm", os.W_OK)
     return alone and (threads or cores()) > 1 and sum(node.numel for _, node in nodes) >= WORTH
 
 
@@ -60,21 +61,25 @@ class Processes:
     def run(self, nodes: Sequence[tuple[int, Node]], done: Done, begin: Callable[[], None] = lambda: None) -> None:
         """See `geomerge.engine.execute.Executor`.
 
-        A tensor so large that the others would wait for its worker is made by threads, together, before.
+        A tensor so large that the others would wait for its worker is made by threads, together; the workers, which were
+        forked before there were threads, wait for that.
         """
         total = sum(node.numel for _, node in nodes)
         shared = [item for item in nodes if item[1].numel > LARGE and item[1].numel * self.workers > total]
-        if shared:
-            Threads(self.work, self.workers).run(shared, done, begin)
-            begin = _nothing
-        rest = [item for item in nodes if item not in shared] if shared else list(nodes)
+        taken = {index for index, _ in shared}
+        rest = [item for item in nodes if item[0] not in taken]
         if rest:
-            self._fork(rest, done, begin)
+            self._fork(rest, shared, done, begin)
+        else:
+            Threads(self.work, self.workers).run(shared, done, begin)
 
-    def _fork(self, nodes: list[tuple[int, Node]], done: Done, begin: Callable[[], None]) -> None:
+    def _fork(
+        self, nodes: list[tuple[int, Node]], shared: list[tuple[int, Node]], done: Done, begin: Callable[[], None]
+    ) -> None:
         queue = list(bundles(sorted(nodes, key=lambda item: -item[1].numel)))
         context = multiprocessing.get_context("fork")
         turn = context.Value("q", 0)
+        gate = context.Event()
         keep_freed_memory()
         before = torch.get_num_threads()
         torch.set_num_threads(1)
@@ -83,12 +88,15 @@ class Processes:
         try:
             for _ in range(min(self.workers, len(queue))):
                 ours, theirs = context.Pipe(duplex=False)
-                process = context.Process(target=self._work, args=(queue, turn, theirs), daemon=True)
+                process = context.Process(target=self._work, args=(queue, turn, gate, theirs, os.getpid()), daemon=True)
                 process.start()
                 theirs.close()
                 pipes.append(ours)
                 processes.append(process)
             begin()
+            if shared:
+                Threads(self.work, self.workers).run(shared, done)
+            gate.set()
             self._listen(pipes, done)
         except BaseException:
             self.work.stop.set()
@@ -127,9 +135,9 @@ class Processes:
                 else:
                     open_pipes.remove(pipe)
 
-    def _work(self, queue: list[list[tuple[int, Node]]], turn: Any, pipe: Connection) -> None:
+    def _work(self, queue: list[list[tuple[int, Node]]], turn: Any, gate: Any, pipe: Connection, parent: int) -> None:
         """One worker's life."""
-        _die_with_parent()
+        _die_with_parent(parent)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it and ends the workers
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         unreported = 0
@@ -142,6 +150,7 @@ class Processes:
                 unreported = 0
 
         self.work.advance = advance
+        gate.wait()
         try:
             while True:
                 with turn.get_lock():
@@ -167,10 +176,8 @@ def _sendable(error: BaseException) -> BaseException:
     return error
 
 
-def _die_with_parent() -> None:
+def _die_with_parent(parent: int) -> None:
     """Ask the system to end this process when its parent is killed: its lock on the output must not outlive it."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def _nothing() -> None:
-    pass
+    if os.getppid() != parent:  # it died before it could be asked
+        os._exit(1)

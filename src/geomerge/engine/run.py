@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,10 +23,10 @@ from geomerge.engine.build import Builder
 from geomerge.engine.execute import Executor, Threads, Work
 from geomerge.engine.journal import Journal
 from geomerge.engine.manifest import manifest, total_loss
-from geomerge.engine.plan import InputModel, Plan
+from geomerge.engine.plan import InputModel, Node, Plan
 from geomerge.engine.processes import Processes, suitable
 from geomerge.engine.sinks import FileSink, MemorySink
-from geomerge.errors import RunError, UsageError
+from geomerge.errors import ModelError, RunError, UsageError
 from geomerge.methods import registry
 from geomerge.methods.tile import TILE
 from geomerge.version import __version__
@@ -84,6 +84,7 @@ def run_plan(
     force: bool = False,
     durable: bool = False,
     progress: Progress | None = None,
+    executor: Callable[[Work], Executor] | None = None,
 ) -> Report:
     """Write the output of a plan as a model directory.
 
@@ -99,6 +100,7 @@ def run_plan(
         force: Replace an existing model directory.
         durable: Flush to the disk before a tensor counts as finished, so that even a power cut can be resumed from.
         progress: Told how far the run is.
+        executor: Makes what carries out the work, in place of this module's own choice.
 
     Raises:
         UsageError: The output's place is taken or unsafe.
@@ -121,6 +123,7 @@ def run_plan(
                 resume=output.resumed,
                 durable=durable,
             )
+            damaged = False
             try:
                 facts: dict[int, Mapping[str, Any]] = dict(journal.finished)
                 left = [(i, node) for i, node in enumerate(nodes) if i not in facts]
@@ -145,14 +148,18 @@ def run_plan(
                         facts.update(entries)
 
                 work = Work(builder, FileSink(output, layout), advance, threading.Event())
-                accelerated = builder.device.type != "cpu"
-                forks = not accelerated and suitable(left, threads) and not any(c.memory for c in opened)
-                executor: Executor = Processes(work, threads) if forks else Threads(work, threads)
-                executor.run(left, done, begin)
+                make = executor or _choice(builder, opened, left, threads)
+                make(work).run(left, done, begin)
                 if progress is not None:
                     progress.finish()
+            except ModelError:
+                damaged = True
+                raise
             finally:
                 journal.close()
+                if damaged:
+                    # Nothing that a resumed run could go on with: the parent has to be another one first.
+                    output.abandon()
             for checkpoint in opened:
                 checkpoint.verify_unchanged()
             _write_side_files(plan, output, facts)
@@ -222,6 +229,14 @@ def _open_input(model: InputModel) -> Checkpoint:
     return checkpoint
 
 
+def _choice(
+    builder: Builder, opened: Sequence[Checkpoint], nodes: Sequence[tuple[int, Node]], threads: int | None
+) -> Callable[[Work], Executor]:
+    """Processes where they are safe and worth it, else threads."""
+    forks = builder.device.type == "cpu" and suitable(nodes, threads) and not any(c.memory for c in opened)
+    return lambda work: Processes(work, threads) if forks else Threads(work, threads)
+
+
 def _builder(plan: Plan, opened: Sequence[Checkpoint], device: str, tile: int | None) -> Builder:
     try:
         place = torch.device(device)
@@ -235,7 +250,7 @@ def _builder(plan: Plan, opened: Sequence[Checkpoint], device: str, tile: int | 
     return Builder(
         plan,
         opened,
-        tile=tile or (1 << 22 if accelerated else TILE),
+        tile=tile or (1 << 18 if accelerated else TILE),
         device=place,
         read_ahead=accelerated,
     )

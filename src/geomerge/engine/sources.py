@@ -75,8 +75,8 @@ class FileSource:
     def read(self, start: int, out: Tensor) -> None:
         pinned = out.device.type == "cuda"
         if pinned:
-            # The copy of the tile before last from this buffer must be over: two buffers take turns.
-            torch.cuda.current_stream().synchronize()
+            # The copy before from this thread's buffer must be over.
+            torch.cuda.current_stream(out.device).synchronize()
         raw = staging(out.numel() * self._itemsize, pinned=pinned)
         read_into(self._descriptor, raw, self._offset + start * self._itemsize, self.label)
         out.copy_(raw.view(self.dtype), non_blocking=pinned)

@@ -11,6 +11,7 @@ The k largest are well defined down to the last element: of equal magnitudes the
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -113,7 +114,8 @@ def largest(scan: Scan, magnitudes: Magnitudes, counts: Sequence[int]) -> list[S
             found[i] = selection
     elif wanted:
         brackets = _brackets(scan, magnitudes, {i: counts[i] for i in wanted})
-        segments = scan.over(lambda tiles: _collect(tiles, magnitudes, brackets))
+        budget = dict.fromkeys(wanted, 4 * _COLLECT)
+        segments = scan.over(lambda tiles: _collect(tiles, magnitudes, brackets, budget))
         for i in wanted:
             found[i] = _choose([s[i] for s in segments], counts[i]) or _by_counting(scan, magnitudes, i, counts[i])
     return found
@@ -161,12 +163,9 @@ class _Bracket:
         self.values: Floats = np.empty(0)
         self.counts: NDArray[np.int64] = np.empty(0, dtype=np.int64)
         self._pending: list[Floats] = []
-        self._held = 0
 
     def add(self, magnitudes: Floats) -> None:
         """Take in one tile."""
-        if self.overflow:
-            return
         not_above = magnitudes <= self.high
         self.above += magnitudes.size - int(np.count_nonzero(not_above))
         if not math.isnan(self.common):
@@ -179,11 +178,6 @@ class _Bracket:
             np.logical_and(inside, np.logical_not(equal, out=equal), out=inside)
         found = magnitudes[np.flatnonzero(inside)]
         self._pending.append(found)
-        self._held += found.size
-        if self._held > _COLLECT:
-            self.fold()
-            # Many equal values fold into few; many different ones mean that the sample was not like the tensor.
-            self.overflow = self.values.size > _COLLECT
 
     def fold(self) -> None:
         """Distinct values and their numbers in place of the values themselves."""
@@ -197,7 +191,7 @@ class _Bracket:
             values, place = np.unique(both, return_inverse=True)
             counts = np.bincount(place, np.concatenate([self.counts, counts]), values.size).astype(np.int64)
         self.values, self.counts = values, counts
-        self._pending, self._held = [], 0
+        self._pending = []
 
 
 def _brackets(scan: Scan, magnitudes: Magnitudes, counts: dict[int, int]) -> dict[int, tuple[float, float, float]]:
@@ -225,15 +219,21 @@ def _brackets(scan: Scan, magnitudes: Magnitudes, counts: dict[int, int]) -> dic
 
 
 def _collect(
-    tiles: Iterator[Tile], magnitudes: Magnitudes, brackets: dict[int, tuple[float, float, float]]
+    tiles: Iterator[Tile],
+    magnitudes: Magnitudes,
+    brackets: dict[int, tuple[float, float, float]],
+    budget: dict[int, int],
 ) -> dict[int, _Bracket]:
+    """One segment's brackets. `budget` says how many values all segments may still collect."""
     found = {i: _Bracket(*bounds) for i, bounds in brackets.items()}
     for tile in tiles:
         for i, m in enumerate(magnitudes(tile)):
-            if i in found:
+            if i in found and budget[i] >= 0:
                 found[i].add(m.reshape(-1).cpu().numpy())
-    for bracket in found.values():
+    for i, bracket in found.items():
         bracket.fold()
+        budget[i] -= bracket.values.size
+        bracket.overflow = budget[i] < 0
     return found
 
 
@@ -259,27 +259,38 @@ def _equal(segment: _Bracket, value: float) -> int:
 
 
 def _by_counting(scan: Scan, magnitudes: Magnitudes, which: int, count: int) -> Selection:
-    """The same answer from four passes that count 16 bits of the magnitudes' patterns each."""
+    """The same answer from four passes that count 16 bits of the magnitudes' patterns each, and one that counts equals."""
     prefix, greater = 0, 0
-    parts: list[NDArray[np.int64]] = []
+    lock = threading.Lock()
     for shift in (48, 32, 16, 0):
-        parts = scan.over(lambda tiles, s=shift, p=prefix: _count_bits(tiles, magnitudes, which, s, p))  # type: ignore[misc]
-        reached = greater + np.cumsum(sum(parts)[::-1])  # type: ignore[index]
+        total = np.zeros(1 << 16, dtype=np.int64)
+        scan.over(lambda tiles, s=shift, p=prefix, t=total: _count_bits(tiles, magnitudes, which, s, p, t, lock))  # type: ignore[misc]
+        reached = greater + np.cumsum(total[::-1])
         at = int(np.searchsorted(reached, count))
         greater = int(reached[at - 1]) if at else greater
         prefix = prefix << 16 | (0xFFFF - at)
     threshold = float(np.array(prefix, dtype=np.uint64).view(np.float64))
-    return Selection(threshold, count - greater, tuple(int(p[prefix & 0xFFFF]) for p in parts))
+
+    def equal(tiles: Iterator[Tile]) -> int:
+        return sum(int(np.count_nonzero(magnitudes(t)[which].reshape(-1).cpu().numpy() == threshold)) for t in tiles)
+
+    return Selection(threshold, count - greater, tuple(scan.over(equal)))
 
 
 def _count_bits(
-    tiles: Iterator[Tile], magnitudes: Magnitudes, which: int, shift: int, prefix: int
-) -> NDArray[np.int64]:
-    total = np.zeros(1 << 16, dtype=np.int64)
+    tiles: Iterator[Tile],
+    magnitudes: Magnitudes,
+    which: int,
+    shift: int,
+    prefix: int,
+    total: NDArray[np.int64],
+    lock: threading.Lock,
+) -> None:
     for tile in tiles:
         flat: Floats = magnitudes(tile)[which].reshape(-1).cpu().numpy()
         bits = (flat.astype(np.float64) + 0.0).view(np.uint64) >> np.uint64(shift)
         if shift < 48:
             bits = bits[bits >> np.uint64(16) == prefix]
-        total += np.bincount((bits & np.uint64(0xFFFF)).astype(np.int64), minlength=1 << 16)
-    return total
+        counted = np.bincount((bits & np.uint64(0xFFFF)).astype(np.int64), minlength=1 << 16)
+        with lock:
+            total += counted

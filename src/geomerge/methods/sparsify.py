@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from geomerge.methods.order import Selection, largest
-from geomerge.methods.random import bernoulli
+from geomerge.methods.random import bernoulli, keep_
 from geomerge.methods.tile import Scan, Tile
 
 Rescale = Literal["none", "inverse", "l1"]
@@ -126,7 +126,7 @@ class Random:
             return delta
         if density <= 0:
             return delta.zero_()
-        return delta.mul_(bernoulli(tile, f"dare/{k}", density))
+        return keep_(delta, tile, f"dare/{k}", density)
 
     def inverse(self) -> list[float]:
         return _inverse(self.density)

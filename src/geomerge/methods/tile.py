@@ -7,9 +7,9 @@ A `Scan` runs over the same elements of K tensors (`Source`s) piece by piece. It
 * each segment into **tiles** that stay in a core's cache. Their size changes speed, never a result: sums are taken over
   fixed `BLOCK`s (or whole rows) and added exactly, so the same bits come out whatever the tile's size.
 
-Values are float64 throughout: a difference of two bfloat16 or float32 numbers is exact or rounded once at 2⁻⁵³, and
-nothing is rounded to the output's dtype before the end. (Measured: float64 tiles cost a merge of bfloat16 models less
-than writing its output does; see docs/architecture.md.)
+Values are float64 unless a method asks otherwise (`geomerge.methods.combine` says when that is safe): a difference of two
+bfloat16 or float32 numbers is then exact or rounded once at 2⁻⁵³, and nothing is rounded to the output's dtype before the
+end. (docs/architecture.md says what that costs.)
 """
 
 from __future__ import annotations
@@ -204,7 +204,10 @@ class Scan:
 
             def read(index: int) -> Tensor:
                 with torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext():
-                    return self._read(starts[index], self._count(segment, starts[index]), sets[index % 2])
+                    stack = self._read(starts[index], self._count(segment, starts[index]), sets[index % 2])
+                if stream is not None:
+                    stream.synchronize()  # the caller works on another stream
+                return stack
 
             pending = reader.submit(read, 0) if len(starts) else None
             for index in range(len(starts)):
