@@ -77,13 +77,11 @@ def show(*parts: RenderableType) -> None:
     Strings are printed as they are: pass what comes from a model through `clean`.
     """
     from rich.console import Console
-    from rich.table import Table
 
     colour = wants_colour(sys.stdout)
-    fixed = _width()
     console = Console(
         file=sys.stdout,
-        width=fixed or _UNLIMITED,
+        width=_width() or _UNLIMITED,
         force_terminal=colour,
         color_system="standard" if colour else None,
         markup=False,
@@ -92,8 +90,7 @@ def show(*parts: RenderableType) -> None:
     )
     with console.capture() as captured:
         for part in parts:
-            records = isinstance(part, Table) and part.show_header
-            console.print(part, width=None if records or fixed else 100)
+            console.print(part)
     write_lines(line.rstrip() for line in captured.get().splitlines())
 
 

@@ -190,7 +190,7 @@ class MagPrune:
         density, epsilon = self.density[k], self.epsilon[k]
         if n == 1:
             return torch.full_like(delta, density)
-        order = delta.abs().argsort(dim=-1, stable=True)
+        order = _ascending(delta.abs())
         steps = torch.arange(n, dtype=delta.dtype, device=delta.device) * (2 * epsilon / (n - 1)) + (density - epsilon)
         return torch.empty_like(delta).scatter_(-1, order, steps.expand_as(delta))
 
@@ -205,3 +205,18 @@ class MagPrune:
 
     def inverse(self) -> list[float]:
         return [1.0] * len(self.density)
+
+
+def _ascending(magnitudes: Tensor) -> Tensor:
+    """The columns of each row in ascending order of their magnitudes, equal ones by index: shape ``(rows, columns)``.
+
+    Magnitudes that float32 holds (those of 16-bit models) are sorted together with their columns as one integer, several times
+    faster than their order alone is found: the bits of a non-negative float are in the order of the values.
+    """
+    single = magnitudes.to(torch.float32)
+    if magnitudes.device.type != "cpu" or not torch.equal(single.to(magnitudes.dtype), magnitudes):
+        return magnitudes.argsort(dim=-1, stable=True)
+    columns = torch.arange(magnitudes.shape[-1])
+    packed = ((single + 0.0).view(torch.int32).to(torch.int64) << 32 | columns).numpy()
+    packed.sort(axis=-1)
+    return torch.from_numpy(packed & 0xFFFFFFFF)
