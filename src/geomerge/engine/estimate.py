@@ -134,7 +134,13 @@ def _bytes_read(plan: Plan, node: Node, inputs: Sequence[Checkpoint]) -> int:
 def _memory(nodes: Sequence[Node], threads: int) -> int:
     """Buffers: for each thread one tile of float64 an input, and about as much again for intermediate results."""
     most = max((len(n.operands) for n in nodes), default=1)
-    widest = max((n.shape[-1] for n in nodes if n.method is not None and n.method.rows and n.shape), default=0)
+    widest = max((_row(n) for n in nodes if n.method is not None and n.method.rows and n.shape), default=0)
     tile = max(TILE, widest)
     itemsize = max((DTYPES[n.dtype].itemsize for n in nodes), default=2)
     return threads * tile * (8 * (2 * most + 4) + itemsize)
+
+
+def _row(node: Node) -> int:
+    """Elements in what a method that needs whole rows takes for one."""
+    by_filter = getattr(node.method, "axis", None) == "filter"
+    return node.numel // max(node.shape[0], 1) if by_filter else node.shape[-1]

@@ -11,7 +11,7 @@ from pathlib import PurePath
 from typing import Any
 
 from geomerge.engine.loss import RoundingLoss
-from geomerge.engine.plan import Node, Plan
+from geomerge.engine.plan import Plan
 from geomerge.methods.base import Method
 from geomerge.version import __version__
 
@@ -80,22 +80,3 @@ def versions() -> dict[str, str]:
     import torch
 
     return {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__}
-
-
-def describe_method(node: Node) -> str:
-    """A node's method with its parameters, for people: ``slerp(t=0.5)``; defaults are left out."""
-    if node.method is None:
-        return node.rule
-    defaults = {name: p.default for name, p in type(node.method).parameters().items()}
-    said = []
-    for name, value in node.method.values().items():
-        several = value if isinstance(value, tuple) else (value,)
-        if any(v != defaults[name] for v in several):
-            values = ", ".join(_number(v) for v in several)
-            said.append(f"{name}=[{values}]" if isinstance(value, tuple) and len(value) > 1 else f"{name}={values}")
-    text = f"{node.method.name}({', '.join(said)})"
-    return text if node.scale == 1.0 else f"{text} × {node.scale:.4g}"
-
-
-def _number(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,7 +1,7 @@
 """The executor that forks: as `Threads`, but each worker has an interpreter of its own.
 
 Threads of one interpreter pass its lock to each other after every operation on a tile, and each pass may put a core to sleep
-and wake it again: two threads then do a TIES merge hardly faster than one. Forked workers share nothing but the open files;
+and wake it again: two threads then do a TIES merge little faster than one. Forked workers share nothing but the open files;
 they write their tensors into the output themselves and send back what the manifest shall say.
 
 Used when a run is large, and only from a process that has no other threads: forking among threads is not safe.
