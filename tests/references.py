@@ -58,6 +58,30 @@ def slerp(a: Array, b: Array, t: float) -> Array:
     return np.asarray(np.sin((1 - t) * phi) / np.sin(phi) * a + np.sin(t * phi) / np.sin(phi) * b)
 
 
+def slerp_norm(a: Array, b: Array, t: float, norm: str) -> Array:
+    """SLERP of the two directions, at the geometric or the linear mean of the lengths."""
+    n, m = np.linalg.norm(a.ravel()), np.linalg.norm(b.ravel())
+    length = n ** (1 - t) * m**t if norm == "geo" else (1 - t) * n + t * m
+    return slerp(a / n, b / m, t) * length
+
+
+def sphere_mean(models: Sequence[Array], weights: Sequence[float]) -> Array:
+    """The unit vector with the least weighted sum of squared angles to the models, by small steps in the full space."""
+    units = [(x / np.linalg.norm(x.ravel())).ravel() for x in models]
+    mean = sum(w * u for w, u in zip(weights, units, strict=True))
+    mean = mean / np.linalg.norm(mean)
+    for _ in range(3000):
+        step = np.zeros_like(mean)
+        for w, u in zip(weights, units, strict=True):
+            side = u - (u @ mean) * mean
+            length = np.linalg.norm(side)
+            if length > 1e-15:
+                step += w * np.arctan2(length, u @ mean) * side / length
+        mean = mean + 0.3 * step
+        mean /= np.linalg.norm(mean)
+    return np.asarray(mean.reshape(models[0].shape))
+
+
 def nuslerp(models: Sequence[Array], weight: Sequence[float], base: Array | None = None, axis: str = "tensor") -> Array:
     """Slerp at w₂/(w₁+w₂), of task vectors if there is a base; `axis` ``row`` or ``column``: slice by slice."""
     origin = np.zeros_like(models[0]) if base is None else base

@@ -56,15 +56,28 @@ def test_schedule_preset(family: dict[str, tiny.Tensors]) -> None:
     assert t["model.embed_tokens.weight"] == t["model.norm.weight"] == t["lm_head.weight"] == 0.5
 
 
-def test_schedule_mapping_gives_the_head_depth_one(family: dict[str, tiny.Tensors]) -> None:
-    """Roles, pieces of names and the default; the head and the final norm are at the end, the embedding at the start."""
+@pytest.mark.parametrize(("depth", "head", "norm"), [(0, 0.1, 0.0), (1, 0.9, 0.8)])
+def test_schedule_mapping(depth: int, head: float, norm: float, family: dict[str, tiny.Tensors]) -> None:
+    """Roles, pieces of names and the default; what stands after the blocks has the depth that the schedule says."""
     text = f"{SLERP}schedule:\n  attention: [0, 1]\n  up_proj: [0.2, 0.4, 0.6]\n  lm_head: [0.1, 0.9]\n  default: [0, 0.8]\n"
+    text += f"  post_depth: {depth}\n"
     t = values(gm.plan(text), "t")
     assert [t[f"{BLOCK.format(i)}self_attn.k_proj.weight"] for i in range(5)] == pytest.approx([0, 0.25, 0.5, 0.75, 1])
     assert [t[f"{BLOCK.format(i)}mlp.up_proj.weight"] for i in range(5)] == pytest.approx([0.2, 0.3, 0.4, 0.5, 0.6])
     assert t[f"{BLOCK.format(4)}mlp.gate_proj.weight"] == pytest.approx(0.8)
     assert t["model.embed_tokens.weight"] == 0
-    assert (t["lm_head.weight"], t["model.norm.weight"]) == (0.9, 0.8)
+    assert (t["lm_head.weight"], t["model.norm.weight"]) == (head, norm)
+
+
+def test_schedule_changes_a_preset(family: dict[str, tiny.Tensors]) -> None:
+    """A preset with another default, a bias by role (clipped at 1), a glob and a regular expression that go before it."""
+    text = SLERP + "schedule: {preset: S, t: 0.6, bias: {attention: 0.1, lm_head: -0.2}, '*k_proj*': 0.3, '/o_proj/': 0}\n"
+    t = values(gm.plan(text), "t")
+    q = [t[f"{BLOCK.format(i)}self_attn.q_proj.weight"] for i in range(5)]
+    assert q == pytest.approx([0.1, 0.6, 0.4, 0.8, 1.0])
+    assert t["lm_head.weight"] == pytest.approx(0.4)
+    assert t["model.norm.weight"] == 0.6
+    assert t["model.layers.2.self_attn.k_proj.weight"] == pytest.approx(0.4)
 
 
 def test_gradients_give_the_head_the_first_anchor(family: dict[str, tiny.Tensors]) -> None:
@@ -79,6 +92,10 @@ def test_gradients_give_the_head_the_first_anchor(family: dict[str, tiny.Tensors
     [
         ("schedule: X\n", "no schedule 'X'"),
         ("schedule: {attention: 0.5}\n", "default"),
+        ("schedule: {preset: SS}\n", "no schedule 'SS'"),
+        ("schedule: {preset: S, bias: 3}\n", "'bias' must be a mapping"),
+        ("schedule: {preset: S, bias: {atention: 0.1}}\n", "atention"),
+        ("schedule: {preset: S, post_depth: 2}\n", "'post_depth' must be 0 or 1"),
         ("schedule: {attention: [a], default: 1}\n", "number"),
         ("schedule: {atention: 0.5, default: 1}\n", "atention"),
         ("schedule: {default: 2}\n", r"t must lie in \[0, 1\]"),

@@ -91,6 +91,23 @@ ROWS = [
     Row("linear", 4, lambda b, x: ref.linear(x, W[4]), {"weight": W[4]}, False),
     Row("linear", 3, lambda b, x: ref.linear(x, W[3], False), {"weight": W[3], "normalize": False}, False),
     *(Row("slerp", 1, lambda b, x, t=t: ref.slerp(b, x[0], t), {"t": t}) for t in (0.0, 0.3, 1.0)),
+    *(
+        Row("slerp", 1, lambda b, x, norm=norm: ref.slerp_norm(b, x[0], 0.3, norm), {"t": 0.3, "norm": norm})
+        for norm in ("geo", "lin")
+    ),
+    Row("layer_adaptive_slerp", 1, lambda b, x: ref.slerp(b, x[0], 0.3), {"t": 0.3}),
+    Row(
+        "layer_adaptive_slerp",
+        2,
+        lambda b, x: 0.25 * ref.slerp(b, x[0], 0.3) + 0.75 * ref.slerp(b, x[1], 0.3),
+        {"t": 0.3, "weight": [1, 3], "arrangement": "star"},
+    ),
+    Row(
+        "layer_adaptive_slerp",
+        3,
+        lambda b, x: ref.slerp(ref.slerp(ref.slerp(b, x[0], 0.3), x[1], 0.3), x[2], 0.3),
+        {"t": 0.3, "arrangement": "iterative"},
+    ),
     Row("nuslerp", 2, lambda b, x: ref.nuslerp(x, W[2]), {"weight": W[2]}, False),
     Row("nuslerp", 2, lambda b, x: ref.nuslerp(x, W[2], b), {"weight": W[2]}),
     Row("nuslerp", 2, lambda b, x: ref.nuslerp(x, W[2], b, "row"), {"weight": W[2], "nuslerp_flatten": False}),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,8 +15,11 @@ from geomerge.checkpoint.checkpoint import Checkpoint
 from geomerge.checkpoint.dtypes import to_torch
 from geomerge.engine import rounding
 from geomerge.engine.plan import Node, Operand, Plan
-from geomerge.engine.sources import FileSource, RowSource, StageSource
-from geomerge.methods.kernel import Prepared, prepare
+from geomerge.engine.sources import FileSource, HeldSource, RowSource, StageSource
+from geomerge.methods import gram
+from geomerge.methods.base import Span
+from geomerge.methods.gram import Gram
+from geomerge.methods.kernel import Open, Prepared, measure_gram, prepare
 from geomerge.methods.tile import TILE, Scan, Segment, Source, TensorSource
 
 Run = Callable[[Callable[[Segment], Any], Iterable[Segment]], Iterable[Any]]
@@ -41,12 +47,48 @@ class Builder:
     ) -> None:
         self.plan, self.inputs = plan, inputs
         self.tile, self.device, self.read_ahead = tile, torch.device(device), read_ahead
+        self._groups: dict[tuple[int, str], list[Node]] = {}
+        self._measured: dict[tuple[int, str], Gram] = {}
+        self._measuring = threading.Lock()
+        for node in plan.nodes:
+            if node.group:
+                self._groups.setdefault((node.stage, node.group), []).append(node)
 
     def prepare(self, node: Node, run: Run = map) -> Prepared:
         """Measure what the node's method needs; `run` maps over segments."""
         assert node.method is not None
+        open_scan = self._opener(node, node.operands, run)
+        measured = None
+        if isinstance(node.method, Span) and node.method.needs_gram:
+            if node.group:
+                measured = self._group_gram(node)
+            elif node.statistics:
+                measured = self._weighted_gram(node, run)
+        return prepare(node.method, open_scan, node.shape, node.scale, to_torch(node.dtype), measured)
+
+    def _group_gram(self, node: Node) -> Gram:
+        """The sum of the Gram matrices of a node's group, measured once in a process."""
+        key = node.stage, node.group
+        with self._measuring:
+            if key not in self._measured:
+                found = [
+                    self._weighted_gram(n, map) if n.statistics else measure_gram(self._opener(n, n.operands, map))
+                    for n in self._groups[key]
+                ]
+                total = [[math.fsum(each) for each in zip(*rows)] for rows in zip(*(g.centred for g in found))]
+                self._measured[key] = Gram(np.array(total))
+            return self._measured[key]
+
+    def _weighted_gram(self, node: Node, run: Run) -> Gram:
+        scan = self._opener(node, (*node.operands, *node.statistics), run)()
+        return gram.measure(scan, "tensor", statistics=len(node.statistics))
+
+    def _opener(self, node: Node, operands: Sequence[Operand], run: Run) -> Open:
+        """Opens scans of a node's operands."""
         level = len(self.plan.stages) - 1 - node.stage
-        sources = [self.source(operand, node) for operand in node.operands]
+        sources = [self.source(operand, node) for operand in operands]
+        if node.numel <= self.tile and self.device.type == "cpu":
+            sources = [HeldSource(s, node.numel) if isinstance(s, FileSource) else s for s in sources]
 
         def open_scan(**tiling: Any) -> Scan:
             return Scan(
@@ -62,7 +104,7 @@ class Builder:
                 **tiling,
             )
 
-        return prepare(node.method, open_scan, node.shape, node.scale, to_torch(node.dtype))
+        return open_scan
 
     def rounding(self, node: Node) -> Callable[[int, Tensor], Tensor]:
         """The rounding of a node's elements to its dtype."""

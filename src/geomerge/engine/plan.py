@@ -23,7 +23,7 @@ from geomerge.methods.base import Method
 from geomerge.tokens.rows import RowPlan
 from geomerge.version import __version__
 
-FORMAT = 1
+FORMAT = 2
 """The version of the saved form. A plan of another version is refused, not guessed at."""
 
 BUFFER = "copy: buffer of the first model"
@@ -57,6 +57,8 @@ class Node:
         scale: What the steps after the method multiply the merged task vector by.
         rule: In words why it is done so: ``"merge"``, ``"copy: integer buffer"``, …
         stage: Which recipe of the pipeline makes it.
+        group: Nodes of one stage with the same group share one Gram matrix, the sum of theirs.
+        statistics: Further inputs, whose sum weights the inner products.
     """
 
     name: str
@@ -67,6 +69,8 @@ class Node:
     scale: float = 1.0
     rule: str = "merge"
     stage: int = 0
+    group: str = ""
+    statistics: tuple[Operand, ...] = ()
 
     @property
     def numel(self) -> int:
@@ -168,7 +172,10 @@ class Plan:
         for n in self.nodes:
             index = methods.setdefault(n.method, len(methods))
             operands = [list(o) for o in n.operands]
-            nodes.append([n.name, list(n.shape), n.dtype, operands, index, n.scale, n.rule, n.stage])
+            statistics = [list(o) for o in n.statistics]
+            nodes.append(
+                [n.name, list(n.shape), n.dtype, operands, index, n.scale, n.rule, n.stage, n.group, statistics]
+            )
         return {
             "geomerge_plan": FORMAT,
             "version": __version__,
@@ -211,8 +218,19 @@ class Plan:
         try:
             methods = [None if m is None else _method(m) for m in data["methods"]]
             nodes = tuple(
-                Node(name, tuple(shape), dtype, tuple(Operand(*o) for o in operands), methods[m], scale, rule, stage)
-                for name, shape, dtype, operands, m, scale, rule, stage in data["nodes"]
+                Node(
+                    name,
+                    tuple(shape),
+                    dtype,
+                    tuple(Operand(*o) for o in operands),
+                    methods[m],
+                    scale,
+                    rule,
+                    stage,
+                    group,
+                    tuple(Operand(*o) for o in statistics),
+                )
+                for name, shape, dtype, operands, m, scale, rule, stage, group, statistics in data["nodes"]
             )
             return cls(
                 inputs=tuple(

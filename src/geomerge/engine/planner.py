@@ -27,7 +27,7 @@ from geomerge.engine.schedule import Schedule
 from geomerge.engine.vocabularies import Vocabularies
 from geomerge.errors import IncompatibleModels, RecipeError
 from geomerge.methods import registry
-from geomerge.methods.base import Method
+from geomerge.methods.base import Method, Span
 from geomerge.recipe.resolve import Lookup, check_filters, layer_t
 from geomerge.recipe.values import ModelRef, Module, Pipeline, Recipe
 
@@ -123,8 +123,9 @@ class _Recipe:
         self.planner, self.recipe, self.stage = planner, recipe, stage
         self.used: set[int] = set()
         self.parts: dict[str, Part] = {}
-        self.schedule = Schedule(recipe.schedule, recipe.at("schedule")) if recipe.schedule is not None else None
-        if self.schedule is not None and "t" not in registry.get(recipe.method).parameters():
+        method = registry.get(recipe.method)
+        self.schedule = _schedule(recipe, method)
+        if self.schedule is not None and "t" not in method.parameters():
             raise RecipeError(
                 f"a schedule sets the interpolation parameter t, which {recipe.method} does not have",
                 where=str(recipe.at("schedule")),
@@ -144,6 +145,14 @@ class _Recipe:
             parse_dtype(recipe.out_dtype or recipe.dtype, recipe.where) if recipe.out_dtype or recipe.dtype else None
         )
         self.untied = self._untied()
+        self.statistics = [planner.models.get(ref, recipe.at("statistics")) for ref in recipe.statistics]
+        if self.statistics and not (issubclass(method, Span) and method.takes_statistics):
+            raise RecipeError(
+                f"{recipe.method} takes no statistics",
+                where=str(recipe.at("statistics")),
+                hint="methods that do: "
+                + ", ".join(sorted(n for n, m in registry.all_methods().items() if _informed(m))),
+            )
         self.vocabularies = Vocabularies(recipe, self.members, base, planner.rows)
         self.steps = [
             (s.name, {k: Lookup(k, (s.parameters,), self.used) for k in s.parameters}, s.where) for s in recipe.steps
@@ -338,7 +347,32 @@ class _Recipe:
             self.vocabularies.check(list(dict.fromkeys(m for m, _ in found)))
         inputs = [e.model.anatomy.parts[n] for e, (_, n) in zip(lineup.entrants, found, strict=True)]
         method = lineup.make(part, inputs[1:] if lineup.based else inputs, t)
-        return Node(part.name, shape, dtype, tuple(operands), method, self._scale(part, t), stage=self.stage)
+        return Node(
+            part.name,
+            shape,
+            dtype,
+            tuple(operands),
+            method,
+            self._scale(part, t),
+            stage=self.stage,
+            group=_group(part) if isinstance(method, Span) and method.grouped else "",
+            statistics=self._statistics(names[0], shape),
+        )
+
+    def _statistics(self, name: str, shape: tuple[int, ...]) -> tuple[Operand, ...]:
+        """The tensor's statistics in every file of them."""
+        found = []
+        for model in self.statistics:
+            stored = model.find(name)
+            if stored is None or model.tensors[stored].shape != shape:
+                has = "no" if stored is None else f"{list(model.tensors[stored].shape)} values for"
+                raise IncompatibleModels(
+                    f"the statistics {model} have {has} {name}, which has the shape {list(shape)}",
+                    where=str(self.recipe.at("statistics")),
+                    hint="statistics hold one number for each weight of every tensor that is merged",
+                )
+            found.append(model.operand(stored))
+        return tuple(found)
 
     def _copied(self, part: Part, kinds: list[Kind], found: list[tuple[Model, str]]) -> str | None:
         """Why a tensor is copied instead of merged, or `None`."""
@@ -553,6 +587,24 @@ class _Recipe:
         real = {name: self.planner.laid_out.get(path, path) for name, path in copies.items()}
         texts |= {name: content for name, content in real.items() if isinstance(content, str)}
         return config, {n: c for n, c in real.items() if isinstance(c, Path)}, texts, notes
+
+
+def _schedule(recipe: Recipe, method: type[Method]) -> Schedule | None:
+    """The recipe's schedule, or the method's own where the recipe leaves its coefficients open."""
+    if recipe.schedule is not None:
+        return Schedule(recipe.schedule, recipe.at("schedule"))
+    own = method.default_schedule if issubclass(method, Span) else None
+    given = any("t" in scope for scope in recipe.scopes())
+    return Schedule(own, recipe.where) if own is not None and not given else None
+
+
+def _informed(method: type[Method]) -> bool:
+    return issubclass(method, Span) and method.takes_statistics
+
+
+def _group(part: Part) -> str:
+    """What shares an angle: a block's tensors of one role, or outside the blocks the tensors of one role and place."""
+    return f"{part.module}/{part.position if part.block is None else part.block}/{part.role}"
 
 
 def _passthrough() -> Method:

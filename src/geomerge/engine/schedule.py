@@ -1,22 +1,30 @@
 """Interpolation coefficients over depth: geomerge's own `schedule:`.
 
 A schedule gives the method's interpolation parameter `t` for every tensor from its depth u (0: embeddings and the first
-block, 1: the last block, the final norm and the head) and what it is. In a recipe it is the name of a preset, or a mapping
-from a role, a piece of a tensor's name, or ``default`` to a number or to anchors over the depth:
+block, 1: the last block) and what it is. In a recipe it is the name of a preset, or a mapping from a role, a piece of a
+tensor's name, a glob or a /regular expression/ to a number or to anchors over the depth:
 
     schedule:
       attention: [0, 0.5, 0.3, 0.7, 1]
       mlp: [1, 0.5, 0.7, 0.3, 0]
       default: 0.5
+
+or a preset with changes; a bias is added to what the curves say, and the sum clipped to [0, 1]:
+
+    schedule:
+      preset: S
+      default: 0.6
+      bias: {attention: 0.1, head: -0.2}
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from geomerge.anatomy.roles import ROLES
 from geomerge.errors import RecipeError, did_you_mean
+from geomerge.recipe.patterns import classify, searcher
 
 if TYPE_CHECKING:
     from geomerge.anatomy import Part
@@ -33,57 +41,101 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """The named schedules of Geometric Model Merging (Layer-Adaptive SLERP)."""
 
+WORDS = ("preset", "default", "t", "bias", "post_depth")
+"""Keys of a schedule that are not curves; ``t`` is another word for ``default``."""
+
+ALIASES = {"embed": "embedding"}
+
+Curve = tuple[str, Callable[["Part"], bool], list[float]]
+
 
 class Schedule:
     """A schedule that was checked. Calling it gives a tensor's coefficient.
+
+    The embeddings stand at depth 0. So do the final norm and the head, as in mergekit, unless ``post_depth: 1`` says
+    otherwise: it matters where their curve is not a single number.
 
     Raises:
         RecipeError: An unknown preset, an empty mapping, a value that is no number or list of numbers, no `default`.
     """
 
     def __init__(self, said: Mapping[str, Any] | str, where: Where) -> None:
-        if isinstance(said, str):
-            if said not in PRESETS:
-                raise RecipeError(f"there is no schedule {said!r}", where=str(where), hint=did_you_mean(said, PRESETS))
-            said = PRESETS[said]
-        if "default" not in said:
-            raise RecipeError(
-                "a schedule needs a `default` for the tensors that its other keys do not name", where=str(where)
-            )
-        self._curves = [(key, _anchors(key, value, where)) for key, value in said.items() if key != "default"]
-        self._default = _anchors("default", said["default"], where)
         self._where = where
+        said = {"preset": said} if isinstance(said, str) else dict(said)
+        if "t" in said:
+            said["default"] = said.pop("t")
+        self._own = {str(key) for key in said}
+        name = said.pop("preset", None)
+        if name is not None:
+            if name not in PRESETS:
+                raise self._refuse(f"there is no schedule {name!r}", did_you_mean(str(name), PRESETS))
+            # What the recipe says itself goes before, and over, what the preset says.
+            said |= {key: value for key, value in PRESETS[name].items() if key not in said}
+        if "default" not in said:
+            raise self._refuse("a schedule needs a `default` for the tensors that its other keys do not name")
+        post = said.pop("post_depth", 0)
+        if isinstance(post, bool) or post not in (0, 1):
+            raise self._refuse(f"the schedule's 'post_depth' must be 0 or 1, not {post!r}")
+        self._post_depth = float(post)
+        bias = said.pop("bias", {})
+        if not isinstance(bias, Mapping):
+            raise self._refuse(f"the schedule's 'bias' must be a mapping from roles to numbers, not {bias!r}")
+        self._default = self._anchors("default", said.pop("default"))
+        self._curves = [self._curve(key, value) for key, value in said.items()]
+        self._biases = [self._curve(key, value) for key, value in bias.items()]
         self._used: set[str] = set()
 
     def __call__(self, part: Part) -> float:
-        for key, anchors in self._curves:
-            if part.role == key if key in ROLES else key in part.name:
-                self._used.add(key)
-                return _interpolate(anchors, part.depth or 0.0)
-        return _interpolate(self._default, part.depth or 0.0)
+        u = self._depth(part)
+        value = _interpolate(self._find(self._curves, part) or self._default, u)
+        bias = self._find(self._biases, part)
+        return value if bias is None else min(max(value + _interpolate(bias, u), 0.0), 1.0)
 
     def check_used(self) -> None:
-        """Refuse keys that no tensor had.
+        """Refuse keys that no tensor had; presets may name roles that a model lacks.
 
         Raises:
             RecipeError: Naming the first of them.
         """
-        for key, _ in self._curves:
+        asked = [key for key, _, _ in self._curves if key in self._own] + [key for key, _, _ in self._biases]
+        for key in asked:
             if key not in self._used:
-                raise RecipeError(
+                raise self._refuse(
                     f"the schedule's {key!r} is neither the role of a tensor nor a piece of its name",
-                    where=str(self._where),
-                    hint=did_you_mean(key, ROLES),
+                    did_you_mean(key, (*ROLES, *WORDS)),
                 )
 
+    def _find(self, curves: list[Curve], part: Part) -> list[float] | None:
+        for key, matches, anchors in curves:
+            if matches(part):
+                self._used.add(key)
+                return anchors
+        return None
 
-def _anchors(key: str, value: Any, where: Where) -> list[float]:
-    anchors = value if isinstance(value, list | tuple) else [value]
-    if not anchors or any(isinstance(a, bool) or not isinstance(a, int | float) for a in anchors):
-        raise RecipeError(
-            f"the schedule's {key!r} must be a number or a list of numbers, not {value!r}", where=str(where)
-        )
-    return [float(a) for a in anchors]
+    def _depth(self, part: Part) -> float:
+        return self._post_depth if part.position == "post" else part.depth or 0.0
+
+    def _curve(self, key: str, value: Any) -> Curve:
+        role = ALIASES.get(key, key)
+        if role in ROLES:
+            return key, lambda part: part.role == role, self._anchors(key, value)
+        try:
+            pattern, kind = classify(str(key))
+        except ValueError as error:
+            raise self._refuse(str(error)) from None
+        if kind == "substring":
+            return key, lambda part: pattern in part.name, self._anchors(key, value)
+        search = searcher(kind, pattern)
+        return key, lambda part: search(part.name) is not None, self._anchors(key, value)
+
+    def _anchors(self, key: str, value: Any) -> list[float]:
+        anchors = value if isinstance(value, list | tuple) else [value]
+        if not anchors or any(isinstance(a, bool) or not isinstance(a, int | float) for a in anchors):
+            raise self._refuse(f"the schedule's {key!r} must be a number or a list of numbers, not {value!r}")
+        return [float(a) for a in anchors]
+
+    def _refuse(self, what: str, hint: str | None = None) -> RecipeError:
+        return RecipeError(what, where=str(self._where), hint=hint)
 
 
 def _interpolate(anchors: list[float], u: float) -> float:

@@ -262,14 +262,26 @@ class Method:
 
 @dataclass(frozen=True)
 class Span(Method):
-    """The output is Σ cᵢ·xᵢ: a method writes the coefficients as a function of the inputs' Gram matrix."""
+    """The output is Σ cᵢ·xᵢ: a method writes the coefficients as a function of the inputs' Gram matrix.
+
+    Class attributes beside those of `Method`:
+        takes_statistics: The recipe's `statistics` may weight the inner products.
+        default_schedule: The schedule for `t` when the recipe gives neither.
+    """
 
     family: ClassVar[str] = "span"
+    takes_statistics: ClassVar[bool] = False
+    default_schedule: ClassVar[str | None] = None
 
     @property
     def axis(self) -> Axis:
         """What one Gram matrix is measured over."""
         return "tensor"
+
+    @property
+    def grouped(self) -> bool:
+        """Whether one Gram matrix is the sum over all tensors of a block that have the same role."""
+        return False
 
     @property
     def needs_gram(self) -> bool:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from geomerge.errors import UsageError
 from geomerge.methods.tile import BLOCK, Scan, Tile
 
 if TYPE_CHECKING:
@@ -72,6 +73,13 @@ class Gram:
         c = self.centred
         return np.asarray(c[..., j, j] - 2 * c[..., i, j] + c[..., i, i])
 
+    def of(self, combinations: NDArray[np.float64]) -> Gram:
+        """The Gram matrix of linear combinations of the inputs: `combinations` has shape ``(number, K)``."""
+        change = np.asarray(combinations, dtype=np.float64).copy()
+        change[:, 0] = change.sum(1)  # x₀, x₁, … in the coordinates of x₀, x₁ − x₀, …
+        change[1:] -= change[0]
+        return Gram(change @ self.centred @ change.T)
+
     def task_vectors(self) -> Gram:
         """The Gram matrix of the task vectors x₁ − x₀, x₂ − x₀, …, itself centred on the first of them."""
         c = self.centred[..., 1:, 1:]
@@ -81,12 +89,21 @@ class Gram:
         return Gram(change @ c @ change.T)
 
 
-def measure(scan: Scan, axis: str) -> Gram:
-    """The Gram matrix of a scan's inputs over whole tensors (`axis` ``tensor``) or over each column (``column``)."""
+def measure(scan: Scan, axis: str, statistics: int = 0) -> Gram:
+    """The Gram matrix of a scan's inputs over whole tensors (`axis` ``tensor``) or over each column (``column``).
+
+    Args:
+        scan: The inputs.
+        axis: What one matrix is measured over.
+        statistics: So many of the inputs, the last ones, are no models: their sum weights the inner products.
+
+    Raises:
+        UsageError: A statistic is negative.
+    """
     if axis == "column":
         return _measure_columns(scan)
-    parts = scan.over(_block_products)
-    k = len(scan.sources)
+    k = len(scan.sources) - statistics
+    parts = scan.over(lambda tiles: _block_products(tiles, k))
     totals = np.zeros((k, k))
     pairs = [(i, j) for i in range(k) for j in range(i, k)]
     for p, (i, j) in enumerate(pairs):
@@ -105,12 +122,17 @@ def of_rows(tile: Tile) -> Gram:
     return Gram(centred)
 
 
-def _block_products(tiles: Iterator[Tile]) -> list[list[float]]:
-    """For each pair of centred inputs the sums of products over the segment's blocks."""
+def _block_products(tiles: Iterator[Tile], k: int) -> list[list[float]]:
+    """For each pair of the k centred models the sums of products over the segment's blocks."""
     found: list[list[float]] = []
     for tile in tiles:
-        tile.task_vectors()
-        sums = [row for i in range(len(tile.stack)) for row in _products(tile.stack[i:] * tile.stack[i])]
+        models, statistics = tile.stack[:k], tile.stack[k:]
+        models[1:].sub_(models[0])
+        if len(statistics):
+            if bool((statistics < 0).any()):
+                raise UsageError("the statistics hold a negative number", where=tile.scan.name)
+            models = models * statistics.sum(0).sqrt_()
+        sums = [row for i in range(k) for row in _products(models[i:] * models[i])]
         found = [known + new for known, new in zip(found, sums, strict=True)] if found else sums
     return found
 

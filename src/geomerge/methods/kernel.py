@@ -53,6 +53,7 @@ def prepare(
     shape: tuple[int, ...],
     scale: float = 1.0,
     dtype: torch.dtype | None = None,
+    measured: gram.Gram | None = None,
 ) -> Prepared:
     """Measure what a method needs of one tensor.
 
@@ -62,6 +63,7 @@ def prepare(
         shape: The tensor's shape.
         scale: What a step after the method multiplies the merged task vector by: θ₀ + scale·(merge − θ₀).
         dtype: What the output will be rounded to: where that is a 16-bit format, float32 may do for the arithmetic.
+        measured: The Gram matrix of the inputs, where the caller knows better than to measure this tensor's.
     """
     last = shape[-1] if len(shape) > 1 else max(_numel(shape), 1)
     if isinstance(method, Span):
@@ -75,7 +77,8 @@ def prepare(
             return Prepared(scan, functools.partial(_combine_columns, columns))
         scan = open_scan(check=not method.needs_gram)
         k = len(scan.sources)
-        measured = _gram(open_scan, scan) if method.needs_gram else gram.Gram(np.full((k, k), np.nan))
+        if measured is None:
+            measured = measure_gram(open_scan) if method.needs_gram else gram.Gram(np.full((k, k), np.nan))
         try:
             vector = np.asarray(method.coefficients(measured), dtype=np.float64)
         except UsageError as error:
@@ -103,13 +106,13 @@ def _narrow(scan: Scan) -> bool:
     return all(source.dtype in _NARROW for source in scan.sources)
 
 
-def _gram(open_scan: Open, blending: Scan) -> gram.Gram:
+def measure_gram(open_scan: Open) -> gram.Gram:
     """The Gram matrix of whole tensors, from float32 products for 16-bit inputs.
 
     Products are rounded to float32, added pairwise within blocks and exactly between them: eight digits, where the
     coefficients of a merge need three. Inputs that are not finite show in the sums.
     """
-    if _narrow(blending):
+    if _narrow(open_scan()):
         found = gram.measure(open_scan(dtype=torch.float32, check=False), "tensor")
         # Products of numbers below 10⁻¹⁹ are lost to float32.
         if np.isfinite(found.centred).all() and (np.diagonal(found.centred) > _UNDERFLOW).all():

@@ -76,7 +76,12 @@ RECIPE = Shape(
             "tokenizer", "tokenizer", "The output's vocabulary with rules for single tokens; excludes tokenizer_source."
         ),
         Key("chat_template", "template", "auto, a bundled template's name, or Jinja text."),
-        Key("schedule", "schedule", "A schedule over depth: a preset's name or a mapping. The head has depth 1 in it."),
+        Key("schedule", "schedule", "A schedule over depth: a preset's name or a mapping."),
+        Key(
+            "statistics",
+            "references",
+            "Files of weight-wise statistics (Fisher diagonals) in the tensors' names: their sum weights angles and norms.",
+        ),
         Key("steps", "steps", "What is done to the merged task vector after the method."),
         Key("compat", "choice", "Whose numeric choices to reproduce.", choices=("mergekit",)),
         Key("seed", "seed", "The seed of every random draw."),

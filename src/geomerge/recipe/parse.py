@@ -221,6 +221,9 @@ class _Reader:
         model: ModelRef = found["model"]
         return ModelRef(model.path, model.revision, found.get("lora"))
 
+    def read_references(self, node: Node, key: Key) -> tuple[ModelRef, ...]:
+        return tuple(self.read_model(item, key) for item in _items(node, key))
+
     def read_place(self, node: Node, _: Key) -> ModelRef:
         if isinstance(node, Text):
             return parse_reference(node.text, node.where, self.names)

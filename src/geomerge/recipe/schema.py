@@ -134,6 +134,7 @@ def _definitions() -> dict[str, _Schema]:
         "parameters": {"type": "object", "additionalProperties": {"$ref": "#/$defs/setting"}},
         "place": {"anyOf": [text, _object(grammar.PLACE)]},
         "model": {"anyOf": [text, _object(grammar.REFERENCE)]},
+        "references": _list({"$ref": "#/$defs/model"}),
         "layer_range": {
             "type": "array",
             "items": {"type": "integer", "minimum": 0},

@@ -231,6 +231,7 @@ class Recipe:
         modules: The output's stacks. Top-level ``models`` or ``slices`` make one module without a name, and
             ``models`` one slice without layer ranges.
         schedule: geomerge's schedule over depth, as plain data: a preset's name or a mapping.
+        statistics: Files with a non-negative number for each weight (Fisher diagonals): their sum weights inner products.
         text: The whole file's text, which is stored beside the merge.
         notes: What was accepted but has no effect, each with its ``file:line``.
         lines: Where the top-level keys stand; see `at`.
@@ -246,6 +247,7 @@ class Recipe:
     tokenizer: TokenizerSpec | None = None
     chat_template: str | None = None
     schedule: Mapping[str, Any] | str | None = None
+    statistics: tuple[ModelRef, ...] = ()
     steps: tuple[Step, ...] = ()
     compat: Literal["mergekit"] | None = None
     seed: int = 0

@@ -13,6 +13,35 @@ from geomerge.methods.properties import BASE, IDENTICAL, PERMUTATION, ROTATION, 
 from geomerge.methods.registry import register
 
 
+def barycentre(cosines: np.ndarray, weights: np.ndarray, steps: int = 100, tolerance: float = 1e-12) -> np.ndarray:
+    """The weighted Karcher mean of unit vectors, as coefficients of them.
+
+    Args:
+        cosines: Their inner products, shape ``(K, K)``.
+        weights: Non-negative, of sum 1, shape ``(K,)``.
+        steps: At most so many.
+        tolerance: Stop when a step is shorter, in radians.
+    """
+
+    def length(c: np.ndarray) -> float:
+        return float(np.sqrt(max(c @ cosines @ c, 0.0)))
+
+    u = weights / length(weights) if length(weights) >= tolerance else np.eye(len(cosines))[0]
+    for _ in range(steps):
+        d = np.clip(cosines @ u, -1.0, 1.0)
+        theta = np.arccos(d)
+        # An antipode has no shortest path to follow; it leaves the step to the others.
+        moves = (theta >= tolerance) & (np.pi - theta > 1e-7)
+        factor = np.where(moves, weights * theta / np.where(moves, np.sin(theta), 1.0), 0.0)
+        step = factor - (factor @ d) * u
+        size = length(step)
+        if size < tolerance:
+            break
+        u = np.cos(size) * u + np.sin(size) * step / size
+        u /= length(u)
+    return u
+
+
 @register
 @dataclass(frozen=True)
 class Karcher(Span):
@@ -48,31 +77,7 @@ dtype: bfloat16
         if k == 1:
             return np.ones(1)
         cosines = gram.raw()[np.ix_(kept, kept)] / np.outer(norms[kept], norms[kept])
-        direction = self._mean(cosines)
+        direction = barycentre(cosines, np.full(len(cosines), 1 / len(cosines)), self.max_iter, self.tol)
         result = np.zeros(k)
         result[kept] = direction / norms[kept] * norms.mean()
         return result
-
-    def _mean(self, cosines: np.ndarray) -> np.ndarray:
-        """Coefficients of the mean direction in the unit vectors, whose inner products are given."""
-
-        def length(c: np.ndarray) -> float:
-            return float(np.sqrt(max(c @ cosines @ c, 0.0)))
-
-        n = len(cosines)
-        alpha = 1 / n
-        u = np.full(n, alpha)
-        u = u / length(u) if length(u) >= self.tol else np.eye(n)[0]
-        for _ in range(self.max_iter):
-            d = np.clip(cosines @ u, -1.0, 1.0)
-            theta = np.arccos(d)
-            # An antipode has no shortest path to follow; it leaves the step to the others.
-            moves = (theta >= self.tol) & (np.pi - theta > 1e-7)
-            factor = np.where(moves, alpha * theta / np.where(moves, np.sin(theta), 1.0), 0.0)
-            step = factor - (factor @ d) * u
-            size = length(step)
-            if size < self.tol:
-                break
-            u = np.cos(size) * u + np.sin(size) * step / size
-            u /= length(u)
-        return u
