@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from geomerge.checkpoint.checkpoint import Checkpoint
 from geomerge.checkpoint.collector import collector_paused
-from geomerge.checkpoint.dtypes import from_torch
+from geomerge.checkpoint.dtypes import from_torch, to_torch
 from geomerge.checkpoint.folder import (
     INDEX_SUFFIX,
     check_contained,
@@ -90,6 +90,26 @@ def from_state_dict(
     if not tensors:
         raise ModelError("holds no tensors", where=name)
     return _in_memory(name, dict(tensors), config=config)
+
+
+def resident(checkpoint: Checkpoint) -> Checkpoint:
+    """The same model with its tensors in memory; the files are closed.
+
+    Raises:
+        ModelError: A tensor cannot be read.
+    """
+    if checkpoint.memory:
+        return checkpoint
+    import torch
+
+    tensors = {
+        name: torch.frombuffer(bytearray(checkpoint.read_bytes(info)), dtype=to_torch(info.dtype)).view(info.shape)
+        if info.nbytes
+        else torch.empty(info.shape, dtype=to_torch(info.dtype))
+        for name, info in checkpoint.tensors.items()
+    }
+    checkpoint.close()
+    return _in_memory(checkpoint.ref, tensors, config=checkpoint.config, folder=checkpoint.folder)
 
 
 def _in_memory(

@@ -34,6 +34,7 @@ class Builder:
         tile: Elements in a tile.
         device: Where tiles are computed.
         read_ahead: Read the next tile while one is computed.
+        grams: Keeps what span methods measured, for further plans over the same inputs in the same order.
     """
 
     def __init__(
@@ -44,7 +45,9 @@ class Builder:
         tile: int = TILE,
         device: torch.device | str = "cpu",
         read_ahead: bool = False,
+        grams: dict[object, Gram] | None = None,
     ) -> None:
+        self._grams = grams
         self.plan, self.inputs = plan, inputs
         self.tile, self.device, self.read_ahead = tile, torch.device(device), read_ahead
         self._groups: dict[tuple[int, str], list[Node]] = {}
@@ -64,6 +67,8 @@ class Builder:
                 measured = self._group_gram(node)
             elif node.statistics:
                 measured = self._weighted_gram(node, run)
+            elif self._grams is not None and node.method.axis == "tensor":
+                measured = self._kept_gram(node, run)
         return prepare(node.method, open_scan, node.shape, node.scale, to_torch(node.dtype), measured)
 
     def _group_gram(self, node: Node) -> Gram:
@@ -78,6 +83,16 @@ class Builder:
                 total = [[math.fsum(each) for each in zip(*rows)] for rows in zip(*(g.centred for g in found))]
                 self._measured[key] = Gram(np.array(total))
             return self._measured[key]
+
+    def _kept_gram(self, node: Node, run: Run) -> Gram | None:
+        """The Gram matrix of a node whose operands are the inputs' own tensors, measured at most once."""
+        assert self._grams is not None
+        if any(o.node >= 0 or o.rows >= 0 for o in node.operands):
+            return None
+        key = tuple((self.plan.inputs[o.input].ref, o.tensor) for o in node.operands)
+        if key not in self._grams:
+            self._grams[key] = measure_gram(self._opener(node, node.operands, run))
+        return self._grams[key]
 
     def _weighted_gram(self, node: Node, run: Run) -> Gram:
         scan = self._opener(node, (*node.operands, *node.statistics), run)()

@@ -1,0 +1,75 @@
+"""Live merges: the module is the merge that would have been written, and the parents are read and measured once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import geomerge as gm
+import tiny
+from geomerge.engine import build, sources
+from geomerge.engine.live import LiveMerge
+
+RECIPE = "merge_method: {method}\nbase_model: a\nmodels: [{{model: b}}]\n{more}"
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> torch.nn.Module:
+    """A module of the family's architecture; the working directory holds models a and b."""
+    monkeypatch.chdir(tmp_path)
+    tiny.family(tmp_path, num_hidden_layers=3)
+    return AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+
+
+def recipe(method: str = "slerp", more: str = "parameters: {t: 0.3}\n") -> Any:
+    return gm.load_recipe(RECIPE.format(method=method, more=more))
+
+
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [
+        ("slerp", "parameters: {t: 0.3}\n"),
+        ("slerp", "parameters: {t: 0.3, angle_scope: group}\n"),
+        ("layer_adaptive_slerp", "schedule: H65\n"),
+        ("ties", "parameters: {density: 0.5, weight: 1}\n"),
+        ("passthrough", ""),
+    ],
+)
+def test_the_module_is_the_merge(method: str, more: str, module: torch.nn.Module) -> None:
+    """Every parameter equals the tensor that a merge to disk writes; a second candidate replaces the first whole."""
+    if method == "passthrough":
+        text = gm.load_recipe("merge_method: passthrough\nmodels: [{model: b}]\n")
+    else:
+        text = recipe(method, more)
+    live = LiveMerge({"a": "a", "b": "b"}, module)
+    live.blend(recipe("linear", "parameters: {weight: 0.5}\n"))
+    live.blend(text)
+    gm.merge(text, "out")
+    written = tiny.read(Path("out"))
+    state = module.state_dict()
+    assert all(torch.equal(state[name], tensor.float()) for name, tensor in written.items())
+
+
+def test_parents_are_read_once_and_measured_once(module: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the parents are in memory no file is read; the Gram matrices of one candidate serve the next."""
+    live = LiveMerge({"a": "a", "b": "b"}, module)
+    monkeypatch.setattr(sources, "read_into", lambda *_: pytest.fail("a file was read"))
+    live.blend(recipe())
+    first = module.state_dict()["lm_head.weight"].clone()
+    monkeypatch.setattr(build, "measure_gram", lambda *_: pytest.fail("measured again"))
+    live.blend(recipe(more="parameters: {t: 0.6}\n"))
+    assert not torch.equal(module.state_dict()["lm_head.weight"], first)
+
+
+def test_a_module_of_another_shape_is_refused(module: torch.nn.Module) -> None:
+    """Before anything is blended."""
+    live = LiveMerge({"a": "a", "b": "b"}, torch.nn.Linear(2, 2))
+    with pytest.raises(gm.IncompatibleModels, match="the module has no"):
+        live.blend(recipe())
+    module.register_parameter("extra", torch.nn.Parameter(torch.zeros(2)))
+    with pytest.raises(gm.IncompatibleModels, match="lacks extra"):
+        LiveMerge({"a": "a", "b": "b"}, module).blend(recipe())
