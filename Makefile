@@ -26,7 +26,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "geomerge needs Python 3.11 or newer with the venv module (Debian: python3-venv)" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (log: $(LOG))"
-	@{ $(PIP) install "$$(grep '^torch==' constraints.txt)" && $(PIP) install -c constraints.txt -e '.[dev,eval,search]'; } >$(LOG) 2>&1 \
+	@{ $(PIP) install "$$(grep '^torch==' constraints.txt)" && $(PIP) install -c constraints.txt -e '.[dev,eval,search,quant]'; } >$(LOG) 2>&1 \
 		|| { tail -n 30 $(LOG) >&2; exit 1; }
 	@touch $(STAMP)
 

@@ -18,6 +18,7 @@ from geomerge.checkpoint import fingerprint
 from geomerge.checkpoint.header import FileInfo, TensorInfo, open_regular
 from geomerge.checkpoint.hub import Located
 from geomerge.checkpoint.quantisation import quantisation
+from geomerge.checkpoint.scaled import scaled_tensors
 from geomerge.checkpoint.side_files import Kind, side_files
 from geomerge.errors import ModelError, RunError
 
@@ -40,6 +41,7 @@ class Checkpoint:
         metadata: The ``__metadata__`` strings of the first file.
         memory: The tensors themselves for a model in memory, empty otherwise.
         quantization: What says that the model is quantised, or ``None``: see `quantisation`.
+        scaled: The tensors that are codes with scales; `None` when there are codes that cannot be decoded.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Checkpoint:
         self.metadata = metadata or {}
         self.memory = memory or {}
         self.quantization = quantisation(config, tensors)
+        self.scaled = scaled_tensors(self.quantization, tensors)
         self._known = {file.path: file for file in files}
         self._descriptors: dict[Path, int] = {}
         self._lock = threading.Lock()

@@ -9,14 +9,19 @@ from typing import TYPE_CHECKING, Any
 from geomerge.checkpoint.dtypes import recipe_name
 from geomerge.cli.console import amount, bullets, clean, count, duration, facts, heading, show, table, write_lines
 from geomerge.cli.patterns import Group, folded, grouped, split
+from geomerge.engine.curves import curves
 from geomerge.methods import registry
 
 if TYPE_CHECKING:
+    from geomerge.engine.curves import Curves
     from geomerge.engine.estimate import Estimate
     from geomerge.engine.plan import InputModel, Node, Operand, Plan
 
 WORTH_SAYING = 0.01
 """A smaller rounding loss is not mentioned to people."""
+
+_COLUMNS = 9
+"""Blocks that the table of coefficients shows."""
 
 _LINES = 60
 """The table's most lines; models whose tensors have no pattern could fill any number."""
@@ -49,6 +54,9 @@ def show_plan(plan: Plan, expected: Estimate | None) -> None:
         nodes = [n for n in plan.nodes if n.stage == index]
         title = "tensors" if len(plan.stages) == 1 else f"tensors of {clean(stage.name or 'the output')}"
         show(heading(title), *_tensor_table(nodes, names))
+    depth = curves(plan)
+    if depth is not None and not depth.constant:
+        show(heading("coefficient t over depth (0: the first model, 1: the other)"), _curves(depth))
     if plan.left_out:
         show(heading("left out"), bullets(_left_out(plan.left_out)))
     if plan.notes:
@@ -147,6 +155,20 @@ def _tensor_table(nodes: Sequence[Node], names: _Names) -> list[Any]:
     made = table(columns, lines, right=("number", "size"))
     more = [] if len(rows) <= _LINES else [f"... and {len(rows) - _LINES:,} more lines: --all shows every tensor"]
     return [made, *more]
+
+
+def _curves(depth: Curves) -> Any:
+    """A line for each role, a column for some of the blocks, evenly spread; what stands outside of the blocks at the end."""
+    number = min(depth.blocks, _COLUMNS)
+    shown = sorted({round(i * (depth.blocks - 1) / max(number - 1, 1)) for i in range(number)})
+    blocks = [str(block) for block in shown]
+    rows = []
+    for role in (*depth.roles, *(r for r in depth.outside if r not in depth.roles)):
+        curve = depth.roles.get(role, {})
+        outside = depth.outside.get(role)
+        values = [f"{curve[block]:.2f}" if block in curve else "" for block in shown]
+        rows.append((role, *values, "" if outside is None else f"{outside:.2f}"))
+    return table(("block", *blocks, "outside"), rows, right=(*blocks, "outside"))
 
 
 def _left_out(left_out: Iterable[Any]) -> list[str]:

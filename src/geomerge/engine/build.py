@@ -13,9 +13,10 @@ from torch import Tensor
 
 from geomerge.checkpoint.checkpoint import Checkpoint
 from geomerge.checkpoint.dtypes import to_torch
+from geomerge.checkpoint.scaled import SCALE
 from geomerge.engine import rounding
 from geomerge.engine.plan import Node, Operand, Plan
-from geomerge.engine.sources import FileSource, HeldSource, RowSource, StageSource
+from geomerge.engine.sources import FileSource, HeldSource, RowSource, ScaledSource, StageSource
 from geomerge.methods import gram
 from geomerge.methods.base import Span
 from geomerge.methods.gram import Gram
@@ -139,10 +140,21 @@ class Builder:
                 return self.source(made.operands[0], made)
             return StageSource(self.prepare(made), self.rounding(made), to_torch(made.dtype), self._label(operand))
         checkpoint = self.inputs[operand.input]
-        info = checkpoint.tensors[operand.tensor]
+        stored = self._stored(checkpoint, operand.tensor, self._label(operand))
+        scaled = (checkpoint.scaled or {}).get(operand.tensor)
+        if scaled is None:
+            return stored
+        height = node.shape[0] if scaled.rowwise else 1
+        scale = self._stored(checkpoint, scaled.scale, f"{self._label(operand)}{SCALE}")
+        return ScaledSource(stored, scale, height, node.numel // max(height, 1))
+
+    @staticmethod
+    def _stored(checkpoint: Checkpoint, name: str, label: str) -> Source:
+        """A tensor as it lies in a checkpoint."""
+        info = checkpoint.tensors[name]
         if info.file is None:
-            return TensorSource(checkpoint.memory[operand.tensor], self._label(operand))
-        return FileSource(checkpoint.descriptor(info.file), info, self._label(operand))
+            return TensorSource(checkpoint.memory[name], label)
+        return FileSource(checkpoint.descriptor(info.file), info, label)
 
     def raw(self, node: Node) -> tuple[Checkpoint, str]:
         """Where the bytes of a copied node come from."""

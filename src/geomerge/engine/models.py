@@ -11,6 +11,7 @@ from geomerge import anatomy
 from geomerge.anatomy import Anatomy
 from geomerge.checkpoint.checkpoint import Checkpoint
 from geomerge.checkpoint.reader import open_checkpoint
+from geomerge.checkpoint.scaled import companions
 from geomerge.engine.plan import Operand
 from geomerge.errors import IncompatibleModels, RecipeError
 from geomerge.recipe.values import ModelRef
@@ -116,7 +117,8 @@ class Models:
         checkpoint = self._given.get(ref.path) or open_checkpoint(
             ref.path, ref.revision, allow_pickle=self._allow_pickle
         )
-        if checkpoint.quantization is not None:
+        if checkpoint.scaled is None:
+            assert checkpoint.quantization is not None
             raise IncompatibleModels(
                 f"the model is quantised ({_scheme(checkpoint.quantization)}); merging its codes would destroy it",
                 where=str(ref),
@@ -124,12 +126,18 @@ class Models:
             )
         index = len(self.inputs)
         self.inputs.append(checkpoint)
-        tensors = {name: Kind(info.dtype, info.shape) for name, info in checkpoint.tensors.items()}
+        scaled = checkpoint.scaled
+        hidden = companions(checkpoint.tensors, scaled)
+        tensors = {
+            name: Kind(scaled[name].dtype if name in scaled else info.dtype, info.shape)
+            for name, info in checkpoint.tensors.items()
+            if name not in hidden
+        }
         return Model(
             ref=ref,
             tensors=tensors,
             anatomy=self.anatomy(tensors, checkpoint.config),
-            config=checkpoint.config,
+            config=plain_config(checkpoint.config) if scaled else checkpoint.config,
             operand=lambda name: Operand(index, name),
             checkpoint=checkpoint,
             folder=checkpoint.folder,
@@ -154,6 +162,14 @@ def _family_key(config: dict[str, Any] | None) -> Any:
     return {
         k: v for k, v in config.items() if k not in ("_name_or_path", "dtype", "torch_dtype", "transformers_version")
     }
+
+
+def plain_config(config: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The config of the decoded model: it says nothing of codes any more."""
+    if config is None:
+        return None
+    found = {k: v for k, v in config.items() if k not in ("quantization_config", "compression_config")}
+    return {k: plain_config(v) if isinstance(v, dict) else v for k, v in found.items()}
 
 
 def _scheme(quantization: Mapping[str, Any]) -> str:

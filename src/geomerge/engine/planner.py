@@ -459,7 +459,9 @@ class _Recipe:
         return Node(name, kind.shape, dtype, (operand,), method, rule=rule, stage=self.stage)
 
     def _computed(self, operand: Operand) -> bool:
-        """Whether an earlier stage computes the tensor, so that there are no bytes to copy."""
+        """Whether the tensor is computed, by an earlier stage or from codes, so that there are no bytes to copy."""
+        if operand.input >= 0:
+            return operand.tensor in (self.planner.models.inputs[operand.input].scaled or {})
         return operand.node >= 0 and self.planner.nodes[operand.node].method is not None
 
     def _other_modules(self) -> list[int]:

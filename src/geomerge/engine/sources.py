@@ -102,6 +102,43 @@ class HeldSource:
         out.copy_(self._held[start : start + out.numel()])
 
 
+class ScaledSource:
+    """8-bit codes times a scale for each row (or one for all), exact in the dtype that it names.
+
+    Args:
+        codes: The codes.
+        scale: The scales.
+        rows, columns: How many scales there are, and how many elements share one.
+    """
+
+    def __init__(self, codes: Source, scale: Source, rows: int, columns: int) -> None:
+        self.label = codes.label
+        # A code has at most 8 significant bits; with those of a 16-bit scale the product fits into float32.
+        self.dtype = torch.float32 if scale.dtype in (torch.bfloat16, torch.float16) else torch.float64
+        self._codes, self._scale, self._rows, self._columns = codes, scale, rows, columns
+        self._lock = threading.Lock()
+        self._scales: Tensor | None = None
+
+    def read(self, start: int, out: Tensor) -> None:
+        self._codes.read(start, out)
+        with self._lock:
+            if self._scales is None:
+                self._scales = empty(self._rows, torch.float64)
+                self._scale.read(0, self._scales)
+        stop, at = start + out.numel(), start
+        while at < stop:
+            row = at // self._columns
+            end = min((row + 1) * self._columns, stop)
+            whole = (stop - at) // self._columns if at % self._columns == 0 else 0
+            if whole > 1:
+                end = at + whole * self._columns
+                scales = self._scales[row : row + whole].to(out.device, out.dtype)
+                out[at - start : end - start].view(whole, self._columns).mul_(scales.unsqueeze(1))
+            else:
+                out[at - start : end - start].mul_(self._scales[row].item())
+            at = end
+
+
 class StageSource:
     """The output of an earlier stage, computed tile by tile and rounded as if it had been written.
 
