@@ -112,3 +112,72 @@ def test_what_cannot_be_decoded_is_refused(change: str, family: dict[str, tiny.T
     save_file(tensors, "a8/model.safetensors")
     with pytest.raises(gm.IncompatibleModels, match="quantised"):
         gm.plan(SLERP.format(a="a8", b="b"))
+
+
+class TestRequantize:
+    @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=["int8", "fp8"])
+    @pytest.mark.parametrize("strategy", ["channel", "tensor"])
+    def test_the_same_scheme(self, dtype: torch.dtype, strategy: str, family: dict[str, tiny.Tensors]) -> None:
+        """Codes are those that compressed-tensors makes of the merge; the error is at most 1.5 times the parents'."""
+        pytest.importorskip("compressed_tensors")
+        for name in "ab":
+            quantise(Path(name), Path(f"{name}8"), dtype=dtype, strategy=strategy, scale=torch.float32)
+        text = SLERP.format(a="a8", b="b8")
+        gm.merge(text + "dtype: float64\n", "plain")
+        quantise(Path("plain"), Path("expected"), dtype=dtype, strategy=strategy, scale=torch.float32)
+        gm.merge(text + "requantize: same\n", "found", tile=100)
+        expected, found, plain = (tiny.read(Path(p)) for p in ("expected", "found", "plain"))
+        config = tiny.config(Path("found"))
+        assert config["quantization_config"] == tiny.config(Path("a8"))["quantization_config"]
+        for name, entry in tiny.manifest(Path("found"))["tensors"].items():
+            if "codes" not in entry:
+                continue
+            scale = found[f"{name}_scale"].double()
+            assert torch.allclose(scale, expected[f"{name}_scale"].double(), rtol=1e-6)
+            assert entry["codes"]["scale"] == 1.0
+            assert found[name].dtype == dtype
+            differ = (found[name].double() - expected[name].double()).ne(0).double().mean()
+            assert differ < 0.01  # halves, and quotients in float32
+            error = (found[name].double() * scale - plain[name]).norm() / plain[name].norm()
+            assert entry["codes"]["error"] == pytest.approx(float(error), rel=1e-6)
+            assert entry["codes"]["error"] <= 1.5 * entry["codes"]["parents"]
+
+    def test_error_of_the_parents(self, family: dict[str, tiny.Tensors]) -> None:
+        """What the scales say of the parents' error is what quantising them did cost, to a few per cent."""
+        pytest.importorskip("compressed_tensors")
+        decoded = quantise(Path("a"), Path("a8"), dtype=torch.int8, strategy="channel", scale=torch.float32)
+        gm.merge(SLERP.format(a="a8", b="a8b").replace("a8b", "b") + "requantize: same\n", "out")
+        name = "model.layers.0.mlp.gate_proj.weight"
+        true = (decoded[name] - family["a"][name].double()).norm() / family["a"][name].double().norm()
+        assert tiny.manifest(Path("out"))["tensors"][name]["codes"]["parents"] == pytest.approx(float(true), rel=0.1)
+
+    def test_outliers_are_clipped_when_that_is_better(self) -> None:
+        """One element that is far larger than all others does not take their precision from them beyond the allowance."""
+        from geomerge.engine.codes import encode
+        from geomerge.methods import registry
+        from geomerge.methods.kernel import prepare
+        from geomerge.methods.tile import Scan, TensorSource
+
+        x = torch.randn(4, 4096, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        x[:, 0] = 5.2
+        method = registry.get("passthrough").make({}, count=1)
+        prepared = prepare(method, lambda **o: Scan([TensorSource(x)], x.shape, **o), tuple(x.shape))
+        codes: dict[int, torch.Tensor] = {}
+        parents = [torch.full((4,), 0.02, dtype=torch.float64)]
+        scales, cost = encode(
+            prepared,
+            4,
+            4096,
+            codes="I8",
+            scale="F32",
+            parents=parents,
+            write=lambda at, c: codes.update({at: c.clone()}),
+        )
+        found = torch.cat([codes[at] for at in sorted(codes)]).view(4, 4096).double() * scales.double()[:, None]
+        assert float((found - x).norm() / x.norm()) == pytest.approx(cost.error, rel=1e-9)
+        unclipped = (5.2 / 127) / 12**0.5 * x.numel() ** 0.5 / float(x.norm())
+        assert cost.error < unclipped
+
+    def test_a_plain_base_has_no_scheme(self, family: dict[str, tiny.Tensors]) -> None:
+        with pytest.raises(gm.RecipeError, match="needs a base"):
+            gm.plan(SLERP.format(a="a", b="b") + "requantize: same\n")

@@ -54,6 +54,7 @@ class Builder:
         self._groups: dict[tuple[int, str], list[Node]] = {}
         self._measured: dict[tuple[int, str], Gram] = {}
         self._measuring = threading.Lock()
+        self._named: dict[str, Node] = {}
         for node in plan.nodes:
             if node.group:
                 self._groups.setdefault((node.stage, node.group), []).append(node)
@@ -121,6 +122,24 @@ class Builder:
             )
 
         return open_scan
+
+    def node(self, name: str) -> Node:
+        """The output's node of a name."""
+        if not self._named:
+            self._named.update((n.name, n) for n in self.plan.output_nodes())
+        return self._named[name]
+
+    def scales(self, node: Node) -> list[Tensor]:
+        """The scales of those of a node's operands that are codes."""
+        found = []
+        for operand in node.operands:
+            scaled = (self.inputs[operand.input].scaled or {}).get(operand.tensor) if operand.input >= 0 else None
+            if scaled is not None:
+                info = self.inputs[operand.input].tensors[scaled.scale]
+                values = torch.empty(math.prod(info.shape), dtype=torch.float64)
+                self._stored(self.inputs[operand.input], scaled.scale, self._label(operand)).read(0, values)
+                found.append(values)
+        return found
 
     def rounding(self, node: Node) -> Callable[[int, Tensor], Tensor]:
         """The rounding of a node's elements to its dtype."""

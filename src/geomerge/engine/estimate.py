@@ -54,7 +54,7 @@ def estimate(plan: Plan, inputs: Sequence[Checkpoint], *, threads: int | None = 
     """
     threads = threads or cores()
     nodes = list(plan.output_nodes())
-    merged = [n for n in nodes if n.method is not None and n.numel]
+    merged = [n for n in nodes if n.method is not None and n.numel and not n.scales]
     loss = RoundingLoss()
     spent: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     builder = Builder(plan, inputs)

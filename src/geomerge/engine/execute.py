@@ -16,10 +16,11 @@ from typing import Any, Protocol
 import torch
 
 from geomerge.checkpoint.dtypes import DTYPES, to_torch
+from geomerge.engine import codes
 from geomerge.engine.build import Builder
 from geomerge.engine.loss import SAMPLE, RoundingLoss
 from geomerge.engine.memory import keep_freed_memory
-from geomerge.engine.plan import BUFFER, Node
+from geomerge.engine.plan import BUFFER, SCALES, Node
 from geomerge.engine.sinks import Sink
 from geomerge.engine.sources import read_into, staging
 from geomerge.errors import GeomergeError, NotFiniteError
@@ -90,10 +91,14 @@ class Work:
     @torch.inference_mode()
     def make(self, node: Node, run: Callable[..., Iterable[Any]] = map) -> Facts:
         """Compute a node and write all of it; `run` maps over its segments."""
+        if node.rule == SCALES:
+            return {}  # written with its codes
         if node.method is None:
             self._copy(node)
             return {}
         prepared = self.builder.prepare(node, self._watched(run))
+        if node.scales:
+            return self._encode(node, prepared)
         losses = list(run(lambda segment: self._segment(node, prepared, segment), prepared.scan.segments))
         facts: Facts = {}
         if prepared.coefficients is not None:
@@ -102,6 +107,30 @@ class Work:
         if loss.elements:
             facts["loss"] = [loss.change, loss.error, loss.elements]
         return facts
+
+    def _encode(self, node: Node, prepared: Prepared) -> Facts:
+        """Write a node's codes and their scales."""
+        scales = self.builder.node(node.scales)
+        rows = max(scales.numel, 1)
+
+        def write(start: int, values: torch.Tensor) -> None:
+            if self.stop.is_set():
+                raise Interrupted
+            self.sink.write(node, start, values)
+            self.advance(values.numel() * DTYPES[node.dtype].itemsize)
+
+        found, cost = codes.encode(
+            prepared,
+            rows,
+            node.numel // rows,
+            codes=node.dtype,
+            scale=scales.dtype,
+            parents=self.builder.scales(node),
+            write=write,
+        )
+        self.sink.write(scales, 0, found)
+        self.advance(scales.nbytes)
+        return {"codes": [cost.error, cost.parents, cost.shrink]}
 
     def _watched(self, run: Callable[..., Iterable[Any]]) -> Callable[..., Iterable[Any]]:
         """The same map, leaving when the run is over: measuring a large tensor takes its time too."""

@@ -38,6 +38,9 @@ def manifest(plan: Plan, facts: Mapping[int, Mapping[str, Any]]) -> dict[str, An
         found = facts.get(position, {})
         if "coefficients" in found:
             entry["coefficients"] = found["coefficients"]
+        if "codes" in found:
+            error, parents, shrink = found["codes"]
+            entry["codes"] = {"error": error, "parents": parents, "scale": shrink}
         share = None if "loss" not in found else RoundingLoss(*found["loss"]).share
         if share is not None:
             entry["rounding_loss"] = round(share, 6)

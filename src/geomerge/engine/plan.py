@@ -26,6 +26,9 @@ from geomerge.version import __version__
 FORMAT = 2
 """The version of the saved form. A plan of another version is refused, not guessed at."""
 
+SCALES = "scales of codes"
+"""The rule of tensors that are written together with the codes they belong to."""
+
 BUFFER = "copy: buffer of the first model"
 """The rule of tensors that are computed or count steps; a mask among them may hold −∞ on purpose."""
 
@@ -59,6 +62,7 @@ class Node:
         stage: Which recipe of the pipeline makes it.
         group: Nodes of one stage with the same group share one Gram matrix, the sum of theirs.
         statistics: Further inputs, whose sum weights the inner products.
+        scales: For codes (whose `dtype` says which): the node that holds their scales, which is written with this one.
     """
 
     name: str
@@ -71,6 +75,7 @@ class Node:
     stage: int = 0
     group: str = ""
     statistics: tuple[Operand, ...] = ()
+    scales: str = ""
 
     @property
     def numel(self) -> int:
@@ -174,7 +179,19 @@ class Plan:
             operands = [list(o) for o in n.operands]
             statistics = [list(o) for o in n.statistics]
             nodes.append(
-                [n.name, list(n.shape), n.dtype, operands, index, n.scale, n.rule, n.stage, n.group, statistics]
+                [
+                    n.name,
+                    list(n.shape),
+                    n.dtype,
+                    operands,
+                    index,
+                    n.scale,
+                    n.rule,
+                    n.stage,
+                    n.group,
+                    statistics,
+                    n.scales,
+                ]
             )
         return {
             "geomerge_plan": FORMAT,
@@ -229,8 +246,9 @@ class Plan:
                     stage,
                     group,
                     tuple(Operand(*o) for o in statistics),
+                    scales,
                 )
-                for name, shape, dtype, operands, m, scale, rule, stage, group, statistics in data["nodes"]
+                for name, shape, dtype, operands, m, scale, rule, stage, group, statistics, scales in data["nodes"]
             )
             return cls(
                 inputs=tuple(

@@ -22,7 +22,7 @@ from geomerge.checkpoint.dtypes import DTYPES, parse_dtype
 from geomerge.engine.lineup import Entrant, Lineup
 from geomerge.engine.models import Kind, Model, Models
 from geomerge.engine.output import describe_output, licence_of
-from geomerge.engine.plan import BUFFER, InputModel, Node, Operand, Plan, Rows, Stage
+from geomerge.engine.plan import BUFFER, SCALES, InputModel, Node, Operand, Plan, Rows, Stage
 from geomerge.engine.schedule import Schedule
 from geomerge.engine.vocabularies import Vocabularies
 from geomerge.errors import IncompatibleModels, RecipeError
@@ -153,6 +153,11 @@ class _Recipe:
                 hint="methods that do: "
                 + ", ".join(sorted(n for n, m in registry.all_methods().items() if _informed(m))),
             )
+        if recipe.requantize and not (self.donor.checkpoint and self.donor.checkpoint.scaled):
+            raise RecipeError(
+                f"`requantize: same` needs a base (or first) model that is stored as codes; {self.donor} is not",
+                where=str(recipe.at("requantize")),
+            )
         self.vocabularies = Vocabularies(recipe, self.members, base, planner.rows)
         self.steps = [
             (s.name, {k: Lookup(k, (s.parameters,), self.used) for k in s.parameters}, s.where) for s in recipe.steps
@@ -173,10 +178,10 @@ class _Recipe:
         for module, lineups in zip(self.recipe.modules, self.lineups, strict=True):
             for part, lineup, entered, t in self._tensors(module, lineups):
                 node = self._node(part, lineup, entered, t)
-                if node is not None:
+                for each in () if node is None else self._encoded(node):
                     self.parts[part.name] = part
                     made.append(len(self.planner.nodes))
-                    self.planner.nodes.append(node)
+                    self.planner.nodes.append(each)
         if self.recipe.modules[0].name is not None:
             made += self._other_modules()
         made += self._account()
@@ -357,6 +362,19 @@ class _Recipe:
             stage=self.stage,
             group=_group(part) if isinstance(method, Span) and method.grouped else "",
             statistics=self._statistics(names[0], shape),
+        )
+
+    def _encoded(self, node: Node) -> tuple[Node, ...]:
+        """The node; or, where the recipe asks for it and the donor has codes, one for the codes and one for their scales."""
+        checkpoint = self.donor.checkpoint
+        scaled = (checkpoint.scaled or {}).get(node.name) if checkpoint is not None and self.recipe.requantize else None
+        if scaled is None or node.method is None:
+            return (node,)
+        assert checkpoint is not None
+        shape = checkpoint.tensors[scaled.scale].shape
+        return (
+            replace(node, dtype=checkpoint.tensors[node.name].dtype, scales=scaled.scale),
+            Node(scaled.scale, shape, scaled.dtype, (), None, rule=SCALES, stage=self.stage),
         )
 
     def _statistics(self, name: str, shape: tuple[int, ...]) -> tuple[Operand, ...]:
@@ -585,6 +603,9 @@ class _Recipe:
             block_maps=self.block_maps,
             untied=bool(self.untied),
         )
+        if config is not None and any(self.planner.nodes[i].scales for i in made):
+            assert self.donor.checkpoint is not None
+            config["quantization_config"] = (self.donor.checkpoint.config or {}).get("quantization_config", {})
         # What an earlier stage laid out is gone when the plan is carried out: name its originals.
         real = {name: self.planner.laid_out.get(path, path) for name, path in copies.items()}
         texts |= {name: content for name, content in real.items() if isinstance(content, str)}

@@ -88,6 +88,12 @@ RECIPE = Shape(
         Key("guardrails", "choice", "What the checks for a doomed merge do.", choices=("warn", "enforce", "off")),
         Key("rounding", "choice", "How the output is rounded to its dtype.", choices=("nearest", "stochastic")),
         Key("extrapolate", "flag", "Allow interpolation coefficients outside [0, 1]."),
+        Key(
+            "requantize",
+            "choice",
+            "Store what the base (or first) model stores as codes in the same scheme.",
+            choices=("same",),
+        ),
         Key("unmatched", "choice", "What happens to tensors that only some models have.", choices=("refuse", "copy")),
     ),
 )

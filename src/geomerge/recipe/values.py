@@ -255,6 +255,7 @@ class Recipe:
     rounding: Literal["nearest", "stochastic"] = "nearest"
     extrapolate: bool = False
     unmatched: Literal["refuse", "copy"] = "refuse"
+    requantize: Literal["same"] | None = None
     text: str = ""
     where: Where = NOWHERE
     notes: tuple[str, ...] = ()
