@@ -62,6 +62,8 @@ class FileInfo:
         mtime_ns: Time of the last modification, nanoseconds.
         inode: The file's number on its device.
         header_sha256: Over the length field and the header (over the first 64 KiB of a pickled file).
+        ctime_ns: Time of the last change of any kind, nanoseconds: the one that nobody can set, for a copy that is put back
+            may have all else in common with the file that it replaces.
     """
 
     path: Path
@@ -69,6 +71,7 @@ class FileInfo:
     mtime_ns: int
     inode: int
     header_sha256: str
+    ctime_ns: int = 0
 
 
 def open_regular(path: Path) -> int:
@@ -130,7 +133,7 @@ def read_header(path: Path) -> tuple[FileInfo, list[TensorInfo], dict[str, str]]
     metadata = _metadata(entries.pop("__metadata__", None), path)
     tensors = _tensors(entries, path, start=8 + length, room=size - 8 - length)
     digest = hashlib.sha256(prefix + text).hexdigest()
-    return FileInfo(path, size, status.st_mtime_ns, status.st_ino, digest), tensors, metadata
+    return FileInfo(path, size, status.st_mtime_ns, status.st_ino, digest, status.st_ctime_ns), tensors, metadata
 
 
 _TRUNCATED = "the file is truncated or its download was interrupted: fetch it again"

@@ -50,7 +50,7 @@ def _file_info(path: Path) -> FileInfo:
         digest = hashlib.sha256(os.pread(descriptor, 1 << 16, 0)).hexdigest()
     finally:
         os.close(descriptor)
-    return FileInfo(path, status.st_size, status.st_mtime_ns, status.st_ino, digest)
+    return FileInfo(path, status.st_size, status.st_mtime_ns, status.st_ino, digest, status.st_ctime_ns)
 
 
 def _load(path: Path) -> dict[str, Tensor]:

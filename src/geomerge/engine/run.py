@@ -119,7 +119,7 @@ def run_plan(
             journal = Journal(
                 output.journal,
                 _identity(plan, shard_size, builder.device),
-                inputs=[[f.size, f.mtime_ns, f.inode] for checkpoint in opened for f in checkpoint.files],
+                inputs=[[f.size, f.mtime_ns, f.inode, f.ctime_ns] for checkpoint in opened for f in checkpoint.files],
                 resume=output.resumed,
                 durable=durable,
             )
