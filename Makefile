@@ -1,8 +1,9 @@
 # One way to run everything; CI calls the same targets.
 #
-#   make demo    three small models trained, merged and examined
+#   make demo    two small experts merged in several ways, scored, reported
 #   make test    lint, types, tests
 #   make bench   the measurements of docs/benchmarks.md
+#   make claims  every method on the lab's suites, for docs/claims.md
 #   make docs    the generated pages of docs/methods/
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
@@ -17,7 +18,7 @@ WORKERS ?= 2
 
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: env demo test lint bench docs clean
+.PHONY: env demo test lint bench claims docs clean
 
 env: $(STAMP)
 
@@ -31,7 +32,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $(STAMP)
 
 demo: env
-	@$(BIN)/python examples/demo.py $(DEMO)
+	@$(BIN)/geomerge demo $(DEMO)
 
 test: lint
 	$(BIN)/python -m pytest -n $(WORKERS)
@@ -43,6 +44,9 @@ lint: env
 
 bench: env
 	$(BIN)/python benchmarks/run.py
+
+claims: env
+	$(BIN)/python benchmarks/claims.py
 
 docs: env
 	$(BIN)/python docs/generate.py

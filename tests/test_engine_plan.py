@@ -71,7 +71,9 @@ def test_schedule_mapping(depth: int, head: float, norm: float, family: dict[str
 
 def test_schedule_changes_a_preset(family: dict[str, tiny.Tensors]) -> None:
     """A preset with another default, a bias by role (clipped at 1), a glob and a regular expression that go before it."""
-    text = SLERP + "schedule: {preset: S, t: 0.6, bias: {attention: 0.1, lm_head: -0.2}, '*k_proj*': 0.3, '/o_proj/': 0}\n"
+    text = (
+        SLERP + "schedule: {preset: S, t: 0.6, bias: {attention: 0.1, lm_head: -0.2}, '*k_proj*': 0.3, '/o_proj/': 0}\n"
+    )
     t = values(gm.plan(text), "t")
     q = [t[f"{BLOCK.format(i)}self_attn.q_proj.weight"] for i in range(5)]
     assert q == pytest.approx([0.1, 0.6, 0.4, 0.8, 1.0])

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from geomerge.errors import (
     DamagedCheckpoint,
+    DataError,
     GateFailed,
     GeomergeError,
     IncompatibleModels,
@@ -28,11 +29,12 @@ from geomerge.errors import (
 from geomerge.version import __version__
 
 if TYPE_CHECKING:
-    from geomerge import methods
+    from geomerge import evaluate, methods
     from geomerge.api import inspect, load_recipe, merge, merge_state_dicts, plan
 
 __all__ = [
     "DamagedCheckpoint",
+    "DataError",
     "GateFailed",
     "GeomergeError",
     "IncompatibleModels",
@@ -42,6 +44,7 @@ __all__ = [
     "RunError",
     "UsageError",
     "__version__",
+    "evaluate",
     "inspect",
     "load_recipe",
     "merge",
@@ -54,8 +57,8 @@ _FROM_API = ("inspect", "load_recipe", "merge", "merge_state_dicts", "plan")
 
 
 def __getattr__(name: str) -> Any:
-    if name == "methods":
-        return importlib.import_module("geomerge.methods")
+    if name in ("evaluate", "methods"):
+        return importlib.import_module(f"geomerge.{name}")
     if name in _FROM_API:
         return getattr(importlib.import_module("geomerge.api"), name)
     raise AttributeError(f"module 'geomerge' has no attribute {name!r}")

@@ -7,6 +7,7 @@
     │   ├── DamagedCheckpoint                     exit 3   its files are broken or hostile
     │   ├── IncompatibleModels                    exit 3   it does not fit the others
     │   └── NotFiniteError                        exit 3   it holds NaN or Inf
+    ├── DataError            (ValueError)         exit 3   a task's data cannot be had
     ├── RunError             (RuntimeError)       exit 1   the machine or the files failed while running
     └── GateFailed           (AssertionError)     exit 4   a quality gate said no
 
@@ -76,6 +77,12 @@ class IncompatibleModels(ModelError):
 
 class NotFiniteError(ModelError):
     """A parent holds NaN or Inf; `where` names model and tensor."""
+
+
+class DataError(GeomergeError, ValueError):
+    """What a task is scored on cannot be had, or is damaged."""
+
+    exit_code = 3
 
 
 class RunError(GeomergeError, RuntimeError):

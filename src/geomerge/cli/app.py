@@ -20,11 +20,16 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from geomerge.cli.console import Stopped, complain, show_warnings
+from geomerge.cli.demo import demo
+from geomerge.cli.evaluate import evaluate
 from geomerge.cli.inspect import inspect
+from geomerge.cli.lab import lab_app
 from geomerge.cli.merge import merge
 from geomerge.cli.methods import methods
 from geomerge.cli.plan import plan
+from geomerge.cli.report import report
 from geomerge.cli.schema import schema
+from geomerge.cli.search import search
 from geomerge.errors import GeomergeError
 from geomerge.version import __version__
 
@@ -73,8 +78,9 @@ def geomerge(
     show_warnings()
 
 
-for verb in (merge, plan, inspect, methods, schema):
+for verb in (merge, plan, evaluate, report, search, inspect, methods, schema, demo):
     app.command()(verb)
+app.add_typer(lab_app, name="lab")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -286,7 +286,8 @@ def _card(plan: Plan, name: str) -> str:
             hub_id=i.hub_id,
             revision=i.revision,
             licence=i.licence,
-            base=method.base_use == "required" and any(n.operands and n.operands[0].input == k for n in plan.output_nodes()),
+            base=method.base_use == "required"
+            and any(n.operands and n.operands[0].input == k for n in plan.output_nodes()),
         )
         for k, i in enumerate(plan.inputs)
     ]

@@ -91,6 +91,13 @@ class Schedule:
         bias = self._find(self._biases, part)
         return value if bias is None else min(max(value + _interpolate(bias, u), 0.0), 1.0)
 
+    def at(self, role: str, u: float) -> float:
+        """The coefficient of a role at a depth, of a tensor without a name: for figures."""
+        anchors = next((a for key, _, a in self._curves if ALIASES.get(key, key) == role), self._default)
+        bias = next((a for key, _, a in self._biases if ALIASES.get(key, key) == role), None)
+        value = _interpolate(anchors, u)
+        return value if bias is None else min(max(value + _interpolate(bias, u), 0.0), 1.0)
+
     def check_used(self) -> None:
         """Refuse keys that no tensor had; presets may name roles that a model lacks.
 

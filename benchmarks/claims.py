@@ -1,0 +1,273 @@
+"""What the methods do on real experts: every registered method on the lab's suites, written to docs/claims.md.
+
+    make claims                                  # all suites, three seeds; builds what is not there
+    python benchmarks/claims.py --suites mlp --seeds 0
+
+A method runs at its defaults and on a small grid. The grid's best is chosen on the validation split and reported on the test
+split. Methods for two models are compared with the others on pairs of experts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import re
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import geomerge
+from geomerge.engine.live import LiveMerge
+from geomerge.lab.build import build
+from geomerge.lab.suite import Suite, load_suite
+from geomerge.methods import registry
+from geomerge.recipe import loads
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+WEIGHTS = (1.0, 0.3, 0.5, 0.7)
+DENSITIES = (0.2, 0.6)
+GRID: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
+    "slerp": {"t": (0.5, 0.3, 0.4, 0.6, 0.7)},
+    # Their sums are normalised: the weights' size cancels, λ does not.
+    **{name: {"lambda": (1.0, 1.5, 2.0), "density": DENSITIES} for name in ("ties", "della")},
+    "layer_adaptive_slerp": {"schedule": ("S", "H", "R", "L", "H65", "H+")},
+    "nuslerp": {"weight": (1.0,)},
+    "nearswap": {"t": (1e-4, 1e-3, 1e-2)},
+    "sce": {"select_topk": (0.1, 0.5, 1.0)},
+    "karcher": {"max_iter": (10,)},
+    "multislerp": {"weight": (1.0,)},
+    "linear": {"weight": (1.0,)},
+    "passthrough": {"scale": (1.0,)},
+}
+"""What each method's grid varies: the first value is its default. Others vary weight (λ) and density where they have them."""
+
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "slerp": {"t": 0.5}, "nearswap": {"t": 1e-3}, "layer_adaptive_slerp": {}, "sce": {"select_topk": 1.0}, "passthrough": {},
+}  # fmt: skip
+"""Settings where a method's own default does not exist."""
+
+LEFT_OUT = {"passthrough": "takes one model"}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One setting of one method."""
+
+    method: str
+    parameters: Mapping[str, Any]
+    validation: float
+    test: float
+    normalised: float
+
+
+def settings(name: str) -> list[dict[str, Any]]:
+    """The parameter settings of a method, its default first."""
+    method = registry.get(name)
+    known = method.parameters()
+    required = {n: 1.0 for n, p in known.items() if p.required and n == "weight"}
+    default = required | dict(DEFAULTS.get(name, {}))
+    axes: dict[str, tuple[Any, ...]] = dict(GRID.get(name, {}))
+    if not axes:
+        if "weight" in known:
+            axes["weight"] = WEIGHTS
+        if "density" in known:
+            axes["density"] = DENSITIES
+    points = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+    found = [default]
+    for point in points:
+        merged = default | point
+        if merged not in found:
+            found.append(merged)
+    return found
+
+
+def recipe(name: str, parameters: Mapping[str, Any], experts: list[str], base: str) -> str:
+    """The YAML of a merge of experts."""
+    method = registry.get(name)
+    said = dict(parameters)
+    schedule = said.pop("schedule", None)
+    two = method.base_use == "required" and method.models == (1, 1)
+    first = experts[0] if two or name == "layer_adaptive_slerp" else base
+    data: dict[str, Any] = {"merge_method": name, "models": [{"model": e} for e in experts], "parameters": said}
+    if method.base_use != "ignored":
+        data["base_model"] = first
+    if schedule:
+        data["schedule"] = schedule
+    return json.dumps(data) + "\n"
+
+
+class Bench:
+    """A suite's experts in memory and the module that candidates are blended onto."""
+
+    def __init__(self, suite: Suite) -> None:
+        self.suite = suite
+        self.tasks = {name: task for name, task in suite.tasks().items() if name in suite.experts}
+        self.module = suite.load("base")
+        self.live = LiveMerge(
+            {name: path for name, path in suite.models.items() if name not in suite.others}, self.module
+        )
+        self.own = {(s, t): self.accuracy(suite.load(t), t, s) for t in self.tasks for s in ("validation", "test")}
+        self.base = {t: self.accuracy(suite.load("base"), t, "test") for t in self.tasks}
+
+    def accuracy(self, module: torch.nn.Module, task: str, split: Any) -> float:
+        return float(self.tasks[task].correct(module, split).mean())
+
+    def outcome(self, name: str, parameters: Mapping[str, Any], experts: list[str]) -> Outcome:
+        """Blend and score one setting on the tasks of its experts."""
+        self.live.blend(loads(recipe(name, parameters, experts, "base")))
+        validation = [self.accuracy(self.module, t, "validation") for t in experts]
+        test = [self.accuracy(self.module, t, "test") for t in experts]
+        share = [a / self.own["test", t] for a, t in zip(test, experts, strict=True)]
+        return Outcome(name, dict(parameters), *(float(np.mean(v)) for v in (validation, test, share)))
+
+
+def methods(experts: int) -> Iterator[str]:
+    """The methods that take so many experts."""
+    for name, method in sorted(registry.all_methods().items()):
+        if name in LEFT_OUT:
+            continue
+        low, high = method.models
+        beside = 1 if method.base_use == "required" and method.models == (1, 1) else 0
+        if low + beside <= experts and (high is None or experts <= high + beside):
+            yield name
+
+
+def measure(suite: Suite, groups: list[list[str]]) -> dict[str, dict[str, list[float]]]:
+    """Method → default, tuned, validation: their means over groups of experts."""
+    bench = Bench(suite)
+    found: dict[str, dict[str, list[float]]] = {}
+    for name in methods(len(groups[0])):
+        rows: dict[str, list[float]] = {"default": [], "tuned": [], "normalised": []}
+        chosen = []
+        for group in groups:
+            outcomes = [bench.outcome(name, p, group) for p in settings(name)]
+            best = max(outcomes, key=lambda o: o.validation)
+            rows["default"].append(outcomes[0].test)
+            rows["tuned"].append(best.test)
+            rows["normalised"].append(best.normalised)
+            chosen.append(best.parameters)
+        found[name] = {key: [float(np.mean(values))] for key, values in rows.items()} | {"chosen": chosen}  # type: ignore[dict-item]
+    members = sorted({e for g in groups for e in g})
+    single = {e: [bench.accuracy(suite.load(e), t, "test") for t in members] for e in members}
+    found["(base)"] = {"default": [float(np.mean([bench.base[t] for t in members]))]}
+    found["(best single expert)"] = {"default": [max(float(np.mean(row)) for row in single.values())]}
+    found["(each task by its own expert)"] = {"default": [float(np.mean([bench.own["test", t] for t in members]))]}
+    return found
+
+
+def joined(parts: list[dict[str, dict[str, list[float]]]]) -> dict[str, dict[str, list[float]]]:
+    """The same methods' numbers over seeds, side by side."""
+    out: dict[str, dict[str, list[float]]] = {}
+    for name in parts[0]:
+        out[name] = {key: [x for part in parts for x in part[name].get(key, [])] for key in parts[0][name]}
+    return out
+
+
+def interval(values: list[float]) -> str:
+    """Mean ± half of the 95 % t interval over seeds, in per cent."""
+    from scipy import stats
+
+    mean = 100 * float(np.mean(values))
+    if len(values) < 2:
+        return f"{mean:.1f}"
+    half = 100 * float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)))
+    return f"{mean:.1f} ± {half:.1f}"
+
+
+def table(rows: Mapping[str, Mapping[str, list[float]]]) -> list[str]:
+    """A markdown table, best tuned method first, references on top."""
+    lines = ["| method | default | best of grid | share of the own experts | most chosen |", "|---|---|---|---|---|"]
+    order = sorted(rows, key=lambda n: (not n.startswith("("), -np.mean(rows[n].get("tuned", rows[n]["default"]))))
+    for name in order:
+        row = rows[name]
+        if name.startswith("("):
+            lines.append(f"| *{name[1:-1]}* | {interval(row['default'])} | | | |")
+            continue
+        texts = [json.dumps(c).replace('"', "").strip("{}") for c in row["chosen"]]
+        most = max(texts, key=texts.count) or "defaults"
+        lines.append(
+            f"| {name} | {interval(row['default'])} | {interval(row['tuned'])} | {interval(row['normalised'])} | {most} |"
+        )
+    return lines
+
+
+def figure(results: Mapping[str, Any], path: Path) -> None:
+    """Every method's tuned accuracy against plain averaging's, a panel for each suite."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    import matplotlib.pyplot as plt
+
+    mpl.rcParams |= {"svg.hashsalt": "geomerge", "font.size": 8}
+    fig, axes = plt.subplots(1, len(results), figsize=(4.2 * len(results), 4.4), squeeze=False, layout="constrained")
+    for axis, (title, rows) in zip(axes[0], results.items(), strict=True):
+        names = sorted((n for n in rows if not n.startswith("(")), key=lambda n: np.mean(rows[n]["tuned"]))
+        for y, name in enumerate(names):
+            values = 100 * np.array(rows[name]["tuned"])
+            axis.plot([values.min(), values.max()], [y, y], color="#9db4c8", lw=2.5, solid_capstyle="round")
+            axis.plot(values.mean(), y, "o", color="#0b4f8a", ms=4)
+        axis.axvline(100 * np.mean(rows["linear"]["tuned"]), color="#c05a1c", lw=1, ls="--", label="averaging")
+        axis.axvline(
+            100 * np.mean(rows["(each task by its own expert)"]["default"]), color="#3b7d3b", lw=1, label="own experts"
+        )
+        axis.set_yticks(range(len(names)), names)
+        axis.set_title(title, loc="left", fontsize=9)
+        axis.set_xlabel("mean accuracy, %")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False, loc="lower right", fontsize=7)
+    fig.savefig(path, metadata={"Date": None})
+
+
+def suite_for(name: str, seed: int) -> Suite:
+    """A built suite, building it when it is not there."""
+    try:
+        return load_suite(f"{name}:tiny:{seed}")
+    except geomerge.UsageError:
+        return build(name, "tiny", seed)
+
+
+def main() -> None:
+    """Measure and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suites", nargs="+", default=["mlp", "glyphs", "skills"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    args = parser.parse_args()
+    torch.set_num_threads(2)
+    file = DOCS / "claims.json"
+    results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    for name in args.suites:
+        whole, pairs = [], []
+        for seed in args.seeds:
+            begun = time.perf_counter()
+            suite = suite_for(name, seed)
+            experts = list(suite.experts)
+            whole.append(measure(suite, [experts]))
+            two = [[experts[i], experts[(i + 1) % len(experts)]] for i in range(0, len(experts), 2)][:2]
+            pairs.append(measure(suite, two))
+            print(f"{name} seed {seed}: {time.perf_counter() - begun:.0f} s", flush=True)
+        results[f"{name}: all {len(experts)} experts"] = joined(whole)
+        results[f"{name}: pairs of experts"] = joined(pairs)
+        file.write_text(json.dumps(results, indent=1) + "\n")
+    write(results)
+
+
+def write(results: Mapping[str, Any]) -> None:
+    """The tables into docs/claims.md between their markers, and the figure."""
+    lines: list[str] = []
+    for title, rows in results.items():
+        lines += [f"### {title}", "", *table(rows), ""]
+    page = DOCS / "claims.md"
+    pattern = re.compile(r"(<!-- claims:start -->\n).*?(<!-- claims:end -->)", re.DOTALL)
+    page.write_text(pattern.sub(lambda m: m[1] + "\n".join(lines) + m[2], page.read_text()))
+    figure({k: v for k, v in results.items() if "all" in k}, DOCS / "claims.svg")
+
+
+if __name__ == "__main__":
+    main()

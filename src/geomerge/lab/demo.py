@@ -1,0 +1,111 @@
+"""The demo: two experts of the skills suite, merged in several ways, scored beside their parents, and a report."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from geomerge.errors import UsageError
+
+if TYPE_CHECKING:
+    from geomerge.evaluate import Scores
+    from geomerge.evaluate.run import Progress
+    from geomerge.lab.suite import Suite
+
+PAIR = ("reasoning", "recall")
+"""The two experts."""
+
+RECIPES: Mapping[str, str] = {
+    "linear": """\
+merge_method: linear
+models: [{{model: {a}}}, {{model: {b}}}]
+parameters: {{weight: 0.5}}
+""",
+    "slerp": """\
+merge_method: slerp
+base_model: {a}
+models: [{{model: {a}}}, {{model: {b}}}]
+parameters: {{t: 0.5}}
+""",
+    "layer_adaptive_slerp": """\
+merge_method: layer_adaptive_slerp
+base_model: {a}
+models: [{{model: {a}}}, {{model: {b}}}]
+schedule: S
+""",
+    "task_arithmetic": """\
+merge_method: task_arithmetic
+base_model: {base}
+models: [{{model: {a}}}, {{model: {b}}}]
+parameters: {{weight: 0.8}}
+""",
+    "ties": """\
+merge_method: ties
+base_model: {base}
+models: [{{model: {a}}}, {{model: {b}}}]
+parameters: {{weight: 1.0, density: 0.6}}
+""",
+}
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What the demo made.
+
+    Attributes:
+        suite: The suite.
+        merged: Method → model directory.
+        seconds: Method → seconds of its merge.
+        scores: Of the merges, their parents and the base, on all skills.
+        report: The HTML page.
+    """
+
+    suite: Suite
+    merged: Mapping[str, Path]
+    seconds: Mapping[str, float]
+    scores: Scores
+    report: Path
+
+
+def run_demo(out: Path, *, say: Callable[[str], None] = lambda text: None, progress: Progress | None = None) -> Demo:
+    """Merge, score and report.
+
+    Args:
+        out: A directory to make, or one that an earlier demo made.
+        say: Told what is being done.
+        progress: Watches the evaluation.
+
+    Raises:
+        UsageError: The directory holds something else.
+    """
+    import geomerge
+    from geomerge.evaluate import evaluate
+    from geomerge.lab.suite import load_suite
+    from geomerge.report.build import build, read_inputs, write
+
+    if out.exists() and any(out.iterdir()) and not (out / "scores.json").exists() and not (out / "linear.yml").exists():
+        raise UsageError(
+            "the directory holds something that is not a demo", where=str(out), hint="name another with --out"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    suite = load_suite("skills")
+    places = {"base": suite.base, "a": suite.experts[PAIR[0]], "b": suite.experts[PAIR[1]]}
+    merged, seconds = {}, {}
+    for method, text in RECIPES.items():
+        recipe = out / f"{method}.yml"
+        said = {name: f'"{os.path.relpath(path)}"' for name, path in places.items()}
+        recipe.write_text(text.format(**said) + "dtype: float32\n", encoding="utf-8")
+        merged[method] = out / method
+        say(f"geomerge merge {recipe} {merged[method]}")
+        seconds[method] = geomerge.merge(recipe, merged[method], force=True).seconds
+    say("scoring the merges beside their parents on all skills")
+    parents = {f"{name} expert": places[key] for name, key in zip(PAIR, "ab", strict=True)}
+    scores = evaluate(merged, "skills", parents=parents, base={"base": suite.base}, progress=progress)
+    scores.write(out / "scores.json")
+    best = max(merged, key=lambda name: sum(scores.value(name, task) or 0.0 for task in PAIR))
+    page = out / "report.html"
+    write(build(read_inputs([out / "scores.json", merged[best]]), command="geomerge demo"), page)
+    return Demo(suite, merged, seconds, scores, page)

@@ -1,0 +1,216 @@
+"""A merge's coefficients over depth: read from the manifest tensor by tensor, laid out as role × block, and drawn."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
+
+from geomerge.report.drawing import Colour, canvas, label
+from geomerge.report.runs import Run
+from geomerge.report.section import Figure
+from geomerge.report.words import number, visible
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure as Drawing
+
+_SPREAD = 0.01
+"""Coefficients that differ by less than this share of the largest are the same for a reader: SLERP's depend on angles."""
+
+_MOST_PANELS = 8
+_ANNOTATED = 14
+
+
+@dataclass(frozen=True)
+class Grid:
+    """One quantity over depth.
+
+    Attributes:
+        title: Whose it is: ``expert-a``, or a parameter's name.
+        roles: The rows.
+        columns: ``in``, the blocks, ``out``.
+        values: (role, column) → mean over the tensors there.
+        module: The part of the model that numbers its blocks so; empty when there is but one.
+    """
+
+    title: str
+    roles: tuple[str, ...]
+    columns: tuple[str, ...]
+    values: Mapping[tuple[str, str], float]
+    module: str = ""
+
+    @property
+    def spread(self) -> float:
+        """The largest value minus the smallest."""
+        return max(self.values.values()) - min(self.values.values())
+
+    @property
+    def varies(self) -> bool:
+        """Whether it varies enough to be seen."""
+        return self.spread > _SPREAD * max(map(abs, self.values.values()), default=0.0)
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """What a run combined its parents with.
+
+    Attributes:
+        quantity: ``coefficient``, or the parameter's name.
+        grids: One for each parent (and module).
+    """
+
+    quantity: str
+    grids: tuple[Grid, ...]
+
+    @property
+    def vary(self) -> bool:
+        """Whether there is anything to draw."""
+        return any(grid.varies for grid in self.grids)
+
+
+def read_coefficients(run: Run) -> list[Coefficients]:
+    """The quantities of a run: the coefficients of its tensors where it has them, else its method's numbers by parent."""
+    tensors: Mapping[str, Mapping[str, Any]] = run.manifest["tensors"]
+    numbers: dict[str, dict[str, list[float]]] = defaultdict(dict)
+    for name, entry in tensors.items():
+        if entry.get("coefficients"):
+            numbers["coefficient"][name] = [float(c) for c in entry["coefficients"]]
+        elif entry.get("method") is not None:
+            for key, value in run.manifest["methods"][entry["method"]]["parameters"].items():
+                found = value if isinstance(value, list) else [value]
+                if found and all(isinstance(v, int | float) and not isinstance(v, bool) for v in found):
+                    numbers[key][name] = [float(v) for v in found]
+    if "coefficient" in numbers:
+        numbers = defaultdict(dict, {"coefficient": numbers["coefficient"]})
+    return [Coefficients(key, tuple(_grids(run, key, rows))) for key, rows in numbers.items()]
+
+
+def _grids(run: Run, quantity: str, rows: Mapping[str, list[float]]) -> list[Grid]:
+    from geomerge import anatomy
+
+    parts = anatomy.read({**dict.fromkeys(rows, ()), **run.shapes}, run.config).parts
+    width = max(map(len, rows.values()))
+    names = _names(run, width, quantity)
+    modules = list(dict.fromkeys(parts[name].module for name in rows))
+    made = []
+    for module in modules:
+        here = {n: parts[n] for n in rows if parts[n].module == module}
+        blocks = sorted({p.block for p in here.values() if p.block is not None})
+        for i in range(width):
+            cells: dict[tuple[str, str], list[float]] = defaultdict(list)
+            for name, part in here.items():
+                if i < len(rows[name]) and math.isfinite(rows[name][i]):
+                    column = {"pre": "in", "post": "out"}.get(part.position, str(part.block))
+                    cells[part.role, column].append(rows[name][i])
+            if cells:
+                present = {column for _, column in cells}
+                columns = ["in", *map(str, blocks), "out"]
+                known = [role for role in anatomy.ROLES if any(r == role for r, _ in cells)]
+                values = {at: statistics.fmean(found) for at, found in cells.items()}
+                shown = tuple(c for c in columns if c in present)
+                made.append(Grid(names[i], tuple(known), shown, values, module if len(modules) > 1 else ""))
+    return made
+
+
+def _names(run: Run, width: int, quantity: str) -> list[str]:
+    """Whose the numbers are. Inputs stand base first, and then in the recipe's order."""
+    if width == 1:
+        return [visible(quantity)]
+    inputs = [str(i["model"]) for i in run.inputs]
+    base = _base(run)
+    if base in inputs:
+        inputs = [base, *(name for name in inputs if name != base)]
+    if len(run.manifest["stages"]) == 1:
+        if width == len(inputs):
+            return [visible(name) for name in inputs]
+        if width == len(inputs) - 1 and base in inputs:
+            return [visible(name) for name in inputs[1:]]
+    return [f"input {i + 1}" for i in range(width)]
+
+
+def _base(run: Run) -> str | None:
+    """The manifest's name of the recipe's base model."""
+    from geomerge.errors import GeomergeError
+    from geomerge.recipe import loads
+
+    try:
+        base = loads(run.recipe, "geomerge.yml").output.base_model
+    except GeomergeError:
+        return None
+    if base is None:
+        return None
+    names = {str(i["model"]) for i in run.inputs}
+    return base.path if base.path in names else PurePath(base.path).name
+
+
+def coefficients_figure(run: Run, found: Coefficients, name: str) -> Figure:
+    """The quantity over depth: a row for each role, a column for each block, a panel for each parent."""
+    grids = found.grids[:_MOST_PANELS]
+    left = len(found.grids) - len(grids)
+    more = f" {left} more are not drawn." if left else ""
+    what = "Coefficient" if found.quantity == "coefficient" else f"The parameter {visible(found.quantity)}"
+    return Figure(
+        name,
+        lambda width: _draw(grids, width),
+        alt=f"{what} of each parent in {run.name}, by role and block, from {_range(grids)}.",
+        caption=f"{what} over depth: blocks from left to right (“in” before the first, “out” after the last), one row a "
+        f"role, the mean where several tensors share a cell.{more}",
+    )
+
+
+def _range(grids: Sequence[Grid]) -> str:
+    values = [v for grid in grids for v in grid.values.values()]
+    return f"{number(min(values))} to {number(max(values))}"
+
+
+def _draw(grids: Sequence[Grid], width: float) -> Drawing:
+    wide = width > 5
+    longest = max(len(grid.columns) for grid in grids)
+    across = 2 if wide and longest <= 12 and len(grids) > 1 else 1
+    down = math.ceil(len(grids) / across)
+    row = 0.27
+    heights = [max(len(g.roles) for g in grids[i * across : (i + 1) * across]) * row + 0.58 for i in range(down)]
+    drawing = canvas(width, sum(heights) + 0.05, hspace=0.09, wspace=0.05)
+    largest = max(max(abs(v) for v in grid.values.values()) for grid in grids) or 1.0
+    axes = drawing.subplots(down, across, squeeze=False, height_ratios=heights)
+    for i, place in enumerate(axes.flat):
+        if i < len(grids):
+            _panel(place, grids[i], largest, annotate=longest <= (_ANNOTATED if wide else 9), wide=wide, across=across)
+        else:
+            place.set_axis_off()
+    return drawing
+
+
+def _panel(axes: Axes, grid: Grid, largest: float, *, annotate: bool, wide: bool, across: int) -> None:
+    from matplotlib.patches import Rectangle
+
+    for (role, column), value in grid.values.items():
+        x, y = grid.columns.index(column), grid.roles.index(role)
+        strength = abs(value) / largest
+        colour = Colour.ACCENT if value >= 0 else Colour.WARM
+        axes.add_patch(Rectangle((x - 0.46, y - 0.43), 0.92, 0.86, facecolor=Colour.RULE, alpha=0.55, linewidth=0))
+        axes.add_patch(
+            Rectangle((x - 0.46, y - 0.43), 0.92, 0.86, facecolor=colour, alpha=round(strength, 3), linewidth=0)
+        )
+        if annotate:
+            said = number(round(value, 2), 2)
+            size = 7.0 if wide and len(grid.columns) * across <= 20 else 6.0
+            ink = Colour.PAPER if strength > 0.8 else Colour.INK
+            axes.text(x, y, said, ha="center", va="center_baseline", fontsize=size, color=ink)
+    axes.set_xlim(-0.5, len(grid.columns) - 0.5)
+    axes.set_ylim(len(grid.roles) - 0.5, -0.5)
+    axes.set_yticks(range(len(grid.roles)), grid.roles)
+    step = max(1, math.ceil(len(grid.columns) / (28 // across if wide else 12)))
+    ticks = [i for i, c in enumerate(grid.columns) if not c.isdigit() or int(c) % step == 0]
+    axes.set_xticks(ticks, [grid.columns[i] for i in ticks])
+    axes.spines["bottom"].set_visible(False)
+    low, high = min(grid.values.values()), max(grid.values.values())
+    span = number(low, 2) if number(low, 2) == number(high, 2) else f"{number(low, 2)} to {number(high, 2)}"
+    module = f" · {grid.module}" if grid.module else ""
+    axes.set_title(f"{label(grid.title, 26)}{module}")
+    axes.set_title(span, loc="right", fontweight="normal", fontsize=8, color=Colour.MUTED)
