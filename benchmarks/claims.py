@@ -1,7 +1,7 @@
 """What the methods do on real experts: every registered method on the lab's suites, written to docs/claims.md.
 
     make claims                                  # all suites, three seeds; builds what is not there
-    python benchmarks/claims.py --suites mlp --seeds 0
+    python benchmarks/claims.py --suites mlp:tiny --seeds 0
 
 A method runs at its defaults and on a small grid. The grid's best is chosen on the validation split and reported on the test
 split. Methods for two models are compared with the others on pairs of experts.
@@ -228,21 +228,22 @@ def figure(results: Mapping[str, Any], path: Path) -> None:
 def suite_for(name: str, seed: int) -> Suite:
     """A built suite, building it when it is not there."""
     try:
-        return load_suite(f"{name}:tiny:{seed}")
+        return load_suite(f"{name}:{seed}")
     except geomerge.UsageError:
-        return build(name, "tiny", seed)
+        return build(*name.split(":"), seed)
 
 
 def main() -> None:
     """Measure and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suites", nargs="+", default=["mlp", "glyphs", "skills"])
+    parser.add_argument("--suites", nargs="+", default=["mlp:tiny", "mlp:hard", "glyphs:tiny", "skills:tiny"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     args = parser.parse_args()
     torch.set_num_threads(2)
     file = DOCS / "claims.json"
     results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     for name in args.suites:
+        title = name.removesuffix(":tiny").replace(":", ", ")
         whole, pairs = [], []
         for seed in args.seeds:
             begun = time.perf_counter()
@@ -252,8 +253,8 @@ def main() -> None:
             two = [[experts[i], experts[(i + 1) % len(experts)]] for i in range(0, len(experts), 2)][:2]
             pairs.append(measure(suite, two))
             print(f"{name} seed {seed}: {time.perf_counter() - begun:.0f} s", flush=True)
-        results[f"{name}: all {len(experts)} experts"] = joined(whole)
-        results[f"{name}: pairs of experts"] = joined(pairs)
+        results[f"{title}: all {len(experts)} experts"] = joined(whole)
+        results[f"{title}: pairs of experts"] = joined(pairs)
         file.write_text(json.dumps(results, indent=1) + "\n")
     write(results)
 

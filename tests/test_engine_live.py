@@ -73,3 +73,19 @@ def test_a_module_of_another_shape_is_refused(module: torch.nn.Module) -> None:
     module.register_parameter("extra", torch.nn.Parameter(torch.zeros(2)))
     with pytest.raises(gm.IncompatibleModels, match="lacks extra"):
         LiveMerge({"a": "a", "b": "b"}, module).blend(recipe())
+
+
+def test_names_in_memory_may_differ_from_names_on_disk() -> None:
+    """transformers keeps a ViT's tensors under other names than its files do: every parameter is the merge's all the same."""
+    from safetensors.torch import load_file
+
+    from geomerge.lab.suite import load_suite
+
+    suite = load_suite("glyphs")
+    paths = {"a": suite.experts["greek"], "b": suite.experts["math"]}
+    module = suite.load(suite.base)
+    text = gm.load_recipe("merge_method: linear\nmodels: [{model: a}, {model: b}]\nparameters: {weight: 0.5}\n")
+    LiveMerge(paths, module).blend(text)
+    a, b = (load_file(path / "model.safetensors") for path in paths.values())
+    expected = sorted(float(((a[n].double() + b[n].double()) / 2).bfloat16().double().sum()) for n in a)
+    assert sorted(float(p.double().sum()) for p in module.parameters()) == pytest.approx(expected, abs=1e-9)

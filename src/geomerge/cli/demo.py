@@ -22,7 +22,7 @@ def demo(
     """
     from geomerge.cli.console import clean, duration, facts, heading, show, table
     from geomerge.cli.evaluate_page import watch
-    from geomerge.lab.demo import PAIR, run_demo
+    from geomerge.lab.demo import run_demo
 
     def say(text: str) -> None:
         if not quiet:
@@ -31,31 +31,15 @@ def demo(
     with watch(quiet=quiet) as progress:
         made = run_demo(out, say=say, progress=progress)
     tasks = [t.name for t in made.scores.tasks]
-    wanted = [t for t in tasks if t.split("/")[-1] in PAIR]
-    others = [t for t in tasks if t not in wanted]
     rows = []
     for model in made.scores.models:
-        values = {t: made.scores.value(model.name, t) or 0.0 for t in tasks}
-        both = sum(values[t] for t in wanted) / len(wanted)
-        rest = sum(values[t] for t in others) / max(len(others), 1)
+        values = [made.scores.value(model.name, task) for task in tasks]
         seconds = made.seconds.get(model.name)
-        rows.append(
-            (
-                clean(model.name),
-                *(f"{values[t]:.1%}" for t in wanted),
-                f"{both:.1%}",
-                f"{rest:.1%}",
-                "" if seconds is None else duration(seconds),
-            )
-        )
-    names = [t.split("/")[-1] for t in wanted]
+        merged_in = "" if seconds is None else duration(seconds)
+        rows.append((clean(model.name), *(f"{v:.1%}" for v in values), f"{sum(values) / len(values):.1%}", merged_in))
     show(
         heading("two experts, merged without any training: accuracy on test questions that no model has seen"),
-        table(
-            ("model", *names, "both", "other skills", "merged in"),
-            rows,
-            right=(*names, "both", "other skills", "merged in"),
-        ),
+        table(("model", *tasks, "both", "merged in"), rows, right=(*tasks, "both", "merged in")),
         facts(
             [
                 ("report", clean(made.report)),

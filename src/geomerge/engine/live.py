@@ -12,7 +12,7 @@ it is measured once, too; a candidate then costs one blending pass.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -87,12 +87,13 @@ class ModuleSink:
     def __init__(self, module: torch.nn.Module, plan: Plan) -> None:
         state = module.state_dict(keep_vars=True)
         prefix = str(getattr(module, "base_model_prefix", "")) + "."
+        renamed = _renaming(module)
         self._flat: dict[str, Tensor] = {}
         touched: set[int] = set()
         for node in plan.output_nodes():
-            name = next(
-                (n for n in (node.name, prefix + node.name, node.name.removeprefix(prefix)) if n in state), None
-            )
+            known = dict.fromkeys((node.name, renamed(node.name)))
+            names = (n for each in known for n in (each, prefix + each, each.removeprefix(prefix)))
+            name = next((n for n in names if n in state), None)
             if name is None or tuple(state[name].shape) != node.shape:
                 if not _needed(node):
                     continue
@@ -117,6 +118,20 @@ class ModuleSink:
         flat = self._flat.get(node.name)
         if flat is not None:
             flat[start : start + values.numel()].copy_(values.detach().reshape(-1))
+
+
+def _renaming(module: torch.nn.Module) -> Callable[[str], str]:
+    """From a tensor's name on disk to its name in memory: transformers 5 keeps some architectures under other names."""
+    try:
+        from transformers import PreTrainedModel
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, rename_source_key
+    except ImportError:  # an earlier version, which has no such table
+        return lambda name: name
+    if not isinstance(module, PreTrainedModel):
+        return lambda name: name
+    table = [each for each in get_model_conversion_mapping(module) if isinstance(each, WeightRenaming)]
+    return lambda name: str(rename_source_key(name, table, [])[0])
 
 
 def _needed(node: Node) -> bool:

@@ -348,14 +348,12 @@ def failures(scores: Scores, tasks: tuple[str, ...], requirement: Requirement) -
                 f"the expert of {task!r} is {100 * gain:.1f} points better than the base on its task; "
                 f"{100 * requirement.gain:g} are required"
             )
-    own, average, base = experts_mean(scores, tasks), mean(scores[AVERAGE]), mean(scores["base"])
+    own, average = experts_mean(scores, tasks), mean(scores[AVERAGE])
     if own - average < requirement.gap - tiny:
         found.append(
             f"the plain average ({100 * average:.1f}) is {100 * (own - average):.1f} points below the experts "
             f"({100 * own:.1f}); {100 * requirement.gap:g} are required"
         )
-    if average <= base:
-        found.append(f"the plain average ({100 * average:.1f}) is not better than the base ({100 * base:.1f})")
     return found
 
 

@@ -46,7 +46,7 @@ parameters: {{weight: 0.8}}
 merge_method: ties
 base_model: {base}
 models: [{{model: {a}}}, {{model: {b}}}]
-parameters: {{weight: 1.0, density: 0.6}}
+parameters: {{weight: 0.8, density: 0.8, normalize: false}}
 """,
 }
 
@@ -59,7 +59,7 @@ class Demo:
         suite: The suite.
         merged: Method → model directory.
         seconds: Method → seconds of its merge.
-        scores: Of the merges, their parents and the base, on all skills.
+        scores: Of the merges, their parents and the base, on both skills.
         report: The HTML page.
     """
 
@@ -101,11 +101,12 @@ def run_demo(out: Path, *, say: Callable[[str], None] = lambda text: None, progr
         merged[method] = out / method
         say(f"geomerge merge {recipe} {merged[method]}")
         seconds[method] = geomerge.merge(recipe, merged[method], force=True).seconds
-    say("scoring the merges beside their parents on all skills")
+    say("scoring the merges beside their parents")
     parents = {f"{name} expert": places[key] for name, key in zip(PAIR, "ab", strict=True)}
-    scores = evaluate(merged, "skills", parents=parents, base={"base": suite.base}, progress=progress)
+    tasks = [f"skills/{name}" for name in PAIR]
+    scores = evaluate(merged, tasks, parents=parents, base={"base": suite.base}, progress=progress)
     scores.write(out / "scores.json")
-    best = max(merged, key=lambda name: sum(scores.value(name, task) or 0.0 for task in PAIR))
+    best = max(merged, key=lambda name: sum(scores.value(name, task.name) for task in scores.tasks))
     page = out / "report.html"
     write(build(read_inputs([out / "scores.json", merged[best]]), command="geomerge demo"), page)
     return Demo(suite, merged, seconds, scores, page)

@@ -29,12 +29,13 @@ def write_report(found: Found, out: Path) -> None:
     check_place(out, None)
     best, preset = found.trials[found.best], found.trials[found.best_preset]
     value, low, high = found.difference
-    headline = (
-        f"{_called(found.best, best.name)} scores {best.value:.4f} on the search half; "
-        f"the best preset, {preset.name}, {preset.value:.4f}. "
-        f"On samples that the search has not seen the difference is {value:+.4f} (95 % interval {low:+.4f} to {high:+.4f})."
+    clear = "better than" if low > 0 else "worse than" if high < 0 else "not clearly better than"
+    headline = f"The best of {len(found.trials)} candidates is {clear} the best preset on samples that the search has not seen."
+    lead = (
+        f"Held out: {value:+.4f} against the preset {preset.name}, 95 % interval {low:+.4f} to {high:+.4f}, paired by sample.",
+        f"On the search half {_called(found.best, best.name).lower()} scores {best.value:.4f}, the preset {preset.value:.4f}.",
     )
-    page = render("Search of a merge's coefficients", sections(found), headline=headline)
+    page = render("Search of a merge's coefficients", sections(found), headline=headline, lead=lead)
     replace_file(out, page.encode("utf-8"))
 
 
