@@ -2,6 +2,7 @@
 
     make claims                                  # all suites, three seeds; builds what is not there
     python benchmarks/claims.py --suites mlp:tiny --seeds 0
+    python benchmarks/claims.py --methods tsvm iso_c      # only these; the other rows stay as they were measured
 
 A method runs at its defaults and on a small grid. The grid's best is chosen on the validation split and reported on the test
 split. Methods for two models are compared with the others on pairs of experts.
@@ -14,7 +15,7 @@ import itertools
 import json
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,11 +140,13 @@ def methods(experts: int) -> Iterator[str]:
             yield name
 
 
-def measure(suite: Suite, groups: list[list[str]]) -> dict[str, dict[str, list[float]]]:
+def measure(suite: Suite, groups: list[list[str]], only: Sequence[str]) -> dict[str, dict[str, list[float]]]:
     """Method → default, tuned, validation: their means over groups of experts."""
     bench = Bench(suite)
     found: dict[str, dict[str, list[float]]] = {}
     for name in methods(len(groups[0])):
+        if only and name not in only:
+            continue
         rows: dict[str, list[float]] = {"default": [], "tuned": [], "normalised": []}
         chosen = []
         for group in groups:
@@ -238,6 +241,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suites", nargs="+", default=["mlp:tiny", "mlp:hard", "glyphs:tiny", "skills:tiny"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", default=[])
     args = parser.parse_args()
     torch.set_num_threads(2)
     file = DOCS / "claims.json"
@@ -249,12 +253,12 @@ def main() -> None:
             begun = time.perf_counter()
             suite = suite_for(name, seed)
             experts = list(suite.experts)
-            whole.append(measure(suite, [experts]))
+            whole.append(measure(suite, [experts], args.methods))
             two = [[experts[i], experts[(i + 1) % len(experts)]] for i in range(0, len(experts), 2)][:2]
-            pairs.append(measure(suite, two))
+            pairs.append(measure(suite, two, args.methods))
             print(f"{name} seed {seed}: {time.perf_counter() - begun:.0f} s", flush=True)
-        results[f"{title}: all {len(experts)} experts"] = joined(whole)
-        results[f"{title}: pairs of experts"] = joined(pairs)
+        for key, parts in ((f"{title}: all {len(experts)} experts", whole), (f"{title}: pairs of experts", pairs)):
+            results[key] = (results.get(key, {}) if args.methods else {}) | joined(parts)
         file.write_text(json.dumps(results, indent=1) + "\n")
     write(results)
 

@@ -137,7 +137,7 @@ def test_interrupted_before_anything_was_written(run: Program, tmp_path: Path, m
     def interrupted(*args: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("geomerge.engine.planner.make_plan", interrupted)
+    monkeypatch.setattr("geomerge.diagnose.guarded.make_plan", interrupted)
     write_models(tmp_path)
     assert run("merge", write_recipe(tmp_path), tmp_path / "out") == (130, "", "interrupted: nothing was written\n")
 

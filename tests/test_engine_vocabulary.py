@@ -322,3 +322,33 @@ def test_a_stage_with_a_vocabulary_of_its_own(
     assert names == {p.name for p in twice.iterdir()}
     for name in names - {"README.md", "geomerge.json", "geomerge.yml"}:
         assert (once / name).read_bytes() == (twice / name).read_bytes(), name
+
+
+def test_intersection_writes_a_tokenizer_that_loads(parents: dict[str, Parent], tmp_path: Path) -> None:
+    """`tokens: intersection`: tokens that one model lacks are gone from the output's tokenizer; texts still encode."""
+    text = recipe(tmp_path, "base a", "tokens: intersection\n", base="a", method="task_arithmetic")
+    gm.merge(text, tmp_path / "out")
+    made = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    ids = made.get_vocab(with_added_tokens=True)
+    assert set(ids) == set(parents["a"].ids) & set(parents["base"].ids)
+    assert all(ids[token] == parents["a"].ids[token] for token in ids)
+    assert made.decode(made.encode(samples.ENGLISH[0]).ids) == samples.ENGLISH[0]
+
+
+@pytest.mark.parametrize("policy", ["union", "base"])
+def test_tokens_is_tokenizer_source(parents: dict[str, Parent], tmp_path: Path, policy: str) -> None:
+    """The same bytes as mergekit's key, and the mapping form pads."""
+    made = [
+        gm.merge_state_dicts(recipe(tmp_path, "base b", f"{key}: {policy}\n", base="base", method="task_arithmetic"))
+        for key in ("tokens", "tokenizer_source")
+    ]
+    assert tiny.same(*made)
+    padded = recipe(
+        tmp_path, "base b", f"tokens: {{policy: {policy}, pad_to: 64}}\n", base="base", method="task_arithmetic"
+    )
+    assert gm.merge_state_dicts(padded)[EMBED].shape[0] % 64 == 0
+
+
+def test_tokens_excludes_mergekits_keys(parents: dict[str, Parent], tmp_path: Path) -> None:
+    with pytest.raises(gm.RecipeError, match="excludes"):
+        gm.load_recipe(recipe(tmp_path, "base b", "tokens: union\ntokenizer_source: union\n", base="base"))

@@ -354,3 +354,28 @@ def test_plans_cannot_be_changed() -> None:
     plan = build(spec("union"), inputs(words("a"), words("b")), None)
     with pytest.raises(ValueError, match="read-only"):
         plan.row_maps[0, 0] = 5
+
+
+def test_intersection_keeps_what_all_have() -> None:
+    """The source's tokens less those that another lacks; kept ids stay, and every kept row is each model's own."""
+    models = inputs(words("a b c d"), words("d x a c"))
+    plan = build(spec("intersection"), models, 0)
+    assert [n for n in plan.names if n is not None] == ["a", "c", "d"]
+    for k, model in enumerate((("a", "b", "c", "d"), ("d", "x", "a", "c"))):
+        rows = plan.rows_for(k)
+        for row, name in enumerate(plan.names):
+            if name is not None:
+                assert (rows.source[row], rows.row[row]) == (k, model.index(name))
+    assert any("not every model has" in note for note in plan.notes)
+
+
+def test_intersection_of_equals_is_the_identity() -> None:
+    models = inputs(words("a b c"), words("a b c"))
+    plan = build(spec("intersection"), models, 0)
+    assert plan.names == ("a", "b", "c")
+    assert plan.rows_for(1).row.tolist() == [0, 1, 2]
+
+
+def test_disjoint_vocabularies_have_no_intersection() -> None:
+    with pytest.raises(IncompatibleModels, match="no token in common"):
+        build(spec("intersection"), inputs(words("a b"), words("x y")), 0)

@@ -89,7 +89,7 @@ def load(directory: Path) -> Vocabulary:
 
 def spec(source: str, *rules: TokenRule, pad: int | None = None) -> TokenizerSpec:
     """A policy; any source but "union" and "base" is a model."""
-    return TokenizerSpec(source if source in ("union", "base") else ModelRef(source), rules, pad)
+    return TokenizerSpec(source if source in ("union", "base", "intersection") else ModelRef(source), rules, pad)
 
 
 def rule(token: str, kind: str, model: str | None = None, **more: Any) -> TokenRule:

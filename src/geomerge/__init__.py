@@ -29,7 +29,7 @@ from geomerge.errors import (
 from geomerge.version import __version__
 
 if TYPE_CHECKING:
-    from geomerge import evaluate, methods
+    from geomerge import diagnose, evaluate, methods, search
     from geomerge.api import inspect, load_recipe, merge, merge_state_dicts, plan
 
 __all__ = [
@@ -44,6 +44,7 @@ __all__ = [
     "RunError",
     "UsageError",
     "__version__",
+    "diagnose",
     "evaluate",
     "inspect",
     "load_recipe",
@@ -51,13 +52,15 @@ __all__ = [
     "merge_state_dicts",
     "methods",
     "plan",
+    "search",
 ]
 
+_PACKAGES = ("diagnose", "evaluate", "methods", "search")
 _FROM_API = ("inspect", "load_recipe", "merge", "merge_state_dicts", "plan")
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("evaluate", "methods"):
+    if name in _PACKAGES:
         return importlib.import_module(f"geomerge.{name}")
     if name in _FROM_API:
         return getattr(importlib.import_module("geomerge.api"), name)

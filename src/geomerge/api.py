@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from geomerge import anatomy
 from geomerge.checkpoint import from_state_dict, open_checkpoint
+from geomerge.diagnose.guarded import guarded_plan
 from geomerge.engine.plan import Plan
-from geomerge.engine.planner import make_plan
 from geomerge.engine.run import Progress, Report, run_in_memory, run_plan
 from geomerge.recipe import Pipeline, load, loads
 
@@ -58,7 +58,7 @@ def plan(
         RecipeError: The recipe is wrong; the line is named.
         ModelError: A model cannot be used, or the models do not fit.
     """
-    made, opened = make_plan(load_recipe(recipe, compat=compat), models=_in_memory(models), allow_pickle=allow_pickle)
+    made, opened = _planned(recipe, compat, models, allow_pickle=allow_pickle)
     for checkpoint in opened:
         checkpoint.close()
     return made
@@ -91,9 +91,7 @@ def merge(
     """
     opened: list[Checkpoint] | None = None
     if not isinstance(recipe, Plan):
-        recipe, opened = make_plan(
-            load_recipe(recipe, compat=compat), models=_in_memory(models), allow_pickle=allow_pickle
-        )
+        recipe, opened = _planned(recipe, compat, models, allow_pickle=allow_pickle)
     return run_plan(
         recipe,
         out,
@@ -121,7 +119,7 @@ def merge_state_dicts(
         models: State dicts by the name that the recipe uses; other names are paths or hub ids.
         threads: By default one for each core that the process may use.
     """
-    made, opened = make_plan(load_recipe(recipe, compat=compat), models=_in_memory(models))
+    made, opened = _planned(recipe, compat, models)
     return run_in_memory(made, opened, threads=threads)
 
 
@@ -135,6 +133,16 @@ def inspect(model: str | Path, revision: str | None = None) -> dict[str, Any]:
         found = anatomy.read(checkpoint.shapes, checkpoint.config)
         dtypes = {name: info.dtype for name, info in checkpoint.tensors.items()}
         return anatomy.summary(found, checkpoint.shapes, dtypes)
+
+
+def _planned(
+    recipe: RecipeLike,
+    compat: str | None,
+    models: Mapping[str, Mapping[str, Tensor]] | None,
+    *,
+    allow_pickle: bool = False,
+) -> tuple[Plan, list[Checkpoint]]:
+    return guarded_plan(load_recipe(recipe, compat=compat), models=_in_memory(models), allow_pickle=allow_pickle)
 
 
 def _in_memory(models: Mapping[str, Mapping[str, Tensor]] | None) -> dict[str, Checkpoint]:

@@ -175,12 +175,12 @@ class TestRequirement:
             (0.5, 0.69, 0.6, 2),
             (0.5, 0.9, 0.86, 1),
             (0.5, 0.9, 0.95, 1),
-            (0.5, 0.9, 0.5, 1),
-            (0.5, 0.6, 0.4, 3),
+            (0.5, 0.9, 0.5, 0),
+            (0.5, 0.6, 0.4, 2),
         ],
     )
     def test_literal(self, base: float, own: float, average: float, wrong: int) -> None:
-        """20 points of gain for each expert, 5 from the average to the experts, and an average above the base."""
+        """20 points of gain for each expert, and 5 from the average to the experts."""
         assert len(failures(self.table(base, own, average), ("x", "y"), Requirement())) == wrong
 
     def test_fails_when_it_should(self, lazy: None) -> None:

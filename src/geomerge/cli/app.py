@@ -21,6 +21,7 @@ from typer.main import get_command
 
 from geomerge.cli.console import Stopped, complain, show_warnings
 from geomerge.cli.demo import demo
+from geomerge.cli.diagnose import diagnose
 from geomerge.cli.evaluate import evaluate
 from geomerge.cli.inspect import inspect
 from geomerge.cli.lab import lab_app
@@ -78,7 +79,7 @@ def geomerge(
     show_warnings()
 
 
-for verb in (merge, plan, evaluate, report, search, inspect, methods, schema, demo):
+for verb in (merge, plan, diagnose, evaluate, report, search, inspect, methods, schema, demo):
     app.command()(verb)
 app.add_typer(lab_app, name="lab")
 

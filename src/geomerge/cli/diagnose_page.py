@@ -41,14 +41,17 @@ def show_diagnosis(found: Diagnosis) -> None:
 
 
 def _header(found: Diagnosis) -> list[tuple[str, str]]:
+    from geomerge.diagnose.decision import said_parameters
+
     rows = [(clean(name), clean(model)) for name, model in zip(found.names, found.models, strict=True)]
     if found.base is not None:
         rows.append(("base", clean(found.base)))
-    size = found.parameters
-    said = (
-        f"{size / 1e9:.3g} billion" if size >= 10**9 else f"{size / 1e6:.3g} million" if size >= 10**6 else f"{size:,}"
+    rows.append(
+        (
+            "family",
+            f"{clean(found.family)}, {said_parameters(found.parameters)}, size class {found.decision.size_class}",
+        )
     )
-    rows.append(("family", f"{clean(found.family)}, {said} parameters, size class {found.decision.size_class}"))
     return rows
 
 
@@ -167,7 +170,9 @@ def _tokens(pair: Pair) -> list[tuple[str, str]]:
         rows.append(("special tokens", f"{100 * t.specials:.4g} % agree"))
     rows.append(("chat template", t.chat))
     if pair.likeness is not None:
-        rows.append(("embeddings", f"likeness {pair.likeness:.3f} (which no rotation changes)"))
+        rows.append(
+            ("likeness", f"{pair.likeness:.3f} in any basis: of the rows of matrices, which no rotation changes")
+        )
     if pair.cka is not None:
         c = pair.cka
         ends = f"{min(c.values):.3f} to {max(c.values):.3f}"

@@ -69,14 +69,14 @@ def planned(
     Raises:
         GeomergeError: The recipe, the plan or a model cannot be used.
     """
+    from geomerge.diagnose.guarded import guarded_plan
     from geomerge.engine.plan import Plan
-    from geomerge.engine.planner import make_plan
     from geomerge.engine.run import open_inputs
     from geomerge.errors import UsageError
     from geomerge.recipe import load
 
     if not _is_saved(Path(recipe)):
-        return make_plan(load(recipe, compat=compat), allow_pickle=allow_pickle)
+        return guarded_plan(load(recipe, compat=compat), allow_pickle=allow_pickle)
     made = Plan.load(recipe)
     if compat not in (None, made.stages[-1].compat):
         raise UsageError(

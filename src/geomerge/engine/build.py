@@ -17,6 +17,7 @@ from geomerge.checkpoint.scaled import SCALE
 from geomerge.engine import rounding
 from geomerge.engine.plan import Node, Operand, Plan
 from geomerge.engine.sources import FileSource, HeldSource, RowSource, ScaledSource, StageSource
+from geomerge.engine.transforms import Transforms
 from geomerge.methods import gram
 from geomerge.methods.base import Span
 from geomerge.methods.gram import Gram
@@ -51,6 +52,8 @@ class Builder:
         self._grams = grams
         self.plan, self.inputs = plan, inputs
         self.tile, self.device, self.read_ahead = tile, torch.device(device), read_ahead
+        self.transforms = Transforms(inputs, plan.transforms, plan.rotations)
+        self.transforms.settle()
         self._groups: dict[tuple[int, str], list[Node]] = {}
         self._measured: dict[tuple[int, str], Gram] = {}
         self._measuring = threading.Lock()
@@ -89,7 +92,7 @@ class Builder:
     def _kept_gram(self, node: Node, run: Run) -> Gram | None:
         """The Gram matrix of a node whose operands are the inputs' own tensors, measured at most once."""
         assert self._grams is not None
-        if any(o.node >= 0 or o.rows >= 0 for o in node.operands):
+        if any(o.node >= 0 or o.rows >= 0 or o.transform >= 0 for o in node.operands):
             return None
         key = tuple((self.plan.inputs[o.input].ref, o.tensor) for o in node.operands)
         if key not in self._grams:
@@ -148,6 +151,8 @@ class Builder:
 
     def source(self, operand: Operand, node: Node) -> Source:
         """An operand as a source of elements."""
+        if operand.transform >= 0:
+            return self.transforms.source(operand)
         if operand.rows >= 0:
             rows = self.plan.rows[operand.rows]
             columns = node.numel // max(node.shape[0], 1)

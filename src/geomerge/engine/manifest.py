@@ -46,6 +46,11 @@ def manifest(plan: Plan, facts: Mapping[int, Mapping[str, Any]]) -> dict[str, An
             entry["rounding_loss"] = round(share, 6)
         tensors[node.name] = entry
     total = total_loss(facts)
+    asked: dict[str, Any] = {}
+    if plan.alignment:
+        asked["alignment"] = [dict(a) for a in plan.alignment]
+    if plan.guardrails:
+        asked["guardrails"] = dict(plan.guardrails)
     return {
         "geomerge": __version__,
         "versions": versions(),
@@ -65,6 +70,7 @@ def manifest(plan: Plan, facts: Mapping[int, Mapping[str, Any]]) -> dict[str, An
         ],
         "rounding_loss": None if total.share is None else round(total.share, 6),
         "notes": list(plan.notes),
+        **asked,
         "methods": methods,
         "tensors": tensors,
         "left_out": dict(plan.left_out),

@@ -34,6 +34,7 @@ def describe_output(
     dtype: str | None,
     block_maps: Mapping[str, list[int]],
     untied: bool,
+    aligned: bool = False,
 ) -> Description:
     """Everything of the output directory but the weights.
 
@@ -48,6 +49,7 @@ def describe_output(
         dtype: The output's dtype by safetensors name, `None` when its tensors differ.
         block_maps: Module → source block of each output block, where the recipe has slices.
         untied: The output stores apart what some parents tie.
+        aligned: It does so because they were aligned, which has a note of its own.
     """
     config = None
     if donor.config is not None:
@@ -60,7 +62,7 @@ def describe_output(
             tie=False if untied else None,
         )
     notes = list(vocabularies.notes)
-    if untied:
+    if untied and not aligned:
         notes.append("some parents tie their head to the embedding and others do not: the output stores both")
     copies, texts = _side_files(donor, without_tokenizer=vocabularies.plan is not None), dict[str, str]()
     template = chat.resolve(

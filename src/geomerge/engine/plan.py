@@ -20,10 +20,10 @@ from geomerge.checkpoint.dtypes import DTYPES
 from geomerge.errors import UsageError
 from geomerge.methods import registry
 from geomerge.methods.base import Method
-from geomerge.tokens.rows import RowPlan
+from geomerge.tokens.rows import IntArray, RowPlan
 from geomerge.version import __version__
 
-FORMAT = 2
+FORMAT = 3
 """The version of the saved form. A plan of another version is refused, not guessed at."""
 
 SCALES = "scales of codes"
@@ -41,12 +41,14 @@ class Operand(NamedTuple):
         tensor: The name in that input.
         node: Index in `Plan.nodes` for a tensor of an earlier stage, else -1.
         rows: Index in `Plan.rows` when the rows are put in another vocabulary's order, else -1.
+        transform: Index in `Plan.transforms` when the tensor is folded or rotated while it is read, else -1.
     """
 
     input: int
     tensor: str
     node: int = -1
     rows: int = -1
+    transform: int = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +137,9 @@ class Plan:
         texts: Files to write: name → content.
         recipe: The recipe's text.
         notes: What the user should know.
+        transforms, rotations: How operands are folded and rotated while they are read, and what the rotations are found from.
+        alignment: What was found when models were aligned, for the manifest.
+        guardrails: What the guardrails found and did, for the manifest; empty where they were not asked.
     """
 
     inputs: tuple[InputModel, ...]
@@ -148,6 +153,10 @@ class Plan:
     texts: Mapping[str, str]
     recipe: str
     notes: tuple[str, ...] = ()
+    transforms: tuple[Transform, ...] = ()
+    rotations: tuple[Rotation, ...] = ()
+    alignment: tuple[Mapping[str, Any], ...] = ()
+    guardrails: Mapping[str, Any] = field(default_factory=dict)
     _hash: list[str] = field(default_factory=list, compare=False, repr=False)
 
     def output_nodes(self) -> Iterable[Node]:
@@ -219,6 +228,10 @@ class Plan:
             "texts": dict(self.texts),
             "recipe": self.recipe,
             "notes": list(self.notes),
+            "transforms": [list(t) for t in self.transforms],
+            "rotations": [r.to_dict() for r in self.rotations],
+            "alignment": [dict(a) for a in self.alignment],
+            "guardrails": dict(self.guardrails),
         }
 
     @classmethod
@@ -265,6 +278,10 @@ class Plan:
                 texts=data["texts"],
                 recipe=data["recipe"],
                 notes=tuple(data["notes"]),
+                transforms=tuple(Transform(*t) for t in data["transforms"]),
+                rotations=tuple(Rotation.from_dict(r) for r in data["rotations"]),
+                alignment=tuple(data["alignment"]),
+                guardrails=dict(data["guardrails"]),
             )
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise UsageError(f"the plan is damaged: {error}", hint="make it again with `geomerge plan`") from error
@@ -312,6 +329,80 @@ class Rows:
     def from_dict(cls, data: Mapping[str, Any]) -> Rows:
         arrays = [np.array(data[key], dtype=np.int64) for key in ("source", "row", "owners")]
         return cls(tuple(None if m is None else Operand(*m) for m in data["matrices"]), RowPlan(data["model"], *arrays))
+
+
+class Transform(NamedTuple):
+    """What happens to a tensor of an input while it is read.
+
+    Attributes:
+        rotation: Index in `Plan.rotations`, or -1.
+        writes: The tensor writes into the rotated stream (Qᵀ·W); else it reads from it (W·Q).
+        gain: The norm gain of the same input that is folded in; empty: none.
+        offset: What the norm adds to its stored gain.
+        constant: What every element is instead: a gain that was folded away.
+        height: Rows in a block; 0: as suits the tensor.
+    """
+
+    rotation: int = -1
+    writes: bool = False
+    gain: str = ""
+    offset: float = 0.0
+    constant: float | None = None
+    height: int = 0
+
+
+class Anchor(NamedTuple):
+    """Two tensors whose vectors in the hidden space correspond: along rows, or along columns of matrices that write."""
+
+    moving: Operand
+    fixed: Operand
+    columns: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rotation:
+    """What a rotation is found from; the matrix itself (d×d) is found again where it is needed, with the same bits.
+
+    Attributes:
+        anchors: Pairs of tensors, the token embeddings first.
+        moving, fixed: The rows of shared tokens in the first anchor's two tensors.
+        centre, normalise, weight: See `AlignSpec`.
+        held: The matrix, once it is known.
+    """
+
+    anchors: tuple[Anchor, ...]
+    moving: IntArray
+    fixed: IntArray
+    centre: bool = False
+    normalise: bool = False
+    weight: str = "none"
+    held: list[Any] = field(default_factory=list, compare=False, repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "anchors": [[list(a.moving), list(a.fixed), a.columns] for a in self.anchors],
+            "moving": _runs(self.moving),
+            "fixed": _runs(self.fixed),
+            "options": [self.centre, self.normalise, self.weight],
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Rotation:
+        anchors = tuple(Anchor(Operand(*m), Operand(*f), c) for m, f, c in data["anchors"])
+        return cls(anchors, _from_runs(data["moving"]), _from_runs(data["fixed"]), *data["options"])
+
+
+def _runs(rows: IntArray) -> list[list[int]]:
+    """Numbers as ``[first, count]`` of runs that rise by 1: the shared tokens of two like vocabularies are few runs."""
+    if not len(rows):
+        return []
+    starts = np.concatenate(([0], np.flatnonzero(np.diff(rows) != 1) + 1))
+    counts = np.diff(np.append(starts, len(rows)))
+    return [[int(rows[s]), int(c)] for s, c in zip(starts, counts, strict=True)]
+
+
+def _from_runs(runs: Iterable[Iterable[int]]) -> IntArray:
+    return np.concatenate([np.zeros(0, np.int64), *(np.arange(f, f + c, dtype=np.int64) for f, c in runs)])
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:

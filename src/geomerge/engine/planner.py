@@ -19,10 +19,11 @@ from geomerge.anatomy import Part
 from geomerge.checkpoint.checkpoint import Checkpoint
 from geomerge.checkpoint.collector import collector_paused
 from geomerge.checkpoint.dtypes import DTYPES, parse_dtype
+from geomerge.engine.alignment import FOLDED, Alignment
 from geomerge.engine.lineup import Entrant, Lineup
 from geomerge.engine.models import Kind, Model, Models
 from geomerge.engine.output import describe_output, licence_of
-from geomerge.engine.plan import BUFFER, SCALES, InputModel, Node, Operand, Plan, Rows, Stage
+from geomerge.engine.plan import BUFFER, SCALES, InputModel, Node, Operand, Plan, Rotation, Rows, Stage, Transform
 from geomerge.engine.schedule import Schedule
 from geomerge.engine.vocabularies import Vocabularies
 from geomerge.errors import IncompatibleModels, RecipeError
@@ -67,6 +68,9 @@ class _Planner:
         self.pipeline, self.models, self._scratch = pipeline, models, scratch
         self.nodes: list[Node] = []
         self.rows: list[Rows] = []
+        self.transforms: list[Transform] = []
+        self.rotations: list[Rotation] = []
+        self.alignment: list[dict[str, Any]] = []
         self.left_out: dict[str, str] = {}
         self.notes: list[str] = list(pipeline.notes)
         self.laid_out: dict[Path, Path | str] = {}
@@ -96,6 +100,9 @@ class _Planner:
             texts=texts,
             recipe=self.pipeline.output.text,
             notes=self._portable_notes(),
+            transforms=tuple(self.transforms),
+            rotations=tuple(self.rotations),
+            alignment=tuple(self.alignment),
         )
 
     def _portable_notes(self) -> tuple[str, ...]:
@@ -159,6 +166,19 @@ class _Recipe:
                 where=str(recipe.at("requantize")),
             )
         self.vocabularies = Vocabularies(recipe, self.members, base, planner.rows)
+        self.alignment = Alignment(
+            recipe,
+            self.members,
+            self.donor,
+            planner.models,
+            self.vocabularies,
+            planner.transforms,
+            planner.rotations,
+        )
+        self.vocabularies.operand = self.alignment.operand
+        self.untied |= self.alignment.untied
+        planner.notes += self.alignment.notes
+        planner.alignment += self.alignment.facts
         self.steps = [
             (s.name, {k: Lookup(k, (s.parameters,), self.used) for k in s.parameters}, s.where) for s in recipe.steps
         ]
@@ -276,6 +296,8 @@ class _Recipe:
                 owner = next((m for m in self.members if alias in m.tensors), None)
                 if owner is not None:
                     parts.append(owner.anatomy.parts[alias])
+                elif alias in self.alignment.untied:
+                    parts.append(self.alignment.head(alias))
         return parts
 
     def _module_name(self, module: Module, template: Model) -> str | None:
@@ -335,7 +357,7 @@ class _Recipe:
             self.accounted[id(entrant.model)].add(stored)
             found.append((entrant.model, stored))
         kinds = [model.tensors[name] for model, name in found]
-        operands = [model.operand(name) for model, name in found]
+        operands = [self.alignment.operand(m, s, n) for (m, s), n in zip(found, names, strict=True)]
         dtype = self._dtype(part.name, kinds)
         reason = self._copied(part, kinds, found)
         if reason is not None:
@@ -352,6 +374,8 @@ class _Recipe:
             self.vocabularies.check(list(dict.fromkeys(m for m, _ in found)))
         inputs = [e.model.anatomy.parts[n] for e, (_, n) in zip(lineup.entrants, found, strict=True)]
         method = lineup.make(part, inputs[1:] if lineup.based else inputs, t)
+        if self.alignment.folds(operands[0]):
+            return Node(part.name, shape, dtype, tuple(operands[:1]), _passthrough(), rule=FOLDED, stage=self.stage)
         return Node(
             part.name,
             shape,
@@ -472,12 +496,14 @@ class _Recipe:
         kind = model.tensors[stored]
         converts = DTYPES[kind.dtype].kind == "float" and self.dtype not in (None, kind.dtype)
         dtype = self.dtype if converts and self.dtype else kind.dtype
-        operand = model.operand(stored)
+        operand = self.alignment.operand(model, stored, name)
         method = _passthrough() if converts or self._computed(operand) else None
         return Node(name, kind.shape, dtype, (operand,), method, rule=rule, stage=self.stage)
 
     def _computed(self, operand: Operand) -> bool:
         """Whether the tensor is computed, by an earlier stage or from codes, so that there are no bytes to copy."""
+        if operand.transform >= 0:
+            return True
         if operand.input >= 0:
             return operand.tensor in (self.planner.models.inputs[operand.input].scaled or {})
         return operand.node >= 0 and self.planner.nodes[operand.node].method is not None
@@ -602,6 +628,7 @@ class _Recipe:
             dtype=self.dtype or (floats[0] if len(floats) == 1 else None),
             block_maps=self.block_maps,
             untied=bool(self.untied),
+            aligned=bool(self.alignment.untied),
         )
         if config is not None and any(self.planner.nodes[i].scales for i in made):
             assert self.donor.checkpoint is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from geomerge.engine.models import Model
@@ -33,6 +34,7 @@ class Vocabularies:
         self.plan: TokenPlan | None = None
         self.notes: list[str] = []
         self._rows = rows
+        self.operand: Callable[[Model, str, str], Operand] = lambda model, stored, name: model.operand(stored)
         self._made: dict[tuple[int, str], Operand] = {}
         self._checked: set[frozenset[int]] = set()
         if recipe.tokenizer is not None:
@@ -82,7 +84,7 @@ class Vocabularies:
             matrices = []
             for member in self.members:
                 stored = member.find(name)
-                matrices.append(None if stored is None else member.operand(stored))
+                matrices.append(None if stored is None else self.operand(member, stored, name))
             own = model.find(name)
             assert own is not None
             self._made[key] = model.operand(own)._replace(rows=len(self._rows))

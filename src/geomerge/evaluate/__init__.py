@@ -13,11 +13,10 @@ too, so that ``geomerge.evaluate(...)`` is the verb and ``geomerge.evaluate.Scor
 from __future__ import annotations
 
 import importlib
-import sys
-import types
 from typing import TYPE_CHECKING, Any
 
 from geomerge.evaluate.scores import Scores
+from geomerge.verbs import call_as
 
 if TYPE_CHECKING:
     from geomerge.evaluate.run import Interrupted, Progress, evaluate
@@ -63,14 +62,4 @@ def __dir__() -> list[str]:
     return __all__
 
 
-class _Callable(types.ModuleType):
-    """A module that is called like its main function."""
-
-    def __call__(self, *args: Any, **options: Any) -> Scores:
-        """See `geomerge.evaluate.run.evaluate`."""
-        from geomerge.evaluate.run import evaluate as run
-
-        return run(*args, **options)
-
-
-sys.modules[__name__].__class__ = _Callable
+call_as(__name__, "run")

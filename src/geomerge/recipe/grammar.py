@@ -75,6 +75,10 @@ RECIPE = Shape(
         Key(
             "tokenizer", "tokenizer", "The output's vocabulary with rules for single tokens; excludes tokenizer_source."
         ),
+        Key(
+            "tokens", "tokens_policy", "The output's vocabulary in geomerge's words; excludes the two keys of mergekit."
+        ),
+        Key("align", "align", "Rotate the other models' hidden basis into one model's before they are merged."),
         Key("chat_template", "template", "auto, a bundled template's name, or Jinja text."),
         Key("schedule", "schedule", "A schedule over depth: a preset's name or a mapping."),
         Key(
@@ -173,6 +177,35 @@ TOKENIZER = Shape(
         Key("source", "tokenizer_source", "union (the default), base, or a model."),
         Key("tokens", "tokens", "For single tokens: where their embedding comes from."),
         Key("pad_to_multiple_of", "positive", "Pad the vocabulary to a multiple of this number."),
+    ),
+)
+
+TOKENS = Shape(
+    "the vocabulary",
+    (
+        Key("policy", "vocabulary", "base, union, intersection, or a model.", required=True),
+        Key("pad_to", "positive", "Pad the vocabulary to a multiple of this number."),
+        Key("rules", "tokens", "For single tokens: where their embedding comes from."),
+    ),
+)
+
+ALIGN = Shape(
+    "the alignment",
+    (
+        Key(
+            "scope",
+            "choice",
+            "What is rotated: the token embedding alone (changes what the model computes), or all of the residual stream.",
+            required=True,
+            choices=("embedding", "residual"),
+        ),
+        Key(
+            "to", "model", "The model whose basis the others are rotated into; by default the base, or else the first."
+        ),
+        Key("using", "choice", "What the rotation is found from.", choices=("tokens", "weights")),
+        Key("centre", "flag", "Subtract the mean embedding before the rotation is found."),
+        Key("normalise", "flag", "Scale the embeddings to length 1 before the rotation is found."),
+        Key("weight", "choice", "How much each token counts.", choices=("none", "log_frequency")),
     ),
 )
 

@@ -20,6 +20,7 @@ from geomerge.recipe.patterns import classify
 from geomerge.recipe.pipeline import in_order
 from geomerge.recipe.references import expand_home, parse_reference
 from geomerge.recipe.values import (
+    AlignSpec,
     Entry,
     Filter,
     ModelRef,
@@ -116,6 +117,12 @@ class _Reader:
             if "tokenizer" in found:
                 raise _refuse(at, "'tokenizer_source' and 'tokenizer' exclude each other", "keep one of them")
             found["tokenizer"] = TokenizerSpec(source, where=at)
+        policy = found.pop("tokens", None)
+        if policy is not None:
+            if "tokenizer" in found:
+                at = self.document.entries["tokens"][0]
+                raise _refuse(at, "'tokens' excludes 'tokenizer' and 'tokenizer_source'", "keep one of them")
+            found["tokenizer"] = policy
         found["compat"] = self.compat
         return Recipe(
             name=found.pop("name", None),
@@ -344,6 +351,23 @@ class _Reader:
         return TokenizerSpec(
             found.get("source", "union"), found.get("tokens", ()), found.get("pad_to_multiple_of"), node.where
         )
+
+    def read_tokens_policy(self, node: Node, _: Key) -> TokenizerSpec:
+        if isinstance(node, Text):
+            return TokenizerSpec(self.read_vocabulary(node, _), where=node.where)
+        found = self._table(node, grammar.TOKENS)
+        return TokenizerSpec(found["policy"], found.get("rules", ()), found.get("pad_to"), node.where)
+
+    def read_vocabulary(self, node: Node, key: Key) -> Literal["union", "base", "intersection"] | ModelRef:
+        if isinstance(node, Text) and node.text == "intersection":
+            return "intersection"
+        return self.read_tokenizer_source(node, key)
+
+    def read_align(self, node: Node, key: Key) -> AlignSpec:
+        if isinstance(node, Text):
+            scope = next(k for k in grammar.ALIGN.keys if k.name == "scope")
+            return AlignSpec(cast('Literal["embedding", "residual"]', self.read_choice(node, scope)), where=node.where)
+        return AlignSpec(**self._table(node, grammar.ALIGN), where=node.where)
 
     def read_tokens(self, node: Node, key: Key) -> tuple[TokenRule, ...]:
         rules = []

@@ -38,7 +38,10 @@ def json_schema() -> _Schema:
             }
             for name, _, _, words in methods
         ),
-        {"not": {"required": ["tokenizer", "tokenizer_source"]}},
+        *(
+            {"not": {"required": list(both)}}
+            for both in (("tokenizer", "tokenizer_source"), ("tokens", "tokenizer"), ("tokens", "tokenizer_source"))
+        ),
     ]
     recipe["oneOf"] = [{"required": [key]} for key in ("models", "slices", "modules")]
     return {
@@ -148,6 +151,9 @@ def _definitions() -> dict[str, _Schema]:
         "dtype": {"anyOf": [{"enum": list(MERGEABLE)}, {"type": "string", "pattern": _DTYPE}]},
         "tokenizer_source": {"anyOf": [{"enum": ["union", "base"]}, {"$ref": "#/$defs/model"}]},
         "tokenizer": _object(grammar.TOKENIZER),
+        "vocabulary": {"anyOf": [{"enum": ["union", "base", "intersection"]}, {"$ref": "#/$defs/model"}]},
+        "tokens_policy": {"anyOf": [{"$ref": "#/$defs/vocabulary"}, _object(grammar.TOKENS)]},
+        "align": {"anyOf": [{"enum": ["embedding", "residual"]}, _object(grammar.ALIGN)]},
         "tokens": {"type": "object", "additionalProperties": _object(grammar.TOKEN)},
         "token_source": {"anyOf": [{"$ref": "#/$defs/model"}, _object(grammar.TOKEN_SOURCE)]},
         "steps": _list({"anyOf": [{"enum": list(grammar.STEPS)}, *steps]}),

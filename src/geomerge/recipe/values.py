@@ -204,11 +204,32 @@ class TokenRule:
 
 @dataclass(frozen=True, slots=True)
 class TokenizerSpec:
-    """The output's vocabulary: the union of all, the base's, or one model's; and rules for single tokens."""
+    """The output's vocabulary: of all models, of the base, common to all, or one model's; and rules for single tokens."""
 
-    source: Literal["union", "base"] | ModelRef
+    source: Literal["union", "base", "intersection"] | ModelRef
     tokens: tuple[TokenRule, ...] = ()
     pad_to_multiple_of: int | None = None
+    where: Where = NOWHERE
+
+
+@dataclass(frozen=True, slots=True)
+class AlignSpec:
+    """Which models' hidden basis is rotated before the merge, and how the rotation is found.
+
+    Attributes:
+        scope: ``embedding``: the token embedding alone; ``residual``: all that reads from or writes into the stream.
+        to: The model that stays as it is; `None`: the base, or else the first.
+        using: ``tokens``: the embeddings of shared tokens; ``weights``: all matrices of the scope as well.
+        centre, normalise: What is done to the embeddings before the rotation is found.
+        weight: ``log_frequency``: a token counts as the logarithm of its expected frequency.
+    """
+
+    scope: Literal["embedding", "residual"]
+    to: ModelRef | None = None
+    using: Literal["tokens", "weights"] = "tokens"
+    centre: bool = False
+    normalise: bool = False
+    weight: Literal["none", "log_frequency"] = "none"
     where: Where = NOWHERE
 
 
@@ -245,6 +266,7 @@ class Recipe:
     dtype: str | None = None
     out_dtype: str | None = None
     tokenizer: TokenizerSpec | None = None
+    align: AlignSpec | None = None
     chat_template: str | None = None
     schedule: Mapping[str, Any] | str | None = None
     statistics: tuple[ModelRef, ...] = ()

@@ -112,7 +112,7 @@ Progress = Callable[[Trial, Trial, int, float | None], None]
 
 
 def search(
-    study: Study,
+    study: Study | str | Path,
     out: str | Path,
     *,
     resume: bool = False,
@@ -123,7 +123,7 @@ def search(
     """Search a merge's coefficients.
 
     Args:
-        study: What to search.
+        study: What to search: a study, or its file.
         out: Directory for the trials, the winning recipe and the results.
         resume: Go on with the trials that lie there.
         progress: See `Progress`.
@@ -136,7 +136,10 @@ def search(
         RunError: No candidate could be scored.
     """
     from geomerge.search.objective import make_judge
+    from geomerge.search.study import load_study
 
+    if isinstance(study, str | Path):
+        study = load_study(study)
     folder = Path(out)
     if (folder / STORAGE).exists() and not resume:
         raise UsageError("a search lies there already", where=str(folder), hint="go on with it with --resume")

@@ -155,7 +155,7 @@ def _inputs(vocabularies: Sequence[tuple[ModelRef, Vocabulary | None, int]], whe
 
 def _source_index(spec: TokenizerSpec, inputs: _Inputs, base_index: int | None) -> int:
     """Whose tokenizer the output's starts from."""
-    if spec.source == "union":
+    if spec.source in ("union", "intersection"):
         return 0 if base_index is None else base_index
     if spec.source == "base":
         if base_index is None:
@@ -173,8 +173,8 @@ def _opaque_plan(spec: TokenizerSpec, inputs: _Inputs, source: int) -> TokenPlan
     opaque = [k for k, vocabulary in enumerate(inputs.vocabularies) if vocabulary.kind == "opaque"]
     where = inputs.names[opaque[0]]
     problem = None
-    if spec.source == "union":
-        problem = "`tokenizer_source: union` needs token ids"
+    if spec.source in ("union", "intersection"):
+        problem = f"the {spec.source} of vocabularies needs token ids"
     elif spec.tokens or spec.pad_to_multiple_of is not None:
         problem = "rules for tokens and padding need token ids"
     elif not inputs.same_ids():
@@ -208,6 +208,8 @@ def _output_tokenizer(spec: TokenizerSpec, inputs: _Inputs, source: int, notes: 
     """The source's tokenizer less the tokens without a row, plus, for a union, the others' tokens, plus the rules'."""
     vocabulary, kept = inputs.vocabularies[source], inputs.ids[source]
     removed: frozenset[str] = frozenset()
+    if spec.source == "intersection":
+        kept = _common(inputs, source, notes)
     if len(kept) < len(vocabulary.ids):
         removed = frozenset(vocabulary.ids.keys() - kept.keys())
         check_removable(vocabulary, removed)
@@ -218,7 +220,7 @@ def _output_tokenizer(spec: TokenizerSpec, inputs: _Inputs, source: int, notes: 
         if rule.token not in kept and rule.token not in appended:
             appended[rule.token] = _rule_token(rule, inputs, notes)
     # A token that the source lacks a row for and another input has comes back under a new id.
-    lost = removed - appended.keys()
+    lost = removed - inputs.ids[source].keys() - appended.keys()
     if lost:
         shown = ", ".join(map(repr, sorted(lost)[:3]))
         notes.append(
@@ -230,6 +232,28 @@ def _output_tokenizer(spec: TokenizerSpec, inputs: _Inputs, source: int, notes: 
     if not tokenizer.copied:
         check_editable(vocabulary, inputs.names[source], "adding or removing tokens")
     return tokenizer
+
+
+def _common(inputs: _Inputs, source: int, notes: list[str]) -> Mapping[str, int]:
+    """The tokens of the source that every input has.
+
+    Raises:
+        IncompatibleModels: There are none.
+    """
+    kept = {token: i for token, i in inputs.ids[source].items() if all(token in ids for ids in inputs.ids)}
+    if not kept:
+        raise IncompatibleModels(
+            f"the vocabularies of {' and '.join(inputs.names)} have no token in common",
+            where=inputs.where,
+            hint="`tokens: union` keeps all tokens of all models",
+        )
+    gone = len(inputs.ids[source]) - len(kept)
+    if gone:
+        notes.append(
+            f"{gone:,} tokens of {inputs.names[source]} that not every model has are taken out of its tokenizer; the ids of "
+            "the others stay"
+        )
+    return kept
 
 
 def _append_others(inputs: _Inputs, source: int, appended: dict[str, AddedToken], notes: list[str]) -> None:
