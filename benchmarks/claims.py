@@ -16,7 +16,6 @@ import json
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,17 +54,6 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 """Settings where a method's own default does not exist."""
 
 LEFT_OUT = {"passthrough": "takes one model"}
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """One setting of one method."""
-
-    method: str
-    parameters: Mapping[str, Any]
-    validation: float
-    test: float
-    normalised: float
 
 
 def settings(name: str) -> list[dict[str, Any]]:
@@ -111,22 +99,17 @@ class Bench:
         self.suite = suite
         self.tasks = {name: task for name, task in suite.tasks().items() if name in suite.experts}
         self.module = suite.load("base")
-        self.live = LiveMerge(
-            {name: path for name, path in suite.models.items() if name not in suite.others}, self.module
-        )
-        self.own = {(s, t): self.accuracy(suite.load(t), t, s) for t in self.tasks for s in ("validation", "test")}
+        self.live = LiveMerge(dict(suite.models), self.module)
+        self.own = {("test", t): self.accuracy(suite.load(t), t, "test") for t in self.tasks}
         self.base = {t: self.accuracy(suite.load("base"), t, "test") for t in self.tasks}
 
     def accuracy(self, module: torch.nn.Module, task: str, split: Any) -> float:
         return float(self.tasks[task].correct(module, split).mean())
 
-    def outcome(self, name: str, parameters: Mapping[str, Any], experts: list[str]) -> Outcome:
-        """Blend and score one setting on the tasks of its experts."""
+    def scores(self, name: str, parameters: Mapping[str, Any], experts: list[str], split: str) -> np.ndarray:
+        """Blend one setting and score it on the tasks of its experts."""
         self.live.blend(loads(recipe(name, parameters, experts, "base")))
-        validation = [self.accuracy(self.module, t, "validation") for t in experts]
-        test = [self.accuracy(self.module, t, "test") for t in experts]
-        share = [a / self.own["test", t] for a, t in zip(test, experts, strict=True)]
-        return Outcome(name, dict(parameters), *(float(np.mean(v)) for v in (validation, test, share)))
+        return np.array([self.accuracy(self.module, t, split) for t in experts])
 
 
 def methods(experts: int) -> Iterator[str]:
@@ -150,12 +133,15 @@ def measure(suite: Suite, groups: list[list[str]], only: Sequence[str]) -> dict[
         rows: dict[str, list[float]] = {"default": [], "tuned": [], "normalised": []}
         chosen = []
         for group in groups:
-            outcomes = [bench.outcome(name, p, group) for p in settings(name)]
-            best = max(outcomes, key=lambda o: o.validation)
-            rows["default"].append(outcomes[0].test)
-            rows["tuned"].append(best.test)
-            rows["normalised"].append(best.normalised)
-            chosen.append(best.parameters)
+            grid = settings(name)
+            validation = [bench.scores(name, p, group, "validation").mean() for p in grid]
+            best = grid[int(np.argmax(validation))]
+            default = bench.scores(name, grid[0], group, "test")
+            tuned = default if best == grid[0] else bench.scores(name, best, group, "test")
+            rows["default"].append(float(default.mean()))
+            rows["tuned"].append(float(tuned.mean()))
+            rows["normalised"].append(float(np.mean(tuned / [bench.own["test", t] for t in group])))
+            chosen.append(best)
         found[name] = {key: [float(np.mean(values))] for key, values in rows.items()} | {"chosen": chosen}  # type: ignore[dict-item]
     members = sorted({e for g in groups for e in g})
     single = {e: [bench.accuracy(suite.load(e), t, "test") for t in members] for e in members}
@@ -242,8 +228,9 @@ def main() -> None:
     parser.add_argument("--suites", nargs="+", default=["mlp:tiny", "mlp:hard", "glyphs:tiny", "skills:tiny"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", default=[])
+    parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(args.threads)
     file = DOCS / "claims.json"
     results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     for name in args.suites:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import tiny
 from cli_samples import TIES, Program, write_models, write_recipe
 
 
@@ -175,3 +176,21 @@ def test_names_from_a_model_do_not_reach_the_terminal(run: Program, tmp_path: Pa
         assert "\x1b" not in out
         assert "\u202e" not in out
         assert "[31m[bold]y" in out
+
+
+def test_figure_of_coefficients(run: Program, tmp_path: Path) -> None:
+    """`--figure` draws what the table of coefficients says; what cannot be drawn is refused and nothing is written."""
+    for seed, name in enumerate("ab"):
+        tiny.llama(tmp_path / name, seed)
+    models = f"base_model: {tmp_path}/a\nmodels: [{{model: {tmp_path}/a}}, {{model: {tmp_path}/b}}]\n"
+    (tmp_path / "r.yml").write_text(f"merge_method: layer_adaptive_slerp\n{models}")
+    (tmp_path / "l.yml").write_text(f"merge_method: linear\n{models}parameters: {{weight: 1}}\n".replace("base_model", "#"))
+    assert run("plan", tmp_path / "r.yml", "--figure", tmp_path / "t.png").code == 0
+    image = (tmp_path / "t.png").read_bytes()
+    assert image.startswith(b"\x89PNG")
+    assert len(image) > 5000
+    assert run("plan", tmp_path / "r.yml", "--figure", tmp_path / "t.svg").code == 2
+    refused = run("plan", tmp_path / "l.yml", "--figure", tmp_path / "l.png")
+    assert refused.code == 2
+    assert "no coefficient over depth" in refused.err
+    assert not list(tmp_path.glob("[tl].svg")) + list(tmp_path.glob("l.png"))

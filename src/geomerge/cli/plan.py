@@ -21,6 +21,9 @@ def plan(
     save: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the plan as JSON; `geomerge merge FILE OUT` runs it.")
     ] = None,
+    figure: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw the coefficients over depth and role into a PNG.")
+    ] = None,
     all: Annotated[bool, typer.Option("--all", help="Every tensor in a line of its own.")] = False,
     estimate: Annotated[
         bool, typer.Option("--estimate/--no-estimate", help="Measure time and rounding loss on a small sample.")
@@ -38,7 +41,10 @@ def plan(
     from geomerge.cli.console import write_json
     from geomerge.cli.plan_page import as_json, show_plan, show_tensors
     from geomerge.engine.estimate import estimate as measure
+    from geomerge.errors import UsageError
 
+    if figure is not None and figure.suffix.lower() != ".png":
+        raise UsageError("a figure is a .png", where=str(figure))
     made, opened = planned(recipe, compat=compat, allow_pickle=allow_pickle, reopen=estimate)
     try:
         expected = measure(made, opened, threads=threads) if estimate else None
@@ -47,6 +53,8 @@ def plan(
             checkpoint.close()
     if save is not None:
         _save(made, save)
+    if figure is not None:
+        _draw(made, figure)
     if json:
         write_json(as_json(made, expected))
     elif all:
@@ -102,3 +110,29 @@ def _save(made: Plan, path: Path) -> None:
         made.save(path)
     except OSError as error:
         raise RunError(f"the plan cannot be saved: {error.strerror}", where=str(path)) from None
+
+
+def _draw(made: Plan, path: Path) -> None:
+    """Draw the coefficients of an interpolation.
+
+    Raises:
+        UsageError: The plan has none.
+        RunError: The file cannot be written.
+    """
+    from geomerge.engine.curves import curves
+    from geomerge.errors import RunError, UsageError
+    from geomerge.report.build import replace_file
+    from geomerge.report.coefficients import curves_figure
+    from geomerge.report.drawing import to_png
+
+    found = curves(made)
+    if found is None:
+        raise UsageError(
+            f"there is nothing to draw: {made.stages[-1].method} has no coefficient over depth",
+            where=str(path),
+            hint="--figure is for methods with an interpolation parameter t, such as slerp",
+        )
+    try:
+        replace_file(path, to_png(curves_figure(found, "coefficients")))
+    except OSError as error:
+        raise RunError(f"the figure cannot be written: {error.strerror}", where=str(path)) from None

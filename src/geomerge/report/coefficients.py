@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Drawing
 
+    from geomerge.engine.curves import Curves
+
 _SPREAD = 0.01
 """Coefficients that differ by less than this share of the largest are the same for a reader: SLERP's depend on angles."""
 
@@ -146,6 +148,19 @@ def _base(run: Run) -> str | None:
         return None
     names = {str(i["model"]) for i in run.inputs}
     return base.path if base.path in names else PurePath(base.path).name
+
+
+def curves_figure(found: Curves, name: str) -> Figure:
+    """The interpolation coefficient that a plan resolves to: a row for each role, a column for each block."""
+    from geomerge import anatomy
+
+    values = {(role, str(block)): t for role, curve in found.roles.items() for block, t in curve.items()}
+    values |= {(role, "outside"): t for role, t in found.outside.items()}
+    roles = tuple(role for role in anatomy.ROLES if any(r == role for r, _ in values))
+    blocks = tuple(str(i) for i in range(found.blocks))
+    columns = (*blocks, "outside") if found.outside else blocks
+    grid = Grid("coefficient t over depth", roles, columns, values)
+    return Figure(name, lambda width: _draw([grid], width), alt=f"t by role and block, from {_range([grid])}.")
 
 
 def coefficients_figure(run: Run, found: Coefficients, name: str) -> Figure:
