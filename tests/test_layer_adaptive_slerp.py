@@ -209,7 +209,7 @@ class TestRecipes:
 
 
 class TestTraffic:
-    """learned.md 19.6: averaging moves 3d bytes, SLERP 5d, and 3d again when the tiles are held between its passes."""
+    """Averaging moves 3d bytes, SLERP 5d, and 3d again when the tiles are held between its passes."""
 
     @pytest.mark.parametrize(
         ("method", "tile", "reads"),
@@ -240,5 +240,5 @@ class TestTraffic:
 
         monkeypatch.setattr(sources, "read_into", counted_read)
         monkeypatch.setattr(sinks.FileSink, "write", counted_write)
-        gm.merge(method, "out", tile=tile, threads=1)
+        gm.merge(method + "guardrails: off\n", "out", tile=tile, threads=1)  # which look at a sample of the parents
         assert moved == {"read": reads * d, "written": d}

@@ -16,7 +16,7 @@ def demo(
     ] = Path("demo"),
     quiet: Quiet = False,
 ) -> None:
-    """Merge two small experts in several ways, score them beside their parents, write a report.
+    """Diagnose two small experts, merge them in several ways, score the merges beside their parents, write a report.
 
     The experts ship with geomerge: six skills of a small language model, trained by `geomerge lab build skills`.
     """
@@ -37,12 +37,25 @@ def demo(
         seconds = made.seconds.get(model.name)
         merged_in = "" if seconds is None else duration(seconds)
         rows.append((clean(model.name), *(f"{v:.1%}" for v in values), f"{sum(values) / len(values):.1%}", merged_in))
+    found = made.diagnosis
+    score = found.pairs[0].score
+    show(
+        heading("can the two be merged?"),
+        facts(
+            [
+                ("apart", f"a mean angle of {score.omega_bar:.3f} rad; compatibility score S = {score.value:.2f} of 2"),
+                ("decision", clean(found.decision.headline)),
+                *(("and" if i else "because", clean(r)) for i, r in enumerate(found.decision.reasons)),
+            ]
+        ),
+    )
     show(
         heading("two experts, merged without any training: accuracy on test questions that no model has seen"),
         table(("model", *tasks, "both", "merged in"), rows, right=(*tasks, "both", "merged in")),
         facts(
             [
                 ("report", clean(made.report)),
+                ("diagnosis", clean(made.diagnosis_page)),
                 ("recipes", clean(out / "*.yml")),
                 ("next", f"geomerge plan {clean(out / 'ties.yml')}"),
             ]

@@ -1,4 +1,4 @@
-"""The demo: two experts of the skills suite, merged in several ways, scored beside their parents, and a report."""
+"""The demo: two experts of the skills suite, diagnosed, merged in several ways, scored beside their parents, and a report."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from geomerge.errors import UsageError
 
 if TYPE_CHECKING:
+    from geomerge.diagnose.diagnosis import Diagnosis
     from geomerge.evaluate import Scores
     from geomerge.evaluate.run import Progress
     from geomerge.lab.suite import Suite
@@ -57,21 +58,24 @@ class Demo:
 
     Attributes:
         suite: The suite.
+        diagnosis: Of the two experts.
         merged: Method → model directory.
         seconds: Method → seconds of its merge.
         scores: Of the merges, their parents and the base, on both skills.
-        report: The HTML page.
+        report, diagnosis_page: The HTML pages.
     """
 
     suite: Suite
+    diagnosis: Diagnosis
     merged: Mapping[str, Path]
     seconds: Mapping[str, float]
     scores: Scores
     report: Path
+    diagnosis_page: Path
 
 
 def run_demo(out: Path, *, say: Callable[[str], None] = lambda text: None, progress: Progress | None = None) -> Demo:
-    """Merge, score and report.
+    """Diagnose, merge, score and report.
 
     Args:
         out: A directory to make, or one that an earlier demo made.
@@ -82,6 +86,8 @@ def run_demo(out: Path, *, say: Callable[[str], None] = lambda text: None, progr
         UsageError: The directory holds something else.
     """
     import geomerge
+    from geomerge.diagnose.report import write_report
+    from geomerge.diagnose.run import diagnose
     from geomerge.evaluate import evaluate
     from geomerge.lab.suite import load_suite
     from geomerge.report.build import build, read_inputs, write
@@ -93,6 +99,9 @@ def run_demo(out: Path, *, say: Callable[[str], None] = lambda text: None, progr
     out.mkdir(parents=True, exist_ok=True)
     suite = load_suite("skills")
     places = {"base": suite.base, "a": suite.experts[PAIR[0]], "b": suite.experts[PAIR[1]]}
+    say(f"geomerge diagnose {PAIR[0]} {PAIR[1]} --base base --report {out / 'diagnosis.html'}")
+    diagnosis = diagnose(places["a"], places["b"], base=places["base"])
+    write_report(diagnosis, out / "diagnosis.html")
     merged, seconds = {}, {}
     for method, text in RECIPES.items():
         recipe = out / f"{method}.yml"
@@ -109,4 +118,4 @@ def run_demo(out: Path, *, say: Callable[[str], None] = lambda text: None, progr
     best = max(merged, key=lambda name: sum(scores.value(name, task.name) for task in scores.tasks))
     page = out / "report.html"
     write(build(read_inputs([out / "scores.json", merged[best]]), command="geomerge demo"), page)
-    return Demo(suite, merged, seconds, scores, page)
+    return Demo(suite, diagnosis, merged, seconds, scores, page, out / "diagnosis.html")
