@@ -152,6 +152,44 @@ class Bench:
         torch_only = peak_anonymous([PYTHON, "-c", "import torch, time; torch.zeros(8) + 1; time.sleep(0.3)"])
         self.add(f"memory of {method} {size}", kind="memory", method=method, size=size, peak=peak - torch_only)
 
+    def diagnose(self, size: str) -> None:
+        """Diagnosis of a pair against its merge by SLERP, both as processes, and its memory."""
+        pair = [str(BENCH / size / name) for name in ("base", "a")]
+        command = [PYTHON, "-m", "geomerge", "diagnose", *pair, "--quiet", "--json"]
+        ratios, seconds = [], []
+        for _ in range(self.runs):
+            merged = self.merge("slerp", size)["process"]
+            seconds.append(self.timed(command)[0])
+            ratios.append(seconds[-1] / merged)
+        torch_only = peak_anonymous([PYTHON, "-c", "import torch, time; torch.zeros(8) + 1; time.sleep(0.3)"])
+        self.add(
+            f"diagnose {size}", kind="diagnose", size=size, process=statistics.median(seconds),
+            ratio=statistics.median(ratios), peak=peak_anonymous(command) - torch_only,
+        )  # fmt: skip
+
+    def sphere(self, size: str) -> None:
+        """SLERP against averaging, engine time, run by run: the paper measured 1.6 to 1.7."""
+        ratios = [self.merge("slerp", size)["engine"] / self.merge("linear", size)["engine"] for _ in range(self.runs)]
+        self.add(f"slerp / linear {size}", kind="sphere", size=size, ratio=statistics.median(ratios))
+
+    def search(self) -> None:
+        """What a candidate of a search costs: blending it, and scoring it on two tasks of the skills suite."""
+        folder = BENCH / "search"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        experts = ROOT / "src" / "geomerge" / "lab" / "shipped" / "skills-tiny" / "experts"
+        study = folder / "study.yml"
+        study.write_text(
+            f"parents: [{experts / 'choice'}, {experts / 'recall'}]\n"
+            "objective: {tasks: [skills/choice, skills/recall]}\nbudget: 12\n"
+        )
+        found = folder / "found"
+        self.timed([PYTHON, "-m", "geomerge", "search", str(study), "--out", str(found), "--quiet"])
+        trials = json.loads((found / "search.json").read_text())["trials"]
+        blend, score = (statistics.median(t[key] for t in trials) for key in ("blend", "score"))
+        shutil.rmtree(folder)
+        self.add("a candidate of a search", kind="search", blend=blend, score=score)
+
     def many(self) -> None:
         """100,000 tensors of four elements."""
         folder = BENCH / "many-100000"
@@ -238,7 +276,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--peer", type=Path, default=BENCH / "peer" / "bin" / "mergekit-yaml")
-    parser.add_argument("--only", choices=["engine", "peer", "memory", "many", "accuracy", "all"], default="all")
+    parser.add_argument(
+        "--only", choices=["engine", "peer", "memory", "many", "accuracy", "geometry", "all"], default="all"
+    )
     parser.add_argument("--sizes", nargs="*", default=["0.5B", "1.5B"])
     args = parser.parse_args()
     bench = Bench(args.runs, args.peer if args.peer.exists() else None)
@@ -268,6 +308,11 @@ def main() -> None:
         ):
             bench.engine(method, args.sizes[0])
     bench.runs = args.runs
+    if wanted("geometry"):
+        bench.search()
+        for size in args.sizes:
+            bench.diagnose(size)
+            bench.sphere(size)
     if wanted("memory"):
         for method in (
             "linear",

@@ -71,6 +71,19 @@ def full(rows: list[dict[str, Any]], machine: dict[str, Any]) -> str:
     lines += [""]
     lines += [f"* {r['what']}: {r['process']:.2f} s (must: ≤ 30 s)" for r in of(rows, "many")]
     lines += [f"* `{r['what']}`: {r['process']:.2f} s (must: ≤ 0.3 s)" for r in of(rows, "help")]
+    for r in of(rows, "diagnose"):
+        lines.append(
+            f"* diagnosis of a pair, {r['size']}: {r['process']:.2f} s, {r['ratio']:.2f} of its merge by SLERP as a process "
+            f"(must: ≤ 1.5); {r['peak']:.0f} MB above `import torch`"
+        )
+    lines += [
+        f"* SLERP against averaging, engine, {r['size']}: {r['ratio']:.2f} (the paper measured 1.6 to 1.7)"
+        for r in of(rows, "sphere")
+    ]
+    lines += [
+        f"* {r['what']} on two skills: {1000 * r['blend']:.0f} ms to blend, {1000 * r['score']:.0f} ms to score"
+        for r in of(rows, "search")
+    ]
     return "\n".join(lines) + "\n"
 
 

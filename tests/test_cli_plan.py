@@ -184,7 +184,9 @@ def test_figure_of_coefficients(run: Program, tmp_path: Path) -> None:
         tiny.llama(tmp_path / name, seed)
     models = f"base_model: {tmp_path}/a\nmodels: [{{model: {tmp_path}/a}}, {{model: {tmp_path}/b}}]\n"
     (tmp_path / "r.yml").write_text(f"merge_method: layer_adaptive_slerp\n{models}")
-    (tmp_path / "l.yml").write_text(f"merge_method: linear\n{models}parameters: {{weight: 1}}\n".replace("base_model", "#"))
+    (tmp_path / "l.yml").write_text(
+        f"merge_method: linear\n{models}parameters: {{weight: 1}}\n".replace("base_model", "#")
+    )
     assert run("plan", tmp_path / "r.yml", "--figure", tmp_path / "t.png").code == 0
     image = (tmp_path / "t.png").read_bytes()
     assert image.startswith(b"\x89PNG")

@@ -352,3 +352,22 @@ def test_tokens_is_tokenizer_source(parents: dict[str, Parent], tmp_path: Path, 
 def test_tokens_excludes_mergekits_keys(parents: dict[str, Parent], tmp_path: Path) -> None:
     with pytest.raises(gm.RecipeError, match="excludes"):
         gm.load_recipe(recipe(tmp_path, "base b", "tokens: union\ntokenizer_source: union\n", base="base"))
+
+
+def test_chat_vector_keeps_the_rows_of_new_tokens(parents: dict[str, Parent], tmp_path: Path) -> None:
+    """The further-trained model extended the vocabulary: its rows of new tokens stay, all others take the vector."""
+    made = tiny.llama(
+        tmp_path / "chat", 9, like=parents["base"].tensors, vocab_size=len(parents["base"].ids), num_hidden_layers=1
+    )
+    samples.save(tmp_path / "chat", Tokenizer.from_file(str(tmp_path / "base" / "tokenizer.json")), eos_token="<|end|>")
+    text = (
+        f"merge_method: chat_vector\nbase_model: {tmp_path}/base\n"
+        f"models: [{{model: {tmp_path}/a}}, {{model: {tmp_path}/chat}}]\ntokens: {tmp_path}/a\n"
+    )
+    out = gm.merge_state_dicts(text)
+    a, base = parents["a"], parents["base"]
+    for token, row in a.ids.items():
+        own = a.tensors[EMBED][row].double()
+        if token in base.ids:
+            own = own + made[EMBED][base.ids[token]].double() - base.tensors[EMBED][base.ids[token]].double()
+        torch.testing.assert_close(out[EMBED][row], own.float(), rtol=0, atol=1e-6)

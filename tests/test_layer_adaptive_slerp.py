@@ -39,7 +39,7 @@ def angle(a: Tensor, b: Tensor) -> float:
 
 
 class TestTheSphere:
-    """learned.md 19.7."""
+    """What holds for every schedule."""
 
     @pytest.mark.parametrize("t", [0.0, 0.2, 0.5, 0.9, 1.0])
     def test_swap(self, t: float) -> None:

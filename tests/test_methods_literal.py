@@ -410,6 +410,22 @@ class TestDare:
         assert near(gm.methods.dare_linear(zero(a), [a, b], weight=[1, 3], normalize=True, lambda_=2), 0, -7)
 
 
+class TestChatVector:
+    def test_literal(self) -> None:
+        """The first model plus λ times what the second changed."""
+        found = gm.methods.chat_vector(vector(1, 1), [vector(2, 1), vector(1, 3)], lambda_=0.5)
+        assert near(found, 2, 2)
+
+    def test_disjoint_changes_are_both_kept(self) -> None:
+        found = gm.methods.chat_vector(vector(1, 1, 1), [vector(5, 1, 1), vector(1, 1, -2)])
+        assert near(found, 5, 1, -2)
+
+    def test_nothing_added(self) -> None:
+        """λ = 0 is the first model, bit for bit."""
+        first = vector(0.1, 0.7)
+        assert torch.equal(gm.methods.chat_vector(vector(3, 4), [first, vector(9, 9)], lambda_=0), first)
+
+
 class TestDella:
     """Keep probabilities density − ε … density + ε along the ranks of a row."""
 

@@ -124,6 +124,8 @@ ROWS = [
     Row("karcher", 2, lambda b, x: ref.karcher(x), {}, False),
     Row("karcher", 4, lambda b, x: ref.karcher(x), {}, False),
     Row("task_arithmetic", 1, lambda b, x: x[0], {"weight": 1.0}),
+    Row("chat_vector", 2, lambda b, x: x[0] + (x[1] - b), {}),
+    Row("chat_vector", 2, lambda b, x: x[0] + 0.4 * (x[1] - b), {"lambda": 0.4}),
     Row("task_arithmetic", 4, lambda b, x: ref.task_arithmetic(b, x, W[4], 0.3), {"weight": W[4], "lambda": 0.3}),
     Row("model_stock", 2, ref.model_stock),
     Row("model_stock", 4, ref.model_stock),

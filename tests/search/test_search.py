@@ -37,7 +37,7 @@ class TestSpaces:
     @pytest.mark.parametrize("name", EXACT)
     @pytest.mark.parametrize("blocks", [1, 2, 5, 24])
     def test_six_scalars_express_presets_exactly(self, name: str, blocks: int) -> None:
-        """learned.md 19.3: at every block, in attention, MLP and elsewhere."""
+        """At every block, in attention, MLP and elsewhere."""
         six = space("six_scalars")
         point = six.point(name)
         if name == "H+":

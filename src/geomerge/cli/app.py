@@ -31,6 +31,7 @@ from geomerge.cli.plan import plan
 from geomerge.cli.report import report
 from geomerge.cli.schema import schema
 from geomerge.cli.search import search
+from geomerge.cli.soup import soup
 from geomerge.errors import GeomergeError
 from geomerge.version import __version__
 
@@ -79,7 +80,7 @@ def geomerge(
     show_warnings()
 
 
-for verb in (merge, plan, diagnose, evaluate, report, search, inspect, methods, schema, demo):
+for verb in (merge, plan, diagnose, evaluate, report, search, soup, inspect, methods, schema, demo):
     app.command()(verb)
 app.add_typer(lab_app, name="lab")
 

@@ -26,7 +26,7 @@ EXACT: Mapping[str, tuple[float, ...]] = {
     "H65": (0.65, -0.15, 1, -0.15, -1, 0),
     "H+": (0.7, 0, 0, 0, 0, 0),
 }
-"""The presets that the six scalars express exactly (learned.md 19.3); S is not among them."""
+"""The presets that the six scalars express exactly; S is not among them."""
 
 FIRST = ("global", "H", "R", "L", "H65", "S")
 """The schedules that every search evaluates before it searches, so that its result is never worse than the best of them."""

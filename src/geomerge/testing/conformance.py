@@ -25,7 +25,7 @@ TILES = (1 << 13, 1 << 14, 1 << 16, 1 << 22)
 LARGE: tuple[tuple[int, ...], ...] = ((3, 50_003), (111_111,), (2101, 53))
 """Shapes that any tile cuts: rows longer than a tile, odd numbers of elements."""
 
-THINNING = {"density": 0.5, "select_topk": 0.5}
+THINNING = {"density": 0.5, "select_topk": 0.5, "lambda": 0.5}
 """Parameters whose neutral value hides what a method does: where it has them, it is checked with these values, too."""
 
 _WEIGHTS = (1.0, 0.5, 0.75, 1.25, 2.0)
