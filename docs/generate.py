@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from geomerge.methods import registry
-from geomerge.methods.base import Elementwise, Method, Parameter, Span
+from geomerge.methods.base import Elementwise, Matrix, Method, Parameter, Span
 from geomerge.methods.properties import MEANING
 
 FOLDER = Path(__file__).parent / "methods"
@@ -122,6 +122,13 @@ def _cost(method: type[Method]) -> str:
             "Each tensor is read twice: once to measure the inputs' inner products (a K×K matrix, from which the "
             "coefficients follow), once to combine them. The manifest `geomerge.json` records the coefficients of every "
             "tensor."
+        )
+    if issubclass(method, Matrix):
+        return (
+            "**Matrix**: the output is a function of whole weight matrices. Each input is read once, and the matrices of one "
+            "tensor are in memory together in float64; `geomerge plan` says how much that takes and how long it may last. "
+            "Each matrix is computed by one thread, several matrices side by side, so that the bits do not depend on the "
+            "number of threads."
         )
     assert issubclass(method, Elementwise)
     text = "**Elementwise**: each output element is a function of the same element of the inputs. "

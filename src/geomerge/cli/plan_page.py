@@ -77,7 +77,8 @@ def show_tensors(plan: Plan) -> None:
     for n in nodes:
         sources = ", ".join(names.full(o, n.name) for o in n.operands)
         shape = "[" + ", ".join(map(str, n.shape)) + "]"
-        rule = "" if n.rule == "merge" or n.method is None else f"; {clean(n.rule)}"
+        said = n.rule == "merge" or n.rule.startswith("rest: ") or n.method is None
+        rule = "" if said else f"; {clean(n.rule)}"
         rows.append(
             (clean(n.name), shape, recipe_name(n.dtype), amount(n.nbytes), f"{describe(n)}{rule} from {sources}")
         )
@@ -270,7 +271,8 @@ class _Described:
                 said.append(f"{name}={values}")
         text = f"{method.name}({', '.join(said)})" if said else method.name
         scale = _course([n.scale for n in nodes])
-        return text if scale == "1" else f"{text} × {scale}"
+        text = text if scale == "1" else f"{text} × {scale}"
+        return f"{nodes[0].rule}: {text}" if nodes[0].rule.startswith("rest: ") else text
 
 
 def _course(values: Sequence[Any]) -> str:

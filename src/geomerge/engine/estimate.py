@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +15,18 @@ from geomerge.checkpoint.dtypes import DTYPES, to_torch
 from geomerge.engine.build import Builder
 from geomerge.engine.execute import cores
 from geomerge.engine.loss import RoundingLoss
+from geomerge.engine.matrices import ROOM, whole_matrices
 from geomerge.engine.plan import Node, Plan
+from geomerge.methods.base import Matrix
 from geomerge.methods.kernel import prepare
+from geomerge.methods.rest import is_matrix
 from geomerge.methods.tile import TILE, Scan, TensorSource
 
 _SAMPLE = 1 << 19
 _TENSORS_SAMPLED = 8
+_MATRICES_SAMPLED = 2
+_MATRIX = 256
+"""Rows and columns of the corner of a matrix that is tried."""
 _COPY_RATE = 1.5e9
 """Bytes each second that one core moves from page cache to page cache; only for what is copied without arithmetic."""
 
@@ -45,7 +51,7 @@ class Estimate:
 
 
 def estimate(plan: Plan, inputs: Sequence[Checkpoint], *, threads: int | None = None) -> Estimate:
-    """Estimate cost and loss by merging half a million elements of up to 8 tensors of the output, spread over its depth.
+    """Estimate cost and loss by merging half a million elements of up to 8 tensors for each method, or corners of matrices.
 
     Args:
         plan: The plan.
@@ -54,51 +60,90 @@ def estimate(plan: Plan, inputs: Sequence[Checkpoint], *, threads: int | None = 
     """
     threads = threads or cores()
     nodes = list(plan.output_nodes())
-    merged = [n for n in nodes if n.method is not None and n.numel and not n.scales]
     loss = RoundingLoss()
     spent: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     builder = Builder(plan, inputs)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        by_size = sorted(merged, key=lambda n: -n.numel)[: 8 * _TENSORS_SAMPLED]
-        step = max(len(by_size) // _TENSORS_SAMPLED, 1)
-        for node in by_size[::step][:_TENSORS_SAMPLED]:
-            seconds, elements, found = _try(builder, node)
+        for node in _sampled(plan):
+            seconds, work, found = _try(builder, node)
             # The second evaluation has its buffers and code paths warm.
             seconds = min(seconds, _try(builder, node)[0])
-            spent[plan.stages[node.stage].method][0] += seconds
-            spent[plan.stages[node.stage].method][1] += elements
+            assert node.method is not None
+            spent[node.method.name][0] += seconds
+            spent[node.method.name][1] += work
             loss += found
     finally:
         torch.set_num_threads(before)
-    total = 0.0
-    for node in nodes:
-        rate = spent.get(plan.stages[node.stage].method)
-        total += node.numel * rate[0] / rate[1] if rate and node.method is not None else node.nbytes / _COPY_RATE
     return Estimate(
         read=sum(_bytes_read(plan, n, inputs) for n in nodes),
         written=plan.nbytes,
-        memory=_memory(nodes, threads),
-        seconds=total / threads,
+        memory=_memory(nodes, threads) + _matrix_memory([whole_matrices(plan, n) for n in nodes], threads),
+        seconds=sum(_seconds(plan, n, spent) for n in nodes) / threads,
         rounding_loss=loss.share,
     )
 
 
+def _sampled(plan: Plan) -> list[Node]:
+    """Nodes to try: some of each method, of the larger ones; none that would have to decompose earlier stages' matrices."""
+    outputs = set(plan.outputs)
+    by_method: dict[str, list[Node]] = defaultdict(list)
+    for index, node in enumerate(plan.nodes):
+        wanted = index in outputs or _is_whole(node)
+        if node.method is not None and node.numel and not node.scales and wanted and not _stages(plan, node):
+            by_method[node.method.name].append(node)
+    chosen = []
+    for nodes in by_method.values():
+        number = _MATRICES_SAMPLED if any(map(_is_whole, nodes)) else _TENSORS_SAMPLED
+        by_size = sorted(nodes, key=lambda n: -n.numel)[: 8 * number]
+        chosen += by_size[:: max(len(by_size) // number, 1)][:number]
+    return chosen
+
+
+def _is_whole(node: Node) -> bool:
+    return isinstance(node.method, Matrix) and is_matrix(node.shape)
+
+
+def _stages(plan: Plan, node: Node) -> list[Node]:
+    """The earlier stages' nodes that decompose matrices when this node reads them."""
+    made = (plan.nodes[o.node] for o in node.operands if o.node >= 0)
+    return [n for n in made if whole_matrices(plan, n)]
+
+
+def _seconds(plan: Plan, node: Node, spent: Mapping[str, Sequence[float]]) -> float:
+    """What one core needs for a node: for matrices, operations grow with the elements times the shorter side."""
+    total = sum(_seconds(plan, n, spent) for n in _stages(plan, node))
+    rate = spent.get(node.method.name) if node.method is not None else None
+    if rate is None:
+        return total + node.nbytes / _COPY_RATE
+    return total + node.numel * (min(node.shape) if _is_whole(node) else 1) * rate[0] / rate[1]
+
+
+def _matrix_memory(needs: list[int], threads: int) -> int:
+    """The largest matrices side by side, as `geomerge.engine.execute.Threads` lets them."""
+    return max(max(needs, default=0), min(sum(sorted(needs)[-threads:]), ROOM))
+
+
 def _try(builder: Builder, node: Node) -> tuple[float, int, RoundingLoss]:
-    """Merge a piece of a tensor as if it were the whole; seconds (reading included), elements, rounding loss."""
+    """Merge a piece of a tensor as if it were the whole; seconds (reading included), elements or for matrices operations,
+    rounding loss."""
     assert node.method is not None
     begun = time.perf_counter()
     rows = node.shape[-1] if len(node.shape) > 1 else 1
-    count = min(node.numel, max(_SAMPLE // rows, 1) * rows)
+    corner = (min(node.shape[0], _MATRIX), min(rows, _MATRIX)) if _is_whole(node) else None
+    count = min(node.numel, max(_SAMPLE // rows, 1) * rows) if corner is None else corner[0] * rows
     start = (node.numel - count) // 2 // rows * rows
     pieces = []
     for operand in node.operands:
         piece = torch.empty(count, dtype=torch.float64)
         source = builder.source(operand, node)
         source.read(start, piece)
+        if corner is not None:
+            piece = piece.view(-1, rows)[:, : corner[1]].reshape(-1)
         pieces.append(piece.to(source.dtype))  # exact: the method then takes the same course as on the whole tensor
-    shape = (count // rows, rows) if len(node.shape) > 1 else (count,)
+    shape = corner or ((count // rows, rows) if len(node.shape) > 1 else (count,))
+    work = count if corner is None else corner[0] * corner[1] * min(corner)
     sources = [TensorSource(p) for p in pieces]
 
     def open_scan(**tiling: Any) -> Scan:
@@ -114,7 +159,7 @@ def _try(builder: Builder, node: Node) -> tuple[float, int, RoundingLoss]:
             rounded = round_(at, values)
             spent += time.perf_counter() - begun
             loss.add(values, rounded, pieces[0][at : at + values.numel()])
-    return spent, count, loss
+    return spent, work, loss
 
 
 def _bytes_read(plan: Plan, node: Node, inputs: Sequence[Checkpoint]) -> int:

@@ -1,11 +1,13 @@
 """Carrying out a plan's nodes on threads: which tensor when, and what happens when one fails.
 
 Large tensors are made one after the other, all threads on their segments; then the smaller ones, largest
-first, a thread for each; and tiny ones by one thread, in bundles. The bits do not depend on any of this.
+first, a thread for each; and tiny ones by one thread, in bundles. Whole matrices are decomposed by one thread each,
+as many side by side as fit into `geomerge.engine.matrices.ROOM`. The bits do not depend on any of this.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,6 +21,7 @@ from geomerge.checkpoint.dtypes import DTYPES, to_torch
 from geomerge.engine import codes
 from geomerge.engine.build import Builder
 from geomerge.engine.loss import SAMPLE, RoundingLoss
+from geomerge.engine.matrices import ROOM, whole_matrices
 from geomerge.engine.memory import keep_freed_memory
 from geomerge.engine.plan import BUFFER, SCALES, Node
 from geomerge.engine.sinks import Sink
@@ -203,9 +206,13 @@ class Threads:
     ) -> None:
         """See `Executor`."""
         begin()
-        large = sorted((item for item in nodes if item[1].numel > LARGE), key=lambda item: -item[1].numel)
-        small = sorted((item for item in nodes if _TINY < item[1].numel <= LARGE), key=lambda item: -item[1].numel)
-        tiny = [item for item in nodes if item[1].numel <= _TINY]
+        weight = {index: whole_matrices(self.work.builder.plan, node) for index, node in nodes}
+        heavy = sorted((item for item in nodes if weight[item[0]]), key=lambda item: -weight[item[0]])
+        light = [item for item in nodes if not weight[item[0]]]
+        large = sorted((item for item in light if item[1].numel > LARGE), key=lambda item: -item[1].numel)
+        small = sorted((item for item in light if _TINY < item[1].numel <= LARGE), key=lambda item: -item[1].numel)
+        tiny = [item for item in light if item[1].numel <= _TINY]
+        room = _Room(ROOM)
         keep_freed_memory()
         before = torch.get_num_threads()
         # The tiles are the parallelism; torch's own threads would only wait for each other. New threads take this over.
@@ -216,6 +223,8 @@ class Threads:
                 done([(index, self.work.make(node, lambda f, segments: _map(pool, f, segments)))])
             futures = [pool.submit(self._in_turn, tiny, done)] if tiny else []
             futures += [pool.submit(self._bundle, bundle, done) for bundle in bundles(small)]
+            # Last, because who waits for room should keep nobody waiting.
+            futures += [pool.submit(self._heavy, item, weight[item[0]], room, done) for item in heavy]
             _gather(futures)
         except BaseException:
             self.work.stop.set()
@@ -235,6 +244,32 @@ class Threads:
                 raise Interrupted
             made.append((index, self.work.make(node)))
         done(made)
+
+    def _heavy(
+        self, item: tuple[int, Node], nbytes: int, room: _Room, done: Callable[[list[tuple[int, Facts]]], None]
+    ) -> None:
+        with room.taken(nbytes):
+            self._bundle([item], done)
+
+
+class _Room:
+    """Memory that may be taken: a thread that asks for more than is left waits, unless nothing is taken."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._left = self._all = nbytes
+        self._changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def taken(self, nbytes: int) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: nbytes <= self._left or self._left == self._all)
+            self._left -= nbytes
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._left += nbytes
+                self._changed.notify_all()
 
 
 def _check_copied(node: Node, values: torch.Tensor, where: str) -> None:

@@ -23,7 +23,7 @@ from geomerge.checkpoint.checkpoint import Checkpoint
 from geomerge.checkpoint.reader import open_checkpoint, resident
 from geomerge.engine.build import Builder
 from geomerge.engine.execute import Threads, Work
-from geomerge.engine.plan import Node, Plan
+from geomerge.engine.plan import REST, Node, Plan
 from geomerge.engine.planner import make_plan
 from geomerge.errors import IncompatibleModels
 
@@ -136,4 +136,4 @@ def _renaming(module: torch.nn.Module) -> Callable[[str], str]:
 
 def _needed(node: Node) -> bool:
     """Whether a tensor must have its place in a module: buffers that are copied need not."""
-    return node.rule == "merge"
+    return node.rule == "merge" or node.rule.startswith(REST)

@@ -32,6 +32,9 @@ SCALES = "scales of codes"
 BUFFER = "copy: buffer of the first model"
 """The rule of tensors that are computed or count steps; a mask among them may hold −∞ on purpose."""
 
+REST = "rest: "
+"""How the rule of a tensor begins that a matrix method does not take for a matrix; what follows is its `rest` parameter."""
+
 
 class Operand(NamedTuple):
     """One input tensor of a node.

@@ -21,6 +21,7 @@ from geomerge.checkpoint.collector import collector_paused
 from geomerge.checkpoint.dtypes import DTYPES, parse_dtype
 from geomerge.engine.alignment import FOLDED, Alignment
 from geomerge.engine.lineup import Entrant, Lineup
+from geomerge.engine.matrices import rest, weighs
 from geomerge.engine.models import Kind, Model, Models
 from geomerge.engine.output import describe_output, licence_of
 from geomerge.engine.plan import BUFFER, SCALES, InputModel, Node, Operand, Plan, Rotation, Rows, Stage, Transform
@@ -28,7 +29,7 @@ from geomerge.engine.schedule import Schedule
 from geomerge.engine.vocabularies import Vocabularies
 from geomerge.errors import IncompatibleModels, RecipeError
 from geomerge.methods import registry
-from geomerge.methods.base import Method, Span
+from geomerge.methods.base import Matrix, Method, Span
 from geomerge.recipe.resolve import Lookup, check_filters, layer_t
 from geomerge.recipe.values import ModelRef, Module, Pipeline, Recipe
 
@@ -376,6 +377,9 @@ class _Recipe:
         method = lineup.make(part, inputs[1:] if lineup.based else inputs, t)
         if self.alignment.folds(operands[0]):
             return Node(part.name, shape, dtype, tuple(operands[:1]), _passthrough(), rule=FOLDED, stage=self.stage)
+        rule = "merge"
+        if isinstance(method, Matrix) and not weighs(method, part, shape):
+            rule, method, operands = rest(method, operands)
         return Node(
             part.name,
             shape,
@@ -383,6 +387,7 @@ class _Recipe:
             tuple(operands),
             method,
             self._scale(part, t),
+            rule=rule,
             stage=self.stage,
             group=_group(part) if isinstance(method, Span) and method.grouped else "",
             statistics=self._statistics(names[0], shape),

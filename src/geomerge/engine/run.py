@@ -23,6 +23,7 @@ from geomerge.engine.build import Builder
 from geomerge.engine.execute import Executor, Threads, Work
 from geomerge.engine.journal import Journal
 from geomerge.engine.manifest import manifest, total_loss
+from geomerge.engine.matrices import whole_matrices
 from geomerge.engine.plan import InputModel, Node, Plan
 from geomerge.engine.processes import Processes, suitable
 from geomerge.engine.sinks import FileSink, MemorySink
@@ -233,7 +234,10 @@ def _choice(
     builder: Builder, opened: Sequence[Checkpoint], nodes: Sequence[tuple[int, Node]], threads: int | None
 ) -> Callable[[Work], Executor]:
     """Processes where they are safe and worth it, else threads."""
-    forks = builder.device.type == "cpu" and suitable(nodes, threads) and not any(c.memory for c in opened)
+    # Whole matrices are kept within bounds by one process, and LAPACK does not fight for the interpreter's lock.
+    whole = any(whole_matrices(builder.plan, node) for _, node in nodes)
+    memory = any(c.memory for c in opened)
+    forks = builder.device.type == "cpu" and not whole and not memory and suitable(nodes, threads)
     return lambda work: Processes(work, threads) if forks else Threads(work, threads)
 
 

@@ -1,8 +1,8 @@
 """What a merge method is: a frozen value of parameters with one pure function of mathematics.
 
 Three families (docs/architecture.md): `Span` (the output is a linear combination of the inputs),
-`Elementwise` (each output element is a function of the same element of the inputs and of a few statistics),
-and, when its turn comes, matrix. A method subclasses its family, declares its parameters with `parameter` and
+`Elementwise` (each output element is a function of the same element of the inputs and of a few statistics), and
+`Matrix` (the output is a function of whole 2-D weights: singular vectors, projections, solutions of systems). A method subclasses its family, declares its parameters with `parameter` and
 `per_model`, and says in class attributes which models it takes. Everything else (recipe validation, help, schema,
 documentation, conformance tests) is derived from the class by `geomerge.methods.registry`.
 
@@ -140,7 +140,7 @@ def _declare(default: Any, **meta: Any) -> Any:
 
 
 _KINDS = {"float": float, "int": int, "bool": bool, "str": str, "tuple[float, ...]": float, "tuple[bool, ...]": bool}
-_KINDS |= {"float | None": float, "tuple[float | None, ...]": float}
+_KINDS |= {"float | None": float, "tuple[float | None, ...]": float, "bool | None": bool}
 
 
 @dataclass(frozen=True)
@@ -328,5 +328,41 @@ class Elementwise(Method):
         Args:
             tile: The inputs' elements, each a float64 tensor that may be overwritten.
             stats: What `measure` returned.
+        """
+        raise NotImplementedError
+
+
+RESTS = ("mean", "sum", "scaled_sum", "base")
+"""What may happen to tensors that are no weight matrices: see `geomerge.methods.rest`."""
+
+
+@dataclass(frozen=True)
+class Matrix(Method):
+    """The output is θ₀ + λ·g(τ₁ … τ_T) of whole 2-D weights: a method writes g.
+
+    What is no matrix (vectors, convolutions, embeddings, heads) gets the rest rule, a sum of task vectors. A method whose
+    `base_use` is ``ignored`` gets the weights themselves instead of task vectors, and what it returns is the output.
+
+    Class attributes beside those of `Method`:
+        workspace: Matrices of the tensor's size that `merge` has in memory at most, beside the task vectors.
+    """
+
+    family: ClassVar[str] = "matrix"
+    workspace: ClassVar[int] = 8
+
+    rest: str = parameter("mean", choices=RESTS, doc="what tensors that are no weight matrices get of the task vectors")
+    matrix: bool | None = parameter(
+        None, doc="whether a 2-D tensor is a weight matrix; by default all are but embeddings, heads, norms and tables"
+    )
+    lambda_: float = parameter(1.0, doc="factor of the merged task vector")
+
+    def merge(self, deltas: Tensor) -> Tensor:
+        """The merged task vector, not yet multiplied by λ: a pure function, the same bits for the same input.
+
+        Args:
+            deltas: τ_t = θ_t − θ₀ of one weight: shape ``(T, rows, columns)``, float64. They may be overwritten.
+
+        Returns:
+            Shape ``(rows, columns)``, float64. Zero task vectors give zero, never NaN.
         """
         raise NotImplementedError

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from geomerge.errors import UsageError
+from geomerge.errors import RunError, UsageError
 from geomerge.methods import gram
-from geomerge.methods.base import Elementwise, Method, Span
+from geomerge.methods.base import Elementwise, Matrix, Method, Span
+from geomerge.methods.linalg import one_thread
+from geomerge.methods.rest import is_matrix, rest_method
 from geomerge.methods.tile import Scan, Segment, Tile
 
 _NARROW = (torch.bfloat16, torch.float16)
@@ -27,11 +30,19 @@ Open = Callable[..., Scan]
 
 @dataclass(frozen=True)
 class Prepared:
-    """A method bound to one tensor: its statistics are measured, its tiles can be blended in any order of segments."""
+    """A method bound to one tensor: its statistics are measured, its tiles can be blended in any order of segments.
+
+    Attributes:
+        scan: Gives the tiles.
+        blend: From a tile of the inputs to the output's elements.
+        coefficients: Of the inputs, for span methods with one for the whole tensor.
+        begin: Called before the first tile of a segment is read: what it computes may use the thread's tile buffers.
+    """
 
     scan: Scan
     blend: Callable[[Tile], Tensor]
     coefficients: tuple[float, ...] | None = None
+    begin: Callable[[], object] | None = None
 
     @property
     def copies(self) -> int | None:
@@ -43,6 +54,8 @@ class Prepared:
 
     def tiles(self, segment: Segment) -> Iterator[tuple[int, Tensor]]:
         """Start and float64 elements of the output's tiles; each is valid until the next is asked for."""
+        if self.begin is not None:
+            self.begin()
         for tile in self.scan.tiles(segment):
             yield tile.start, self.blend(tile).reshape(-1)
 
@@ -65,6 +78,11 @@ def prepare(
         dtype: What the output will be rounded to: where that is a 16-bit format, float32 may do for the arithmetic.
         measured: The Gram matrix of the inputs, where the caller knows better than to measure this tensor's.
     """
+    if isinstance(method, Matrix):
+        if is_matrix(shape) and method.matrix is not False:
+            return _prepare_matrix(method, open_scan, shape, scale)
+        count = len(open_scan().sources) - (method.base_use == "required")
+        method = rest_method(method, count)
     last = shape[-1] if len(shape) > 1 else max(_numel(shape), 1)
     if isinstance(method, Span):
         if method.rows and len(shape) > 1:
@@ -99,6 +117,69 @@ def prepare(
     if scale == 1.0:
         return Prepared(scan, lambda tile: method.blend(tile, stats))
     return Prepared(scan, lambda tile: _rescale(tile.base.clone(), method.blend(tile, stats), scale))
+
+
+def _prepare_matrix(method: Matrix, open_scan: Open, shape: tuple[int, ...], scale: float) -> Prepared:
+    """Tiles of the base, to which the merged matrix is added; that is computed once, when a first tile is asked for."""
+    based = method.base_use == "required"
+    merged = _Once(lambda: _merge_matrix(method, open_scan(), shape, method.lambda_ * scale if based else 1.0))
+    scan = open_scan(check=False)  # every element has been looked at by then
+    del scan.sources[1:]
+
+    def blend(tile: Tile) -> Tensor:
+        piece = merged()[tile.start : tile.start + tile.numel]
+        if based:
+            return tile.base.add_(piece)
+        return piece if scale == 1.0 else _rescale(tile.base, piece.clone(), scale)
+
+    return Prepared(scan, blend, begin=merged)
+
+
+def _merge_matrix(method: Matrix, scan: Scan, shape: tuple[int, ...], factor: float) -> Tensor:
+    """factor·g(τ₁ … τ_T), flat.
+
+    Raises:
+        NotFiniteError: An input holds NaN or Inf.
+        RunError: The result does.
+    """
+    based = method.base_use == "required"
+    count = len(scan.sources) - based
+    whole = torch.empty(count, scan.numel, dtype=torch.float64, device=scan.device)
+
+    def fill(tiles: Iterator[Tile]) -> None:
+        for tile in tiles:
+            values = tile.task_vectors() if based else tile.inputs
+            for row, each in zip(whole, values, strict=True):
+                row[tile.start : tile.start + tile.numel] = each
+
+    scan.over(fill)
+    with one_thread():
+        merged = method.merge(whole.view(count, *shape))
+    if merged.shape != shape:
+        raise TypeError(f"{type(method).__name__}.merge returned {list(merged.shape)} for matrices of {list(shape)}")
+    flat = merged.reshape(-1)
+    if factor != 1.0:
+        flat = flat * factor
+    if not math.isfinite(flat.sum().item()) and not bool(torch.isfinite(flat).all()):
+        raise RunError(
+            f"{method.name} gave numbers that are not finite", where=scan.name, hint="are the weights of ordinary size?"
+        )
+    return flat
+
+
+class _Once:
+    """A matrix that is computed at most once, by whichever thread asks first."""
+
+    def __init__(self, compute: Callable[[], Tensor]) -> None:
+        self._compute = compute
+        self._lock = threading.Lock()
+        self._held: Tensor | None = None
+
+    def __call__(self) -> Tensor:
+        with self._lock:
+            if self._held is None:
+                self._held = self._compute()
+            return self._held
 
 
 def _narrow(scan: Scan) -> bool:

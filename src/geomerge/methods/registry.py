@@ -28,7 +28,7 @@ def register(method: M) -> M:
 
 @functools.cache
 def _load() -> None:
-    for family in ("span", "elementwise"):
+    for family in ("span", "elementwise", "matrix"):
         package = importlib.import_module(f"geomerge.methods.{family}")
         for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
             importlib.import_module(module.name)

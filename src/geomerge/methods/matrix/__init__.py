@@ -1,0 +1,1 @@
+"""Methods whose output is a function of whole weight matrices."""
