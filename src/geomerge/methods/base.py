@@ -1,10 +1,11 @@
 """What a merge method is: a frozen value of parameters with one pure function of mathematics.
 
-Three families (docs/architecture.md): `Span` (the output is a linear combination of the inputs),
-`Elementwise` (each output element is a function of the same element of the inputs and of a few statistics), and
-`Matrix` (the output is a function of whole 2-D weights: singular vectors, projections, solutions of systems). A method subclasses its family, declares its parameters with `parameter` and
-`per_model`, and says in class attributes which models it takes. Everything else (recipe validation, help, schema,
-documentation, conformance tests) is derived from the class by `geomerge.methods.registry`.
+Three families (docs/architecture.md): `Span` (the output is a linear combination of the inputs), `Elementwise` (each
+output element is a function of the same element of the inputs and of a few statistics), and `Matrix` (the output is a
+function of whole 2-D weights: singular vectors, projections, solutions of systems). A method subclasses its family,
+declares its parameters with `parameter` and `per_model`, and says in class attributes which models it takes. Everything
+else (recipe validation, help, schema, documentation, conformance tests) is derived from the class by
+`geomerge.methods.registry`.
 
 Inputs are always ordered: the base first (when the method works on one), then the others in the recipe's order.
 """

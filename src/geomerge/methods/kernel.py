@@ -146,13 +146,11 @@ def _merge_matrix(method: Matrix, scan: Scan, shape: tuple[int, ...], factor: fl
     count = len(scan.sources) - based
     whole = torch.empty(count, scan.numel, dtype=torch.float64, device=scan.device)
 
-    def fill(tiles: Iterator[Tile]) -> None:
-        for tile in tiles:
-            values = tile.task_vectors() if based else tile.inputs
-            for row, each in zip(whole, values, strict=True):
-                row[tile.start : tile.start + tile.numel] = each
-
-    scan.over(fill)
+    # Not `scan.over`: its threads may be the ones that wait for this very matrix.
+    for tile in (tile for segment in scan.segments for tile in scan.tiles(segment)):
+        values = tile.task_vectors() if based else tile.inputs
+        for row, each in zip(whole, values, strict=True):
+            row[tile.start : tile.start + tile.numel] = each
     with one_thread():
         merged = method.merge(whole.view(count, *shape))
     if merged.shape != shape:
