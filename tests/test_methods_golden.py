@@ -19,6 +19,7 @@ RTOL = 1e-9
 
 GOLDEN: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "data" / "golden.json").read_text())
 VECTORS = [torch.tensor(v, dtype=torch.float64) for v in GOLDEN["inputs"]["vec_tau"]]
+LOW_RANK = [torch.tensor(m, dtype=torch.float64) for m in GOLDEN["inputs"]["lowrank_tau"]]
 MATRICES = [torch.tensor(m, dtype=torch.float64) for m in GOLDEN["inputs"]["mat_tau"]]
 
 
@@ -55,3 +56,17 @@ def test_sce() -> None:
     """SCE as in the paper: only what was selected is merged."""
     found = gm.methods.sce(torch.zeros_like(MATRICES[0]), MATRICES, select_topk=0.3)
     np.testing.assert_allclose(found.numpy(), expected("sce_topk0.3_paper"), rtol=RTOL, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("case", "method", "taus"),
+    [
+        ("tsvm_reference", "tsvm", MATRICES),
+        ("tsvm_ranksafe_lowrank", "tsvm", LOW_RANK),
+        ("iso_c", "iso_c", MATRICES),
+    ],
+)
+def test_spectral(case: str, method: str, taus: list[torch.Tensor]) -> None:
+    """Spectral methods of one weight; with task vectors of low rank no arbitrary direction comes in."""
+    found = getattr(gm.methods, method)(torch.zeros_like(taus[0]), taus).numpy()
+    np.testing.assert_allclose(found, expected(case), rtol=RTOL, atol=1e-9 * np.abs(expected(case)).max())

@@ -141,7 +141,7 @@ def _declare(default: Any, **meta: Any) -> Any:
 
 
 _KINDS = {"float": float, "int": int, "bool": bool, "str": str, "tuple[float, ...]": float, "tuple[bool, ...]": bool}
-_KINDS |= {"float | None": float, "tuple[float | None, ...]": float, "bool | None": bool}
+_KINDS |= {"float | None": float, "tuple[float | None, ...]": float, "bool | None": bool, "int | None": int}
 
 
 @dataclass(frozen=True)
@@ -334,7 +334,7 @@ class Elementwise(Method):
 
 
 RESTS = ("mean", "sum", "scaled_sum", "base")
-"""What may happen to tensors that are no weight matrices: see `geomerge.methods.rest`."""
+"""What may happen to tensors that are no weight matrices: see `Matrix.rest_weights`."""
 
 
 @dataclass(frozen=True)
@@ -357,8 +357,22 @@ class Matrix(Method):
     )
     lambda_: float = parameter(1.0, doc="factor of the merged task vector")
 
+    @property
+    def factor(self) -> float:
+        """What the engine multiplies the merged task vector by: λ, unless `merge` has its own use for it."""
+        return self.lambda_
+
+    def rest_weights(self, count: int) -> tuple[float, ...]:
+        """The factor of each of `count` task vectors in tensors that are no matrices, λ included.
+
+        ``mean``: λ/T. ``sum``: λ. ``scaled_sum``: λ/√T, so that orthogonal task vectors of equal length sum to that length.
+        ``base``: 0, the base is kept.
+        """
+        share = {"mean": 1 / count, "sum": 1.0, "scaled_sum": 1 / math.sqrt(count), "base": 0.0}[self.rest]
+        return (self.lambda_ * share,) * count
+
     def merge(self, deltas: Tensor) -> Tensor:
-        """The merged task vector, not yet multiplied by λ: a pure function, the same bits for the same input.
+        """The merged task vector, not yet multiplied by `factor`: a pure function, the same bits for the same input.
 
         Args:
             deltas: τ_t = θ_t − θ₀ of one weight: shape ``(T, rows, columns)``, float64. They may be overwritten.

@@ -122,7 +122,7 @@ def prepare(
 def _prepare_matrix(method: Matrix, open_scan: Open, shape: tuple[int, ...], scale: float) -> Prepared:
     """Tiles of the base, to which the merged matrix is added; that is computed once, when a first tile is asked for."""
     based = method.base_use == "required"
-    merged = _Once(lambda: _merge_matrix(method, open_scan(), shape, method.lambda_ * scale if based else 1.0))
+    merged = _Once(lambda: _merge_matrix(method, open_scan(), shape, method.factor * scale if based else 1.0))
     scan = open_scan(check=False)  # every element has been looked at by then
     del scan.sources[1:]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from geomerge.methods.base import Matrix
-from geomerge.methods.linalg import polar
+from geomerge.methods.base import Matrix, parameter
+from geomerge.methods.linalg import polar, svd
 from geomerge.methods.properties import BASE, PERMUTATION, ROTATION, SCALE, SIGN
 from geomerge.methods.registry import register
 
@@ -42,9 +42,19 @@ parameters: {lambda: 1.0}
 dtype: bfloat16
 """
 
+    support_only: bool = parameter(True, doc="leave out directions that the sum does not have (false: as published)")
+
     def merge(self, deltas: Tensor) -> Tensor:
         total = deltas.sum(0)
-        direction = polar(total)
-        # ⟨UVᵀ, UΣVᵀ⟩ = tr Σ: the singular values' sum without the values; ‖UVᵀ‖² is their number.
-        rank = (direction * direction).sum().round()
-        return direction * ((direction * total).sum() / rank.clamp(min=1))
+        if self.support_only:
+            return isotropic(total)
+        found = svd(total)
+        return (found.u @ found.vh).mul_(found.s.mean())
+
+
+def isotropic(total: Tensor) -> Tensor:
+    """σ̄·UVᵀ of UΣVᵀ, over the singular values that count."""
+    direction = polar(total)
+    # ⟨UVᵀ, UΣVᵀ⟩ is the sum of the singular values, ‖UVᵀ‖² their number.
+    mean = (direction * total).sum() / (direction * direction).sum().round().clamp_(min=1.0)
+    return direction.mul_(mean)

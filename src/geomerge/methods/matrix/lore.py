@@ -1,0 +1,84 @@
+"""LoRE-Merging: a base that nobody gave, and experts that differ from it by little rank."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from geomerge.methods.base import BaseUse, Matrix, parameter
+from geomerge.methods.linalg import shrink
+from geomerge.methods.properties import BASE, IDENTICAL, PERMUTATION, ROTATION, SIGN, SINGLE
+from geomerge.methods.registry import register
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@register
+@dataclass(frozen=True)
+class Lore(Matrix):
+    """Find the base and the low-rank changes that explain the experts best, and add all changes to that base.
+
+    θ̂₀ and δₜ minimise Σ ‖θ̂₀ + δₜ − θₜ‖² + μ‖δₜ‖_* (nuclear norms). In turn θ̂₀ becomes the mean of θₜ − δₜ, and δₜ
+    becomes θₜ − θ̂₀ with its singular values lowered by μ/2; each step is the exact minimum in its variable. It ends when
+    neither changes by more than `tolerance` of the changes' size.
+
+    No base is needed: for experts whose common base is lost (Liu et al. 2025; the authors' code is not public, μ is from the
+    paper). With a large μ it is the average. λ = 1/T averages the changes instead of adding them.
+    """
+
+    name: ClassVar[str] = "lore"
+    aliases: ClassVar[tuple[str, ...]] = ("lore_merging",)
+    title: ClassVar[str] = "LoRE-Merging (low-rank estimation)"
+    paper: ClassVar[str] = "Liu et al. 2025, LoRE-Merging, arXiv:2502.10749"
+    formula: ClassVar[str] = "θ = θ̂₀ + λ Σ δₜ,  (θ̂₀, δ) = argmin Σ ‖θ̂₀ + δₜ − θₜ‖² + μ‖δₜ‖_*"
+    when: ClassVar[str] = (
+        "Several fine-tunes of a base that is not at hand. With the base, TSV-Merge or Iso-C know more."
+    )
+    models: ClassVar[tuple[int, int | None]] = (1, None)
+    base_use: ClassVar[BaseUse] = "ignored"
+    properties: ClassVar[frozenset[str]] = frozenset({PERMUTATION, BASE, SINGLE, IDENTICAL, SIGN, ROTATION})
+    example: ClassVar[str] = """\
+merge_method: lore
+models: [{model: ./chat}, {model: ./math}]
+parameters: {mu: 0.01}
+dtype: bfloat16
+"""
+
+    mu: float = parameter(0.01, within=(0, math.inf), doc="the price of a unit of nuclear norm")
+    sweeps: int = parameter(50, within=(1, 10000), doc="rounds at most")
+    tolerance: float = parameter(1e-4, within=(0, 1), doc="relative change at which it ends")
+    lambda_: float = parameter(1.0, doc="factor of the summed changes")
+    rest: str = parameter("mean", choices=("mean",), doc="tensors that are no weight matrices: the mean of the models")
+
+    @property
+    def factor(self) -> float:
+        return 1.0
+
+    def merge(self, deltas: Tensor) -> Tensor:
+        # Relative to the first expert, so that what all have in common costs no digits: identical ones stay identical.
+        origin = deltas[0].clone()
+        experts = deltas.sub_(origin)
+        base, changes = low_rank_base(experts, self.mu, self.sweeps, self.tolerance)
+        return origin.add_(base).add_(changes.sum(0), alpha=self.lambda_)
+
+
+def low_rank_base(experts: Tensor, mu: float, sweeps: int, tolerance: float) -> tuple[Tensor, Tensor]:
+    """θ̂₀ and the δₜ."""
+    changes = torch.zeros_like(experts)
+    base = experts.mean(0)
+    for _ in range(sweeps):
+        moved = 0.0
+        for expert, change in zip(experts, changes, strict=True):
+            found = shrink(expert - base, mu / 2)
+            moved += float((found - change).square_().sum())
+            change.copy_(found)
+        size = float(changes.square().sum())
+        before, base = base, (experts - changes).mean(0)
+        moved += len(experts) * float((base - before).square_().sum())
+        if moved <= tolerance**2 * size:
+            break
+    return base, changes
