@@ -9,7 +9,7 @@ import torch
 
 from geomerge.methods.base import Matrix, parameter
 from geomerge.methods.matrix.tsvm import rank_share, task_singular_vectors
-from geomerge.methods.properties import BASE, PERMUTATION, SCALE, SIGN
+from geomerge.methods.properties import BASE, PERMUTATION, SCALE, SIGN, SINGLE
 from geomerge.methods.registry import register
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class Resm(Matrix):
     paper: ClassVar[str] = "after Yang et al. 2025, Mix Data or Merge Models?, arXiv:2502.06876"
     formula: ClassVar[str] = "TSV-Merge of ωₜτₜ with kₜ triplets each,  ωₜ = T·oₜ/Σ oₛ,  kₜ = ⌊r·(1−zₜ)/Σ (1−zₛ)⌋"
     when: ClassVar[str] = "To experiment with. Take tsvm for a merge that others can reproduce."
-    properties: ClassVar[frozenset[str]] = frozenset({PERMUTATION, BASE, SCALE, SIGN})
+    properties: ClassVar[frozenset[str]] = frozenset({PERMUTATION, BASE, SINGLE, SCALE, SIGN})
     example: ClassVar[str] = """\
 merge_method: resm
 base_model: ./base
