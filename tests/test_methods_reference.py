@@ -173,8 +173,8 @@ ROWS = [
 
 
 def test_every_method_has_a_row() -> None:
-    """No method escapes the comparison."""
-    assert {row.method for row in ROWS} == set(registry.all_methods())
+    """No method escapes the comparison; those of whole matrices have tests of their own, with their own tolerance."""
+    assert {row.method for row in ROWS} == {n for n, m in registry.all_methods().items() if m.family != "matrix"}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -8,9 +8,8 @@ tensors (`geomerge.engine.execute`).
 from __future__ import annotations
 
 import contextlib
-import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -20,12 +19,10 @@ RANK = 1e-6
 """Singular values below this share of the largest do not count: a matrix in 16 or 32 bits does not hold such."""
 
 _PANEL = 256
-_EPSILON = 2.0**-49
-"""Relative error of a Gram matrix's eigenvalues, measured with a margin."""
+_WEAK = 3e-3
+"""Singular values below this share of the largest are not taken from a Gram matrix."""
 _NOISE = 1e-13
 """Eigenvalues below this share of the largest are zero but for rounding."""
-_SQUARED_CONDITION = 1e-7
-_POLAR_ERROR = 1e-8
 
 
 class _Threads:
@@ -63,25 +60,16 @@ def one_thread() -> Iterator[None]:
         _threads.leave()
 
 
-# -- Gram matrices -----------------------------------------------------------------------------------------------------
+# -- the shorter side --------------------------------------------------------------------------------------------------
 
 
 def gram(matrix: Tensor) -> Tensor:
-    """AAᵀ, by panels of which only those on and below the diagonal are computed: half the work of a product."""
-    rows = matrix.shape[0]
-    if rows <= _PANEL:
-        return matrix @ matrix.T
-    made = matrix.new_empty(rows, rows)
-    for first in range(0, rows, _PANEL):
-        last = min(first + _PANEL, rows)
-        panel = matrix[first:last] @ matrix[:last].T
-        made[first:last, :last] = panel
-        made[:first, first:last] = panel[:, :first].T
-    return made
+    """AAᵀ."""
+    return symmetric_product(matrix, matrix.T)
 
 
-def product_of_symmetric(left: Tensor, right: Tensor) -> Tensor:
-    """LR of which it is known that it is symmetric."""
+def symmetric_product(left: Tensor, right: Tensor) -> Tensor:
+    """LR, which is known to be symmetric: by panels down to the diagonal, for half the work of a product."""
     rows = left.shape[0]
     if rows <= _PANEL:
         return left @ right
@@ -94,15 +82,51 @@ def product_of_symmetric(left: Tensor, right: Tensor) -> Tensor:
     return made
 
 
-def _spectrum(wide: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (descending, none negative) and eigenvectors (columns) of AAᵀ."""
-    values, vectors = torch.linalg.eigh(gram(wide))
-    return values.flip(0).clamp_(min=0.0), vectors.flip(1)
-
-
 def _wide(matrix: Tensor) -> Tensor:
     """The matrix, or its transpose, so that it has no more rows than columns."""
     return matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+
+
+class _Left(NamedTuple):
+    """The largest left singular vectors and values of a wide matrix; for the weakest ones the right vectors, too.
+
+    Attributes:
+        u: Shape ``(rows, k)``.
+        s: The values, descending; none below 10⁻⁶ of the first.
+        tail: The right vectors of the last ones, as rows. Those of the others are uᵀA/s.
+    """
+
+    u: Tensor
+    s: Tensor
+    tail: Tensor
+
+    @property
+    def head(self) -> int:
+        """How many have no right vector here."""
+        return len(self.s) - len(self.tail)
+
+
+def _left(wide: Tensor, k: int) -> _Left:
+    """The k largest, from the eigenvectors of AAᵀ: several times faster than a decomposition of A.
+
+    That squares the condition: an error ε·σ₁² in AAᵀ mixes directions i and j by ε·σ₁²/(σᵢσⱼ), as good as nothing for strong
+    ones and everything for weak ones. So the weak ones, σ < `_WEAK`·σ₁, are only taken as a subspace: what A does in it, a few
+    rows, is decomposed itself. Where most are weak, all of A is.
+    """
+    values, vectors = torch.linalg.eigh(gram(wide))
+    values, vectors = values.flip(0).clamp_(min=0.0), vectors.flip(1)
+    rows, first = len(values), float(values[0])
+    strong = min(k, int((values >= _WEAK**2 * first).sum())) if first > 0.0 else 0
+    u, s, tail = vectors[:, :strong], values[:strong].sqrt(), wide[:0]
+    if strong < k and bool((values[strong:] > _NOISE * first).any()):
+        if 2 * (rows - strong) > rows:
+            u, s, tail = (x[:, :k] if i == 0 else x[:k] for i, x in enumerate(svd(wide)))
+        else:
+            weak = vectors[:, strong:]
+            found = svd(weak.T @ wide).first(k - strong)
+            u, s, tail = torch.cat([u, weak @ found.u], 1), torch.cat([s, found.s]), found.vh
+    kept = int((s > RANK * s[0]).sum()) if len(s) else 0
+    return _Left(u[:, :kept], s[:kept], tail[: max(kept - len(s) + len(tail), 0)])
 
 
 # -- singular triplets -------------------------------------------------------------------------------------------------
@@ -134,36 +158,17 @@ def largest(matrix: Tensor, k: int, floor: float = 0.0) -> Triplets:
     """The k largest singular triplets, without those whose singular value is below 10⁻⁶ of the largest (or below `floor`).
 
     Such are what is left of a rank that the matrix does not have: their vectors are arbitrary.
-
-    From the eigenvectors U of AAᵀ (the shorter side) and Uᵀ A, several times faster than a decomposition of A. That squares
-    the condition: v_i is off by about ε·(σ₁/σᵢ)². When that could be more than 10⁻⁹, A itself is decomposed.
     """
     if k < 1:
         return Triplets(matrix[:, :0], matrix.new_zeros(0), matrix[:0])
     wide = _wide(matrix)
-    values, vectors = _spectrum(wide)
-    top = values[:k]
-    if _clear(top, _SQUARED_CONDITION):
-        kept = int((top > RANK**2 * top[0]).sum())
-        u = vectors[:, :kept]
-        right = u.T @ wide
-        s = torch.linalg.vector_norm(right, dim=1)
-        found = Triplets(u, s, right / s[:, None])
-        if wide is not matrix:
-            found = Triplets(found.vh.T, s, found.u.T)
-    else:
-        found = svd(matrix).first(k)
-    kept = int((found.s > max(RANK * float(found.s[0]), floor)).sum()) if len(found.s) else 0
+    left = _left(wide, min(k, wide.shape[0]))
+    right = left.u[:, : left.head].T @ wide
+    strong = torch.linalg.vector_norm(right, dim=1)
+    s, vh = torch.cat([strong, left.s[left.head :]]), torch.cat([right / strong[:, None], left.tail])
+    kept = int((s > floor).sum())
+    found = Triplets(left.u, s, vh) if wide is matrix else Triplets(vh.T, s, left.u.T)
     return found.first(kept)
-
-
-def _clear(values: Tensor, ratio: float) -> bool:
-    """Whether each eigenvalue is either well above the noise of the largest or as good as zero."""
-    first = float(values[0])
-    if not first > 0.0:
-        return True
-    doubtful = (values < ratio * first) & (values > _NOISE * first)
-    return not bool(doubtful.any())
 
 
 def truncate(
@@ -200,50 +205,24 @@ def _truncate_by_energy(matrix: Tensor, energy: float) -> Tensor:
 
 
 def polar(matrix: Tensor) -> Tensor:
-    """UVᵀ of A = UΣVᵀ over the singular values above 10⁻⁶ of the largest: the nearest (partial) isometry.
-
-    As (AAᵀ)^(−½)·A over the shorter side, unless the eigenvalues say that it would be off by more than 10⁻⁸.
-    """
-    wide = _wide(matrix)
-    values, vectors = _spectrum(wide)
-    kept = int((values > RANK**2 * values[0]).sum()) if float(values[0]) > 0.0 else 0
-    if not kept:
-        return torch.zeros_like(matrix)
-    sigma = values[:kept].sqrt()
-    if _polar_error(sigma) > _POLAR_ERROR:
-        found = svd(matrix)
-        kept = int((found.s > RANK * found.s[0]).sum())
-        exact: Tensor = found.u[:, :kept] @ found.vh[:kept]
-        return exact
-    u = vectors[:, :kept]
-    root = product_of_symmetric(u / sigma, u.T)
-    return root @ wide if wide is matrix else (root @ wide).T
-
-
-def _polar_error(sigma: Tensor) -> float:
-    """What a relative error ε of AAᵀ does to the polar factor, relative to its norm.
-
-    An error E of the Gram matrix in its eigenvectors' coordinates changes the factor by E_ij/(σⱼ(σᵢ + σⱼ)): for one small
-    singular value among large ones that is ε/σ², but only in one of its r directions, and ε/σ in the others.
-    """
-    s = sigma / sigma[0]
-    spread = 1.0 / (s * (s[:, None] + s)).square_()
-    return _EPSILON * math.sqrt(float(spread.sum()) / len(s))
+    """UVᵀ of A = UΣVᵀ over the singular values above 10⁻⁶ of the largest: the nearest (partial) isometry."""
+    return _scaled(matrix, lambda s: 1.0 / s)
 
 
 def shrink(matrix: Tensor, threshold: float) -> Tensor:
-    """Singular value thresholding: UΣ'Vᵀ with σ' = max(σ − threshold, 0).
-
-    As a function of AAᵀ, f(λ) = max(1 − threshold/√λ, 0), where that is good to 10⁻⁸.
-    """
+    """Singular value thresholding: UΣ'Vᵀ with σ' = max(σ − threshold, 0)."""
     if float(torch.linalg.matrix_norm(matrix)) <= threshold:
         return torch.zeros_like(matrix)
+    return _scaled(matrix, lambda s: (1.0 - threshold / s).clamp_(min=0.0))
+
+
+def _scaled(matrix: Tensor, factor: Callable[[Tensor], Tensor]) -> Tensor:
+    """Σ f(σᵢ)·σᵢ·uᵢvᵢᵀ, for the strong ones as U f(Σ) Uᵀ·A."""
     wide = _wide(matrix)
-    values, vectors = _spectrum(wide)
-    if threshold**2 < _SQUARED_CONDITION * float(values[0]):
-        found = svd(matrix)
-        return Triplets(found.u, (found.s - threshold).clamp_(min=0.0), found.vh).matrix()
-    kept = int((values > threshold**2).sum())
-    u = vectors[:, :kept]
-    factor = product_of_symmetric(u * (1.0 - threshold / values[:kept].sqrt()), u.T)
-    return factor @ wide if wide is matrix else (factor @ wide).T
+    left = _left(wide, wide.shape[0])
+    f = factor(left.s)
+    u, head = left.u, left.head
+    made = symmetric_product(u[:, :head] * f[:head], u[:, :head].T) @ wide
+    if len(left.tail):
+        made.addmm_(u[:, head:] * (f * left.s)[head:], left.tail)
+    return made if wide is matrix else made.T
