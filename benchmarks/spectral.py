@@ -28,7 +28,8 @@ def task_vectors(rows: int, columns: int) -> Tensor:
     strength = torch.arange(1, rank + 1, dtype=torch.float64) ** -0.5
     made = torch.randn(TASKS, rows, columns, dtype=torch.float64) * 0.1
     for delta in made:
-        delta += (torch.randn(rows, rank, dtype=torch.float64) * strength) @ torch.randn(rank, columns, dtype=torch.float64)
+        strong = torch.randn(rows, rank, dtype=torch.float64) * strength
+        delta.add_(strong @ torch.randn(rank, columns, dtype=torch.float64))
     return made * 1e-4
 
 

@@ -65,7 +65,7 @@ class Builder:
     def prepare(self, node: Node, run: Run = map) -> Prepared:
         """Measure what the node's method needs; `run` maps over segments."""
         assert node.method is not None
-        open_scan = self._opener(node, node.operands, run)
+        open_scan = self.opener(node, node.operands, run)
         measured = None
         if isinstance(node.method, Span) and node.method.needs_gram:
             if node.group:
@@ -82,7 +82,7 @@ class Builder:
         with self._measuring:
             if key not in self._measured:
                 found = [
-                    self._weighted_gram(n, map) if n.statistics else measure_gram(self._opener(n, n.operands, map))
+                    self._weighted_gram(n, map) if n.statistics else measure_gram(self.opener(n, n.operands, map))
                     for n in self._groups[key]
                 ]
                 total = [[math.fsum(each) for each in zip(*rows)] for rows in zip(*(g.centred for g in found))]
@@ -96,14 +96,14 @@ class Builder:
             return None
         key = tuple((self.plan.inputs[o.input].ref, o.tensor) for o in node.operands)
         if key not in self._grams:
-            self._grams[key] = measure_gram(self._opener(node, node.operands, run))
+            self._grams[key] = measure_gram(self.opener(node, node.operands, run))
         return self._grams[key]
 
     def _weighted_gram(self, node: Node, run: Run) -> Gram:
-        scan = self._opener(node, (*node.operands, *node.statistics), run)()
+        scan = self.opener(node, (*node.operands, *node.statistics), run)()
         return gram.measure(scan, "tensor", statistics=len(node.statistics))
 
-    def _opener(self, node: Node, operands: Sequence[Operand], run: Run) -> Open:
+    def opener(self, node: Node, operands: Sequence[Operand], run: Run) -> Open:
         """Opens scans of a node's operands."""
         level = len(self.plan.stages) - 1 - node.stage
         sources = [self.source(operand, node) for operand in operands]

@@ -25,6 +25,7 @@ from geomerge.engine.build import Builder
 from geomerge.engine.execute import Threads, Work
 from geomerge.engine.plan import REST, Node, Plan
 from geomerge.engine.planner import make_plan
+from geomerge.engine.survey import surveyed
 from geomerge.errors import IncompatibleModels
 
 if TYPE_CHECKING:
@@ -72,8 +73,9 @@ class LiveMerge:
         """
         plan, inputs = make_plan(recipe, models=self.parents)
         sink = ModuleSink(self.module, plan)
-        work = Work(Builder(plan, inputs, grams=self._grams), sink, lambda nbytes: None, threading.Event())
-        Threads(work, self._threads).run(list(enumerate(plan.output_nodes())), lambda entries: None)
+        known = surveyed(plan, lambda p: Builder(p, inputs), threads=self._threads)
+        work = Work(Builder(known, inputs, grams=self._grams), sink, lambda nbytes: None, threading.Event())
+        Threads(work, self._threads).run(list(enumerate(known.output_nodes())), lambda entries: None)
         return plan
 
 

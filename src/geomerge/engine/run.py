@@ -27,6 +27,7 @@ from geomerge.engine.matrices import whole_matrices
 from geomerge.engine.plan import InputModel, Node, Plan
 from geomerge.engine.processes import Processes, suitable
 from geomerge.engine.sinks import FileSink, MemorySink
+from geomerge.engine.survey import survey_bytes, surveyed
 from geomerge.errors import ModelError, RunError, UsageError
 from geomerge.methods import registry
 from geomerge.methods.tile import TILE
@@ -113,6 +114,7 @@ def run_plan(
     try:
         builder = _builder(plan, opened, device, tile)
         nodes = list(plan.output_nodes())
+        looking = survey_bytes(plan)
         layout = plan_layout([(n.name, n.dtype, n.shape) for n in nodes], shard_size, {"geomerge": __version__})
         places = [Path(i.path) for i in plan.inputs if i.path]
         with OutputDirectory(out, force, resume, inputs=places, durable=durable) as output:
@@ -132,13 +134,23 @@ def run_plan(
                 written = sum(nodes[i].nbytes for i in facts)
 
                 def begin() -> None:
-                    if progress is not None:
+                    if progress is not None and not looking:
                         progress.start(plan.nbytes, written)
 
                 def advance(nbytes: int) -> None:
                     if progress is not None:
                         with lock:
                             progress.advance(nbytes)
+
+                if looking and left:
+                    if progress is not None:
+                        progress.start(plan.nbytes + looking, written)
+                    known = surveyed(
+                        plan, lambda p: _builder(p, opened, device, tile), threads=threads, advance=advance
+                    )
+                    builder = _builder(known, opened, device, tile)
+                    made = list(known.output_nodes())
+                    left = [(i, made[i]) for i, _ in left]
 
                 def done(entries: list[tuple[int, dict[str, Any]]]) -> None:
                     if durable:
@@ -191,8 +203,9 @@ def run_in_memory(
     opened = list(inputs) if inputs is not None else open_inputs(plan)
     try:
         sink = MemorySink(plan)
-        work = Work(_builder(plan, opened, device, tile), sink, lambda nbytes: None, threading.Event())
-        Threads(work, threads).run(list(enumerate(plan.output_nodes())), lambda entries: None)
+        known = surveyed(plan, lambda p: _builder(p, opened, device, tile), threads=threads)
+        work = Work(_builder(known, opened, device, tile), sink, lambda nbytes: None, threading.Event())
+        Threads(work, threads).run(list(enumerate(known.output_nodes())), lambda entries: None)
         return sink.tensors
     finally:
         for checkpoint in opened:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from geomerge.methods.gram import Gram
     from geomerge.methods.tile import Scan, Tile
+    from geomerge.methods.walk import Walk
 
 BaseUse = Literal["required", "optional", "ignored"]
 """How a method uses the base model: as the origin of the task vectors or first endpoint, if given, or as any other model."""
@@ -173,6 +174,27 @@ class Method:
     properties: ClassVar[frozenset[str]] = frozenset()
     mergekit: ClassVar[Mapping[str, Any]] = {}
     example: ClassVar[str]
+
+    known: Any = field(default=None, kw_only=True, repr=False, compare=False)
+    """What `survey` found; `None` before. No parameter: nobody sets it but what runs the survey."""
+
+    @property
+    def surveys(self) -> int:
+        """Passes over the whole model that `survey` makes before the first tensor is made; 0: none are needed."""
+        return 0
+
+    @property
+    def surveyed_alike(self) -> Hashable:
+        """What two tensors' parameters must have in common to be surveyed together; by default all parameters."""
+        return tuple(self.values().items())
+
+    def survey(self, walk: Walk) -> Any:
+        """Look at all tensors that are merged with these parameters; the result becomes `known`.
+
+        Args:
+            walk: The tensors. It may be gone through any number of times.
+        """
+        raise NotImplementedError
 
     @classmethod
     def parameters(cls) -> dict[str, Parameter]:

@@ -97,6 +97,7 @@ def disjoint_merge(
     factors: Sequence[float],
     normalize: bool,
     lambda_: float = 1.0,
+    furthest: bool = False,
 ) -> Tensor:
     """Elect a sign for each element and merge the task vectors that agree with it (TIES): θ₀ + λ·Σ{xₖ : agree}/Σ{wₖ : agree}.
 
@@ -112,6 +113,7 @@ def disjoint_merge(
         factors: fₖ, what makes up for dropped elements.
         normalize: Divide by the weights that agree.
         lambda_: λ.
+        furthest: Of what agrees take the largest instead of the sum (and divide by nothing).
     """
     coefficients = [w * f for w, f in zip(weights, factors, strict=True)]
     alike = len(set(coefficients)) == len(set(weights)) == 1 and coefficients[0] > 0
@@ -130,7 +132,9 @@ def disjoint_merge(
     disputed = np.empty(0, dtype=np.int64)
     if total.dtype == torch.float32 and not alike:
         disputed = _disputed(votes, total, len(deltas))
-    if normalize:
+    if furthest:
+        total = agreeing.amax(0)
+    elif normalize:
         shares = agreeing.sign_()
         agreed = _added(shares) if alike else _added(shares, weights)
         # Where nothing agrees the sum is zero, and the divisor must not be.
@@ -151,7 +155,15 @@ def disjoint_merge(
 
             def again(b: Tensor, d: Tensor) -> Tensor:
                 return disjoint_merge(
-                    b, d, weights, exact, limit, factors=factors, normalize=normalize, lambda_=lambda_
+                    b,
+                    d,
+                    weights,
+                    exact,
+                    limit,
+                    factors=factors,
+                    normalize=normalize,
+                    lambda_=lambda_,
+                    furthest=furthest,
                 )
 
             _again(result, found, exact, again)

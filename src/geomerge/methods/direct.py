@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from geomerge.errors import IncompatibleModels, UsageError
-from geomerge.methods.base import Method
-from geomerge.methods.kernel import prepare
+from geomerge.methods.base import Elementwise, Method
+from geomerge.methods.kernel import Open, elementwise_scan, prepare
 from geomerge.methods.tile import TILE, Scan, TensorSource
+from geomerge.methods.walk import Walk
 
 Weights = Tensor | Mapping[str, Tensor]
 """A tensor, or tensors by name."""
@@ -70,6 +73,8 @@ class Function:
             if set(m) != set(names):
                 odd = min(set(names) ^ set(m))
                 raise IncompatibleModels(f"the tensor {odd!r} is not in every model")
+        if method.surveys:
+            method = _surveyed(method, names, inputs, seed=seed, dtype=dtype, tile=tile)  # type: ignore[arg-type]
         merged: dict[Any, Tensor] = {}
         for name in names:
             tensors: list[Tensor] = [m[name] for m in inputs]
@@ -93,9 +98,49 @@ class Function:
         return ([base, *models] if base is not None else models), len(models)
 
 
+def _surveyed(
+    method: Method,
+    names: Sequence[Any],
+    inputs: Sequence[Mapping[Any, Tensor]],
+    *,
+    seed: int,
+    dtype: torch.dtype | None,
+    tile: int,
+) -> Method:
+    """The method with what it has to know of all tensors together."""
+    assert isinstance(method, Elementwise)
+    mine = [name for name in names if inputs[0][name].is_floating_point()]
+    scans = []
+    for name in mine:
+        tensors = [m[name] for m in inputs]
+        out, open_scan = _opened(tensors, str(name), seed=seed, dtype=dtype, tile=tile)
+        scans.append(functools.partial(elementwise_scan, method, open_scan, tuple(tensors[0].shape), 1.0, out))
+    walk = Walk(scans, [str(name) for name in mine], sum(inputs[0][name].numel() for name in mine))
+    return replace(method, known=method.survey(walk))
+
+
 def _merge(
     method: Method, tensors: Sequence[Tensor], name: str, *, seed: int, dtype: torch.dtype | None, tile: int
 ) -> Tensor:
+    shape = tuple(tensors[0].shape)
+    dtype, open_scan = _opened(tensors, name, seed=seed, dtype=dtype, tile=tile)
+    out = torch.empty(shape, dtype=dtype, device=tensors[0].device)
+    flat = out.view(-1)
+    prepared = prepare(method, open_scan, shape, dtype=dtype)
+    for segment in prepared.scan.segments:
+        for start, values in prepared.tiles(segment):
+            flat[start : start + values.numel()] = values
+    return out
+
+
+def _opened(
+    tensors: Sequence[Tensor], name: str, *, seed: int, dtype: torch.dtype | None, tile: int
+) -> tuple[torch.dtype, Open]:
+    """The result's dtype, and what opens scans of the tensors.
+
+    Raises:
+        IncompatibleModels: Their shapes differ.
+    """
     shape = tuple(tensors[0].shape)
     for t in tensors[1:]:
         if tuple(t.shape) != shape:
@@ -109,10 +154,4 @@ def _merge(
     def open_scan(**tiling: Any) -> Scan:
         return Scan(sources, shape, name=name, seed=seed, tile=tile, device=tensors[0].device, **tiling)
 
-    out = torch.empty(shape, dtype=dtype, device=tensors[0].device)
-    flat = out.view(-1)
-    prepared = prepare(method, open_scan, shape, dtype=dtype)
-    for segment in prepared.scan.segments:
-        for start, values in prepared.tiles(segment):
-            flat[start : start + values.numel()] = values
-    return out
+    return dtype, open_scan

@@ -6,7 +6,7 @@ import functools
 import math
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from geomerge.methods.base import Elementwise, Matrix, Method, Span
 from geomerge.methods.linalg import one_thread
 from geomerge.methods.rest import is_matrix, rest_method
 from geomerge.methods.tile import Scan, Segment, Tile
+from geomerge.methods.walk import Walk
 
 _NARROW = (torch.bfloat16, torch.float16)
 
@@ -109,14 +110,26 @@ def prepare(
         return Prepared(scan, functools.partial(combine, coefficients), coefficients)
     if not isinstance(method, Elementwise):
         raise TypeError(f"{type(method).__name__} belongs to no family")
-    width = last if method.rows else None
-    scan = open_scan(columns=width)
-    if method.single and scale == 1.0 and dtype in _NARROW and _narrow(scan):
-        scan = open_scan(columns=width, dtype=torch.float32)
+    scan = elementwise_scan(method, open_scan, shape, scale, dtype)
+    if method.surveys and method.known is None:
+        # Nobody looked at the whole model: this tensor is all there is.
+        method = replace(method, known=method.survey(Walk([lambda: scan], [scan.name], scan.numel)))
     stats = method.measure(scan)
     if scale == 1.0:
         return Prepared(scan, lambda tile: method.blend(tile, stats))
     return Prepared(scan, lambda tile: _rescale(tile.base.clone(), method.blend(tile, stats), scale))
+
+
+def elementwise_scan(
+    method: Elementwise, open_scan: Open, shape: tuple[int, ...], scale: float = 1.0, dtype: torch.dtype | None = None
+) -> Scan:
+    """The scan on which an elementwise method measures and blends a tensor; arguments as in `prepare`."""
+    last = shape[-1] if len(shape) > 1 else max(_numel(shape), 1)
+    width = last if method.rows else None
+    scan = open_scan(columns=width)
+    if method.single and scale == 1.0 and dtype in _NARROW and _narrow(scan):
+        return open_scan(columns=width, dtype=torch.float32)
+    return scan
 
 
 def _prepare_matrix(method: Matrix, open_scan: Open, shape: tuple[int, ...], scale: float) -> Prepared:

@@ -1,4 +1,4 @@
-"""Exact order statistics of magnitudes in bounded memory: which elements are the k largest?
+"""Exact order statistics in bounded memory: which elements of a tensor, or of a model, are the k largest?
 
 No sort of a tensor, ever. A sample predicts a narrow bracket for each threshold; one pass counts what lies above it and
 collects the few values inside; a selection among those is exact. When the bracket misses (or more falls into it than
@@ -14,7 +14,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,7 +25,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from geomerge.methods.walk import Walk
+
     Floats = NDArray[np.float64]
+
+Over = Callable[[Callable[[Iterator[Tile]], Any]], list[Any]]
+"""Runs a function on the tiles of every segment."""
 
 Magnitudes = Callable[[Tile], Sequence["Tensor"]]
 """Computes the magnitudes (float64, not negative) to be ranked, one tensor for each selection."""
@@ -53,6 +58,10 @@ class Selection:
     @property
     def every(self) -> bool:
         return self.keep >= sum(self.equal) or self.threshold == 0.0
+
+    def with_equals(self) -> Selection:
+        """The same with all elements that equal the threshold."""
+        return Selection(self.threshold, sum(self.equal), self.equal)
 
     def shrink_(self, values: Tensor, tile: Tile, label: object) -> Tensor:
         """Set the elements of `values` that are not among the k largest to zero, in place.
@@ -117,7 +126,85 @@ def largest(scan: Scan, magnitudes: Magnitudes, counts: Sequence[int]) -> list[S
         budget = dict.fromkeys(wanted, 4 * _COLLECT)
         segments = scan.over(lambda tiles: _collect(tiles, magnitudes, brackets, budget))
         for i in wanted:
-            found[i] = _choose([s[i] for s in segments], counts[i]) or _by_counting(scan, magnitudes, i, counts[i])
+            found[i] = _choose([s[i] for s in segments], counts[i]) or _by_counting(scan.over, magnitudes, i, counts[i])
+    return found
+
+
+def largest_of_all(walk: Walk, magnitudes: Magnitudes, counts: Sequence[int]) -> dict[str, list[Selection]]:
+    """As `largest`, over all tensors of a model together; of equal magnitudes those of earlier tensors win.
+
+    Returns:
+        For each tensor its share of each selection.
+    """
+    found: dict[str, list[Selection]] = {name: [] for name in walk.names}
+    chosen = _select(walk, magnitudes, [min(k, walk.numel) for k in counts])
+    sizes = walk.over(lambda scan: scan.numel)
+    for k, selection in zip(counts, chosen, strict=True):
+        if selection is None:  # all or nothing
+            for name, size in zip(walk.names, sizes, strict=True):
+                found[name].append(NOTHING if k <= 0 else Selection(0.0, size, (size,)))
+            continue
+        threshold, keep, equal = selection
+        for name, here in zip(walk.names, equal, strict=True):
+            found[name].append(Selection(threshold, min(max(keep, 0), sum(here)), tuple(here)))
+            keep -= sum(here)
+    return found
+
+
+def nth_smallest_of_all(walk: Walk, values: Magnitudes, ranks: Sequence[int], *, signed: bool = False) -> list[float]:
+    """The values at the 0-based `ranks` of the ascending order over all tensors of a model.
+
+    Args:
+        walk: The tensors.
+        values: Gives one tensor for each rank.
+        ranks: From 0 to the number of elements minus 1.
+        signed: The values may be negative.
+    """
+    chosen = _select(walk, values, [walk.numel - r for r in ranks], signed=signed)
+    if any(c is None for c in chosen):  # the smallest, at which `_select` does not look
+        parts = walk.over(lambda scan: scan.over(lambda tiles: [[v.min().item() for v in values(t)] for t in tiles]))
+        least = np.min([tile for scan in parts for segment in scan for tile in segment], axis=0)
+        return [float(least[i]) if c is None else c[0] for i, c in enumerate(chosen)]
+    return [c[0] for c in chosen if c is not None]
+
+
+def _select(
+    walk: Walk, values: Magnitudes, counts: Sequence[int], *, signed: bool = False
+) -> list[tuple[float, int, list[list[int]]] | None]:
+    """For each count the threshold, how many equal to it are among the largest, and how many there are: by tensor and segment.
+
+    `None` for a count of nothing or of everything.
+    """
+    n = walk.numel
+    wanted = {i: k for i, k in enumerate(counts) if 0 < k < n}
+    found: list[tuple[float, int, list[list[int]]] | None] = [None] * len(counts)
+    if not wanted:
+        return found
+    size = min(max(_SAMPLE, int((3.2 * n / _COLLECT) ** 2)), 1 << 22)
+
+    def look(scan: Scan) -> dict[int, list[Floats]]:
+        taken: dict[int, list[Floats]] = {i: [] for i in wanted}
+        for tile in scan.sample(max(size * scan.numel // n, 1)) if scan.numel else ():
+            for i, m in enumerate(values(tile)):
+                if i in taken:
+                    taken[i].append(m.reshape(-1).cpu().numpy().copy())
+        return taken
+
+    samples = walk.over(look)
+    floor = -math.inf if signed else 0.0
+    brackets = {
+        i: _bracket(np.concatenate([piece for each in samples for piece in each[i]]), k, n, floor)
+        for i, k in wanted.items()
+    }
+    del samples
+    budget = dict.fromkeys(wanted, 16 * _COLLECT)
+    parts = walk.over(lambda scan: scan.over(lambda tiles: _collect(tiles, values, brackets, budget)))
+    for i, k in wanted.items():
+        selection = _choose([s[i] for scan in parts for s in scan], k)
+        if selection is None:
+            selection = _by_counting(walk.over_segments, values, i, k, signed=signed)
+        equal = iter(selection.equal)
+        found[i] = (selection.threshold, selection.keep, [[next(equal) for _ in scan] for scan in parts])
     return found
 
 
@@ -203,19 +290,19 @@ def _brackets(scan: Scan, magnitudes: Magnitudes, counts: dict[int, int]) -> dic
         for i, m in enumerate(magnitudes(tile)):
             if i in taken:
                 taken[i].append(m.reshape(-1).cpu().numpy().copy())
-    brackets = {}
-    for i, k in counts.items():
-        values = np.concatenate(taken.pop(i))
-        size = len(values)
-        centre = size * (1 - k / n)
-        spread = 4 * math.sqrt(size * (k / n) * (1 - k / n)) + 16
-        low, high = int(centre - spread), int(centre + spread)
-        values.sort()
-        inner, number = np.unique(values[max(low, 0) : high + 1], return_counts=True)
-        common = float(inner[number.argmax()]) if inner.size and number.max() > size // 256 else math.nan
-        bounds = (float(values[low]) if low > 0 else 0.0, float(values[high]) if high < size else math.inf)
-        brackets[i] = (*bounds, common)
-    return brackets
+    return {i: _bracket(np.concatenate(taken.pop(i)), k, n, 0.0) for i, k in counts.items()}
+
+
+def _bracket(values: Floats, k: int, n: int, floor: float) -> tuple[float, float, float]:
+    """Bounds from a sample, for the k-th largest of n values; no value lies below `floor`."""
+    size = len(values)
+    centre = size * (1 - k / n)
+    spread = 4 * math.sqrt(size * (k / n) * (1 - k / n)) + 16
+    low, high = int(centre - spread), int(centre + spread)
+    values.sort()
+    inner, number = np.unique(values[max(low, 0) : high + 1], return_counts=True)
+    common = float(inner[number.argmax()]) if inner.size and number.max() > size // 256 else math.nan
+    return float(values[low]) if low > 0 else floor, float(values[high]) if high < size else math.inf, common
 
 
 def _collect(
@@ -258,39 +345,45 @@ def _equal(segment: _Bracket, value: float) -> int:
     return int(segment.counts[at]) if at < segment.values.size and segment.values[at] == value else 0
 
 
-def _by_counting(scan: Scan, magnitudes: Magnitudes, which: int, count: int) -> Selection:
+def _by_counting(over: Over, magnitudes: Magnitudes, which: int, count: int, *, signed: bool = False) -> Selection:
     """The same answer from four passes that count 16 bits of the magnitudes' patterns each, and one that counts equals."""
     prefix, greater = 0, 0
     lock = threading.Lock()
     for shift in (48, 32, 16, 0):
         total = np.zeros(1 << 16, dtype=np.int64)
-        scan.over(lambda tiles, s=shift, p=prefix, t=total: _count_bits(tiles, magnitudes, which, s, p, t, lock))  # type: ignore[misc]
+
+        def count_bits(tiles: Iterator[Tile], shift: int = shift, prefix: int = prefix, total: Any = total) -> None:
+            for tile in tiles:
+                bits = _ordered_bits(magnitudes(tile)[which].reshape(-1).cpu().numpy(), signed=signed)
+                if shift < 48:
+                    bits = bits[bits >> np.uint64(shift + 16) == prefix]
+                counted = np.bincount(
+                    (bits >> np.uint64(shift) & np.uint64(0xFFFF)).astype(np.int64), minlength=1 << 16
+                )
+                with lock:
+                    total += counted
+
+        over(count_bits)
         reached = greater + np.cumsum(total[::-1])
         at = int(np.searchsorted(reached, count))
         greater = int(reached[at - 1]) if at else greater
         prefix = prefix << 16 | (0xFFFF - at)
+    if signed:
+        prefix = prefix ^ _SIGN if prefix & _SIGN else prefix ^ (2**64 - 1)
     threshold = float(np.array(prefix, dtype=np.uint64).view(np.float64))
 
     def equal(tiles: Iterator[Tile]) -> int:
         return sum(int(np.count_nonzero(magnitudes(t)[which].reshape(-1).cpu().numpy() == threshold)) for t in tiles)
 
-    return Selection(threshold, count - greater, tuple(scan.over(equal)))
+    return Selection(threshold, count - greater, tuple(over(equal)))
 
 
-def _count_bits(
-    tiles: Iterator[Tile],
-    magnitudes: Magnitudes,
-    which: int,
-    shift: int,
-    prefix: int,
-    total: NDArray[np.int64],
-    lock: threading.Lock,
-) -> None:
-    for tile in tiles:
-        flat: Floats = magnitudes(tile)[which].reshape(-1).cpu().numpy()
-        bits = (flat.astype(np.float64) + 0.0).view(np.uint64) >> np.uint64(shift)
-        if shift < 48:
-            bits = bits[bits >> np.uint64(16) == prefix]
-        counted = np.bincount((bits & np.uint64(0xFFFF)).astype(np.int64), minlength=1 << 16)
-        with lock:
-            total += counted
+_SIGN = 1 << 63
+
+
+def _ordered_bits(values: Floats, *, signed: bool) -> NDArray[np.uint64]:
+    """Patterns that are in the order of the values."""
+    bits = (values.astype(np.float64) + 0.0).view(np.uint64)
+    if not signed:
+        return bits
+    return np.where(bits >> np.uint64(63) == 1, ~bits, bits | np.uint64(_SIGN))

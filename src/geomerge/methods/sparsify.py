@@ -7,16 +7,17 @@ tile of one expert's task vector in place. A published method is a chain of such
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from geomerge.methods.order import Selection, largest
+from geomerge.methods.order import Selection, largest, largest_of_all
 from geomerge.methods.random import bernoulli, keep_
 from geomerge.methods.tile import Scan, Tile
+from geomerge.methods.walk import Walk
 
 Rescale = Literal["none", "inverse", "l1"]
 """What is done for the dropped elements: nothing; division by the kept share (unbiased, as in the papers); or
@@ -92,21 +93,52 @@ class Everything:
 
 @dataclass(frozen=True)
 class Magnitude:
-    """The ⌊density·n⌋ largest magnitudes of each tensor; among equals the lowest index."""
+    """The largest magnitudes of each tensor, or of the whole model.
+
+    Attributes:
+        density: The share that is kept.
+        top_k: ``exact_k``: ⌊density·n⌋ elements, among equals the lowest index. ``kth_inclusive`` (the TIES authors'): all that
+            are at least the (n − ⌊density·n⌋)-th smallest. ``mask_rate_inclusive`` (MergeLM's): all that are at least the
+            ⌊(1 − density)·n⌋-th smallest. 1-based; a rank of 0 keeps everything.
+        known: The selections by tensor, where they were made over the whole model.
+    """
 
     density: Sequence[float]
     rescale: Rescale = "none"
     rows: bool = False
+    top_k: str = "exact_k"
+    known: Mapping[str, list[Selection]] | None = None
 
     def measure(self, scan: Scan) -> list[Selection]:
-        counts = [kept(d, scan.numel) for d in self.density]
-        return largest(scan, lambda tile: [d.abs_() for d in tile.task_vectors()], counts)
+        if self.known is not None:
+            return self.known[scan.name]
+        found = largest(scan, _magnitudes, self.counts(scan.numel))
+        return found if self.top_k == "exact_k" else [s.with_equals() for s in found]
+
+    def survey(self, walk: Walk) -> dict[str, list[Selection]]:
+        """The selections over all tensors together, by tensor."""
+        found = largest_of_all(walk, _magnitudes, self.counts(walk.numel))
+        if self.top_k == "exact_k":
+            return found
+        return {name: [s.with_equals() for s in selections] for name, selections in found.items()}
+
+    def counts(self, n: int) -> list[int]:
+        """How many of n elements are kept of each expert, equals of the last one aside."""
+        if self.top_k == "kth_inclusive":
+            return [min(math.floor(d * n + 1e-9) + 1, n) for d in self.density]
+        if self.top_k == "mask_rate_inclusive":
+            return [min(n - math.floor((1 - d) * n + 1e-9) + 1, n) for d in self.density]
+        return [kept(d, n) for d in self.density]
 
     def keep_(self, delta: Tensor, k: int, tile: Tile, stats: list[Selection]) -> Tensor:
         return stats[k].shrink_(delta, tile, k)
 
     def inverse(self) -> list[float]:
         return _inverse(self.density)
+
+
+def _magnitudes(tile: Tile) -> list[Tensor]:
+    return [d.abs_() for d in tile.task_vectors()]
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,10 @@ class TaskVectors(Elementwise):
         """The first step."""
         raise NotImplementedError
 
+    def merging(self) -> dict[str, bool]:
+        """How what agrees on the elected sign is merged: arguments of `disjoint_merge`."""
+        return {"normalize": self.normalize}
+
     @property
     def rescaling(self) -> Rescale:
         """The step's rescaling as the parameters ask for it."""
@@ -61,7 +65,7 @@ class TaskVectors(Elementwise):
         deltas = tile.stack[1:]
         exact, limit = functools.partial(exactly, tile), cancelled(tile)
         if self.elect:
-            options = {"factors": factors, "normalize": self.normalize, "lambda_": self.lambda_}
+            options = {"factors": factors, "lambda_": self.lambda_} | self.merging()
             return disjoint_merge(tile.base, deltas, self.weight, exact, limit, **options)
         divisor = sum(self.weight)
         scale = self.lambda_ / divisor if self.normalize and abs(divisor) >= 1e-8 else self.lambda_

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from geomerge.methods.base import parameter
 from geomerge.methods.elementwise.task_vectors import TaskVectors
+from geomerge.methods.order import Selection
 from geomerge.methods.properties import BASE, IDENTICAL, PERMUTATION, SCALE, SINGLE
 from geomerge.methods.registry import register
 from geomerge.methods.sparsify import Everything, Magnitude, Sparsifier
+from geomerge.methods.walk import Walk
 
 
 @register
@@ -37,6 +40,37 @@ dtype: bfloat16
 """
 
     normalize: bool = parameter(True, doc="divide each element by the weights that agree on its sign")
+    merge_func: str = parameter(
+        "mean",
+        choices=("mean", "sum", "max"),
+        doc="of what agrees: the mean, the sum (normalize: false), or the largest",
+    )
+    scope: str = parameter(
+        "tensor",
+        choices=("tensor", "global"),
+        doc="what density is a share of: each tensor, or the whole model (as in the paper)",
+    )
+    top_k: str = parameter(
+        "exact_k",
+        choices=("exact_k", "kth_inclusive", "mask_rate_inclusive"),
+        doc="what density keeps exactly: that share, or one of the two rules of published code, which keep all equals",
+    )
 
     def sparsifier(self) -> Sparsifier:
-        return Magnitude(self.density, self.rescaling) if min(self.density) < 1 else Everything()
+        if min(self.density) >= 1:
+            return Everything()
+        return Magnitude(self.density, self.rescaling, top_k=self.top_k, known=self.known)
+
+    def merging(self) -> dict[str, bool]:
+        return {"normalize": self.normalize and self.merge_func == "mean", "furthest": self.merge_func == "max"}
+
+    @property
+    def surveys(self) -> int:
+        return int(self.scope == "global" and min(self.density) < 1)
+
+    @property
+    def surveyed_alike(self) -> Hashable:
+        return self.density, self.top_k
+
+    def survey(self, walk: Walk) -> dict[str, list[Selection]]:
+        return Magnitude(self.density, top_k=self.top_k).survey(walk)

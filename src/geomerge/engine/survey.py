@@ -1,0 +1,112 @@
+"""The survey: statistics over the whole model that some methods need before the first tensor can be made.
+
+A survey reads and never writes. Its result goes into the nodes' methods (`Method.known`), so that all that follows is the
+same as for any other method. An interrupted run makes it again, with the same bits.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from geomerge.checkpoint.dtypes import to_torch
+from geomerge.engine.build import Builder
+from geomerge.engine.execute import cores
+from geomerge.engine.plan import Node, Plan
+from geomerge.methods.base import Elementwise
+from geomerge.methods.kernel import elementwise_scan
+from geomerge.methods.tile import Scan
+from geomerge.methods.walk import Walk
+
+
+def survey_bytes(plan: Plan) -> int:
+    """Bytes that the progress counts for the surveys of a plan: those of the output, once for each pass."""
+    return sum(node.nbytes * node.method.surveys for node in plan.nodes if node.method is not None)
+
+
+def surveyed(
+    plan: Plan,
+    make: Callable[[Plan], Builder],
+    *,
+    threads: int | None = None,
+    advance: Callable[[int], None] = lambda nbytes: None,
+) -> Plan:
+    """The plan with what its methods have to know of the whole model.
+
+    Args:
+        plan: The plan.
+        make: Makes a builder.
+        threads: By default one for each core that the process may use.
+        advance: Told of bytes, `survey_bytes` in all, from any thread.
+    """
+    if not survey_bytes(plan):
+        return plan
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # the tensors are the parallelism
+    try:
+        with ThreadPoolExecutor(threads or cores(), thread_name_prefix="geomerge-survey") as pool:
+            for stage in range(len(plan.stages)):
+                plan = _stage(plan, stage, make(plan), pool, advance)
+    finally:
+        torch.set_num_threads(before)
+    return plan
+
+
+def _stage(plan: Plan, stage: int, builder: Builder, pool: ThreadPoolExecutor, advance: Callable[[int], None]) -> Plan:
+    """Survey one stage's nodes; the earlier ones know what they have to."""
+    groups: dict[Any, list[int]] = {}
+    for index, node in enumerate(plan.nodes):
+        if node.stage == stage and node.method is not None and node.method.surveys:
+            groups.setdefault((type(node.method), node.method.surveyed_alike), []).append(index)
+    nodes = list(plan.nodes)
+    for members in groups.values():
+        mine = [plan.nodes[i] for i in members]
+        method = mine[0].method
+        assert method is not None
+        walk = Walk(
+            [_opener(builder, node) for node in mine],
+            [node.name for node in mine],
+            sum(node.numel for node in mine),
+            _counted(mine, pool, method.surveys, advance),
+        )
+        known = method.survey(walk)
+        for index, node in zip(members, mine, strict=True):
+            assert node.method is not None
+            nodes[index] = replace(node, method=replace(node.method, known=known))
+    return replace(plan, nodes=tuple(nodes)) if groups else plan
+
+
+def _opener(builder: Builder, node: Node) -> Callable[[], Scan]:
+    method = node.method
+    assert isinstance(method, Elementwise)
+    open_scan = builder.opener(node, node.operands, map)
+    return lambda: elementwise_scan(method, open_scan, node.shape, node.scale, to_torch(node.dtype))
+
+
+def _counted(
+    nodes: list[Node], pool: ThreadPoolExecutor, passes: int, advance: Callable[[int], None]
+) -> Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]:
+    """A map over the tensors, the largest first, that tells how far it is (a method may go on for longer than it said)."""
+    seen: Counter[int] = Counter()
+
+    def run(work: Callable[[Any], Any], items: Iterable[Any]) -> Iterable[Any]:
+        listed = list(items)
+
+        @torch.inference_mode()
+        def one(index: int) -> Any:
+            result = work(listed[index])
+            seen[index] += 1
+            if seen[index] <= passes:
+                advance(nodes[index].nbytes)
+            return result
+
+        order = sorted(range(len(listed)), key=lambda i: -nodes[i].numel)
+        futures = {i: pool.submit(one, i) for i in order}
+        return [futures[i].result() for i in range(len(listed))]
+
+    return run

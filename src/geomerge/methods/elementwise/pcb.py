@@ -1,0 +1,148 @@
+"""PCB-Merging: parameters compete within a task and between tasks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from geomerge.methods.base import Elementwise, parameter, per_model
+from geomerge.methods.order import nth_smallest_of_all
+from geomerge.methods.properties import BASE, PERMUTATION, SIGN
+from geomerge.methods.registry import register
+from geomerge.methods.tile import Scan, Tile
+from geomerge.methods.walk import Walk
+
+
+class Bounds(NamedTuple):
+    """What PCB knows of the model, one number for each expert.
+
+    Attributes:
+        low, high: Where magnitudes are cut off.
+        least, most: Scores from which an element counts, and the largest.
+    """
+
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    least: tuple[float, ...] = ()
+    most: tuple[float, ...] = ()
+
+
+@register
+@dataclass(frozen=True)
+class Pcb(Elementwise):
+    """Score every element by its size within its task and by its agreement with the other tasks; the best drop in, weighted.
+
+    aₜ = clip(|τₜ|, low, high), uₜ = (aₜ − min)/(max − min), intra = exp(T·uₜ²). The inter-balancing comes in the three
+    versions that the authors published: ``raw`` tanh(τₜ·Στₛ), ``normsum`` tanh(τₜ·Σ sgn(τₛ)uₛ), ``pair`` Σₛ tanh(νₜνₛ) with
+    ν = sgn(τ)u, the only one that does not depend on the size of the task vectors. (The softmaxes of the paper's text are in
+    none of them.)
+    """
+
+    name: ClassVar[str] = "pcb"
+    aliases: ClassVar[tuple[str, ...]] = ("pcb_merging",)
+    title: ClassVar[str] = "PCB-Merging (parameter competition balancing)"
+    paper: ClassVar[str] = "Du et al. 2024, Parameter Competition Balancing for Model Merging, arXiv:2410.02396"
+    formula: ClassVar[str] = "θ = θ₀ + λ · Σ wₜτ̃ₜ / Σ wₜ,  wₜ from the largest density of intraₜ · interₜ"
+    when: ClassVar[str] = (
+        "Several experts of one base whose weights compete; a stronger TIES that looks at the model three times."
+    )
+    properties: ClassVar[frozenset[str]] = frozenset({PERMUTATION, BASE, SIGN})
+    example: ClassVar[str] = """\
+merge_method: pcb
+base_model: ./base
+models: [{model: ./chat}, {model: ./code}, {model: ./maths}]
+parameters: {density: 0.2}
+dtype: bfloat16
+"""
+
+    density: float = parameter(0.2, within=(0, 1), above=0, doc="share of the elements that may count, for each expert")
+    weight: tuple[float, ...] = per_model(1.0, doc="the task vector's factor in the sum")
+    lambda_: float = parameter(1.0, doc="factor of the merged task vector")
+    winsor: float = parameter(
+        0.01, within=(0, 0.49), doc="share of the smallest and of the largest magnitudes that is cut off"
+    )
+    balance: str = parameter("raw", choices=("raw", "normsum", "pair"), doc="how tasks are balanced against each other")
+    scope: str = parameter(
+        "global", choices=("global", "tensor"), doc="what shares are shares of: the model, or each tensor"
+    )
+
+    @property
+    def surveys(self) -> int:
+        return 2 if self.scope == "global" else 0
+
+    @property
+    def surveyed_alike(self) -> Hashable:
+        return self.density, self.winsor, self.balance
+
+    def survey(self, walk: Walk) -> Bounds:
+        experts = next((n for n in walk.over(lambda scan: scan.experts)), 0)
+        d = walk.numel
+        if not d:
+            return Bounds((0.0,) * experts, (0.0,) * experts, (0.0,) * experts, (0.0,) * experts)
+        first = min(math.floor(d * self.winsor + 1e-9), d - 1)
+        last = max(math.floor(d * (1 - self.winsor) + 1e-9) - 1, 0)
+
+        def twice(tile: Tile) -> list[Tensor]:
+            magnitudes = [delta.abs_() for delta in tile.task_vectors()]
+            return magnitudes + magnitudes
+
+        found = nth_smallest_of_all(walk, twice, [first] * experts + [last] * experts)
+        bounds = Bounds(tuple(found[:experts]), tuple(found[experts:]))
+        rank = min(math.floor(d * (1 - self.density) + 1e-9), d - 1)
+
+        def scores(tile: Tile) -> list[Tensor]:
+            return self._scores(tile.task_vectors(), bounds)
+
+        least = nth_smallest_of_all(walk, scores, [rank] * experts, signed=True)
+        most = [
+            max(column)
+            for column in zip(*walk.over_segments(lambda tiles: _largest(tiles, scores, experts)), strict=True)
+        ]
+        return bounds._replace(least=tuple(least), most=tuple(most))
+
+    def measure(self, scan: Scan) -> Any:
+        if self.known is not None:
+            return self.known
+        return self.survey(Walk([lambda: scan], [scan.name], scan.numel))
+
+    def blend(self, tile: Tile, stats: Bounds) -> Tensor:
+        deltas = tile.task_vectors()
+        total, divisor = torch.zeros_like(tile.base), torch.zeros_like(tile.base)
+        for k, score in enumerate(self._scores(deltas, stats)):
+            least, most = stats.least[k], stats.most[k]
+            if not most > least or not stats.high[k] > stats.low[k]:
+                continue
+            w = score.clamp_(least, most).sub_(least).div_(most - least)
+            clipped = deltas[k].abs().clamp_(stats.low[k], stats.high[k]).mul_(deltas[k].sign())
+            total.addcmul_(clipped, w, value=self.weight[k])
+            divisor.add_(w)
+        return tile.base.add_(total.div_(divisor.clamp_(min=1e-12)), alpha=self.lambda_)
+
+    def _scores(self, deltas: tuple[Tensor, ...], bounds: Bounds) -> list[Tensor]:
+        """intra · inter of each task vector, which stay as they are."""
+        shares = []
+        for k, delta in enumerate(deltas):
+            low, high = bounds.low[k], bounds.high[k]
+            magnitude = delta.abs().clamp_(low, high)
+            shares.append(magnitude.sub_(low).div_(high - low) if high > low else torch.zeros_like(delta))
+        signed = [delta.sign() * u for delta, u in zip(deltas, shares, strict=True)]
+        if self.balance == "pair":
+            inter = [sum((torch.tanh(v * other) for other in signed), torch.zeros_like(v)) for v in signed]
+        else:
+            added = torch.zeros_like(deltas[0])
+            for part in deltas if self.balance == "raw" else signed:
+                added.add_(part)
+            inter = [torch.tanh(delta * added) for delta in deltas]
+        return [i.mul_(u.square_().mul_(len(deltas)).exp_()) for i, u in zip(inter, shares, strict=True)]
+
+
+def _largest(tiles: Any, scores: Any, experts: int) -> list[float]:
+    found = [-math.inf] * experts
+    for tile in tiles:
+        found = [max(a, float(s.max())) for a, s in zip(found, scores(tile), strict=True)]
+    return found

@@ -1,0 +1,172 @@
+"""TALL-masks: which elements of a merged task vector belong to a task; and Consensus, which keeps what several tasks share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from geomerge.methods.base import Elementwise, parameter, per_model
+from geomerge.methods.combine import elected_sign
+from geomerge.methods.order import Selection
+from geomerge.methods.properties import BASE, PERMUTATION, SCALE, SIGN, SINGLE
+from geomerge.methods.registry import register
+from geomerge.methods.sparsify import Magnitude
+from geomerge.methods.tile import Scan, Tile
+from geomerge.methods.walk import Walk
+
+
+def tall_mask(delta: Tensor, total: Tensor, threshold: float) -> Tensor:
+    """1.0 where |τₜ| > λₜ·|τ_MTL − τₜ|, else 0.0."""
+    return (total - delta).abs_().mul_(threshold).lt(delta.abs()).to(delta.dtype)
+
+
+def added(deltas: Sequence[Tensor]) -> Tensor:
+    """Σ τₜ."""
+    total = deltas[0].clone()
+    for delta in deltas[1:]:
+        total.add_(delta)
+    return total
+
+
+@register
+@dataclass(frozen=True)
+class TallMask(Elementwise):
+    """Give a task back from the sum of all task vectors: the elements in which it outweighs the others."""
+
+    name: ClassVar[str] = "tall_mask"
+    aliases: ClassVar[tuple[str, ...]] = ("tall_masks", "tall")
+    title: ClassVar[str] = "TALL-masks"
+    paper: ClassVar[str] = (
+        "Wang et al. 2024, Localizing Task Information for Improved Model Merging and Compression, arXiv:2405.07813"
+    )
+    formula: ClassVar[str] = "θ = θ₀ + mₜ ⊙ Σ τₛ,  mₜ = [|τₜ| > λₜ·|Σ τₛ − τₜ|]"
+    when: ClassVar[str] = (
+        "To see how much of an expert survives in a sum of task vectors. `geomerge compress` stores the sum and all experts' "
+        "masks, `geomerge extract` gives one back."
+    )
+    properties: ClassVar[frozenset[str]] = frozenset({BASE, SINGLE, SCALE, SIGN})
+    example: ClassVar[str] = """\
+merge_method: tall_mask
+base_model: ./base
+models: [{model: ./chat}, {model: ./code}, {model: ./maths}]
+parameters: {task: 1, threshold: 0.4}
+dtype: bfloat16
+"""
+
+    task: int = parameter(1, within=(1, 10_000), doc="whose model: 1 is the first expert's")
+    threshold: float = parameter(
+        0.4, within=(0, 100), doc="λ of the mask; larger is sparser. The paper chooses from 0.2 to 0.6"
+    )
+
+    def check(self, count: int, compat: str | None = None) -> None:
+        if self.task > count:
+            raise ValueError(f"task is {self.task}, but there are {count} experts")
+
+    def blend(self, tile: Tile, stats: Any) -> Tensor:
+        deltas = tile.task_vectors()
+        total = added(deltas)
+        mask = tall_mask(deltas[self.task - 1], total, self.threshold)
+        return tile.base.addcmul_(total, mask)
+
+
+@dataclass(frozen=True)
+class _Consensus(Elementwise):
+    """θ₀ + λ · [Σ mₜ ≥ k] ⊙ τ_MTL."""
+
+    threshold: tuple[float, ...] = per_model(0.4, within=(0, 100), doc="λ of the expert's mask; larger is sparser")
+    k: int = parameter(2, within=(0, 10_000), doc="how many masks an element must be in")
+    lambda_: float = parameter(0.3, doc="factor of the merged task vector")
+
+    def check(self, count: int, compat: str | None = None) -> None:
+        if self.k > count:
+            raise ValueError(f"k is {self.k}, but there are {count} experts: nothing would be left but the base")
+
+    def shared(self, deltas: Sequence[Tensor], total: Tensor) -> Tensor:
+        """The merged vector, cut down to what enough tasks need."""
+        votes = torch.zeros_like(total)
+        for delta, threshold in zip(deltas, self.threshold, strict=True):
+            votes.add_(tall_mask(delta, total, threshold))
+        return total.mul_(votes.ge_(self.k))
+
+
+@register
+@dataclass(frozen=True)
+class Consensus(_Consensus):
+    """Of the sum of all task vectors keep the elements that at least k tasks need: no selfish ones, none that nobody needs."""
+
+    name: ClassVar[str] = "consensus"
+    aliases: ClassVar[tuple[str, ...]] = ("consensus_ta",)
+    title: ClassVar[str] = "Consensus Merging (task arithmetic)"
+    paper: ClassVar[str] = TallMask.paper
+    formula: ClassVar[str] = "θ = θ₀ + λ · [Σ mₜ ≥ k] ⊙ Σ τₛ"
+    when: ClassVar[str] = (
+        "Many experts. With k = 2 experts of disjoint changes give back the base, so it is wrong for few that share nothing."
+    )
+    properties: ClassVar[frozenset[str]] = frozenset({PERMUTATION, BASE, SCALE, SIGN})
+    models: ClassVar[tuple[int, int | None]] = (2, None)
+    example: ClassVar[str] = """\
+merge_method: consensus
+base_model: ./base
+models: [{model: ./chat}, {model: ./code}, {model: ./maths}]
+parameters: {k: 2, threshold: 0.4, lambda: 0.3}
+dtype: bfloat16
+"""
+
+    def blend(self, tile: Tile, stats: Any) -> Tensor:
+        deltas = tile.task_vectors()
+        return tile.base.add_(self.shared(deltas, added(deltas)), alpha=self.lambda_)
+
+
+@register
+@dataclass(frozen=True)
+class ConsensusTies(_Consensus):
+    """Consensus over the merged vector of TIES (trimmed, sign elected, added up)."""
+
+    name: ClassVar[str] = "consensus_ties"
+    title: ClassVar[str] = "Consensus Merging (TIES)"
+    paper: ClassVar[str] = TallMask.paper
+    formula: ClassVar[str] = "θ = θ₀ + λ · [Σ mₜ ≥ k] ⊙ Σ{τ̂ₛ : sgn τ̂ₛ = sgn Σ τ̂}"
+    when: ClassVar[str] = "As consensus, where signs conflict."
+    properties: ClassVar[frozenset[str]] = frozenset({PERMUTATION, BASE, SCALE})
+    models: ClassVar[tuple[int, int | None]] = (2, None)
+    example: ClassVar[str] = """\
+merge_method: consensus_ties
+base_model: ./base
+models: [{model: ./chat}, {model: ./code}, {model: ./maths}]
+parameters: {density: 0.2, k: 2, lambda: 0.3}
+dtype: bfloat16
+"""
+
+    density: float = parameter(0.2, within=(0, 1), above=0, doc="share of each task vector that is kept")
+    scope: str = parameter("global", choices=("global", "tensor"), doc="what density is a share of")
+
+    @property
+    def surveys(self) -> int:
+        return int(self.scope == "global" and self.density < 1)
+
+    @property
+    def surveyed_alike(self) -> float:
+        return self.density
+
+    def _trim(self, experts: int) -> Magnitude:
+        return Magnitude((self.density,) * experts, known=self.known)
+
+    def survey(self, walk: Walk) -> dict[str, list[Selection]]:
+        return self._trim(next(iter(walk.over(lambda scan: scan.experts)), 0)).survey(walk)
+
+    def measure(self, scan: Scan) -> Any:
+        return self._trim(scan.experts).measure(scan)
+
+    def blend(self, tile: Tile, stats: list[Selection]) -> Tensor:
+        deltas = tile.task_vectors()
+        step = self._trim(len(deltas))
+        trimmed = [step.keep_(delta.clone(), k, tile, stats) for k, delta in enumerate(deltas)]
+        sign = elected_sign(added(trimmed))
+        total = torch.zeros_like(tile.base)
+        for delta in trimmed:
+            total.add_(delta.mul_(sign).clamp_(min=0.0))
+        return tile.base.add_(self.shared(deltas, total.mul_(sign)), alpha=self.lambda_)

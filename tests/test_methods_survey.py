@@ -1,0 +1,365 @@
+"""Methods that look at the whole model first: TIES with a global share, PCB, EMR, Consensus; and masks that need no look."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import geomerge as gm
+import tiny
+from geomerge.engine.live import LiveMerge
+from geomerge.engine.run import run_in_memory
+from geomerge.methods.order import largest_of_all, nth_smallest_of_all
+from geomerge.methods.tile import Scan, TensorSource, Tile
+from geomerge.methods.walk import Walk
+from geomerge.recipe import loads
+from test_methods_golden import GOLDEN, MATRICES, RTOL, VECTORS, expected
+
+Array = np.ndarray
+SHAPES = {"a.weight": (17, 23), "b.bias": (31,), "c.weight": (9, 40), "d.empty": (0,), "e.one": (1,)}
+
+
+def models(count: int, *, grid: bool = False, seed: int = 0) -> list[dict[str, Tensor]]:
+    """A base and experts of several tensors, float64; on a coarse grid many magnitudes are equal."""
+    random = np.random.default_rng(seed)
+    base = {n: random.standard_normal(s).astype(np.float32) for n, s in SHAPES.items()}
+    made = [base]
+    for k in range(count):
+        change = {
+            n: random.integers(-3, 4, s) / 64 if grid else random.standard_normal(s) * 0.1 * (k + 1)
+            for n, s in SHAPES.items()
+        }
+        made.append({n: (np.round(base[n] * 64) / 64 if grid else base[n]) + change[n] for n in SHAPES})
+    if grid:
+        made[0] = {n: np.round(base[n] * 64) / 64 for n in SHAPES}
+    return [{n: torch.from_numpy(np.asarray(w, dtype=np.float64)) for n, w in m.items()} for m in made]
+
+
+def flat(model: dict[str, Tensor]) -> Array:
+    return np.concatenate([w.numpy().reshape(-1) for w in model.values()])
+
+
+# -- slow references over one flat vector -------------------------------------------------------------------------------
+
+
+def top(tau: Array, density: float) -> Array:
+    """τ with all but the ⌊density·d⌋ largest magnitudes zero; of equals the first."""
+    order = np.lexsort((np.arange(tau.size), -np.abs(tau)))
+    kept = np.zeros_like(tau)
+    kept[order[: math.floor(density * tau.size + 1e-9)]] = 1
+    return tau * kept
+
+
+def ties(taus: Sequence[Array], density: float, how: str = "mean") -> Array:
+    thin = np.array([top(t, density) for t in taus])
+    sign = np.where(thin.sum(0) >= 0, 1.0, -1.0)
+    agree = np.where(thin * sign > 0, thin, 0)
+    if how == "sum":
+        return agree.sum(0)
+    if how == "max":
+        return np.abs(agree).max(0) * sign
+    return agree.sum(0) / np.maximum((agree != 0).sum(0), 1)
+
+
+def pcb(taus: Sequence[Array], r: float, rho: float, balance: str, lambda_: float = 1.0) -> Array:
+    d, n = taus[0].size, len(taus)
+    clipped, shares = [], []
+    for tau in taus:
+        ordered = np.sort(np.abs(tau))
+        low, high = ordered[math.floor(d * rho + 1e-9)], ordered[math.floor(d * (1 - rho) + 1e-9) - 1]
+        a = np.clip(np.abs(tau), low, high)
+        clipped.append(np.sign(tau) * a)
+        shares.append((a - a.min()) / (a.max() - a.min()) if a.max() > a.min() else np.zeros(d))
+    signed = [np.sign(t) * u for t, u in zip(taus, shares, strict=True)]
+    weights = []
+    for t in range(n):
+        if balance == "raw":
+            inter = np.tanh(taus[t] * sum(taus))
+        elif balance == "normsum":
+            inter = np.tanh(taus[t] * sum(signed))
+        else:
+            inter = sum(np.tanh(signed[t] * s) for s in signed)
+        score = np.exp(n * shares[t] ** 2) * inter
+        least = np.sort(score)[min(math.floor(d * (1 - r) + 1e-9), d - 1)]
+        flat_ = not score.max() > least or not shares[t].any()
+        weights.append(np.zeros(d) if flat_ else (np.clip(score, least, score.max()) - least) / (score.max() - least))
+    total = sum(c * w for c, w in zip(clipped, weights, strict=True))
+    return lambda_ * total / np.maximum(sum(weights), 1e-12)
+
+
+def emr(taus: Sequence[Array], task: int) -> Array:
+    sign = np.where(sum(taus) >= 0, 1.0, -1.0)
+    unified = sign * np.max([np.where(t * sign > 0, np.abs(t), 0) for t in taus], axis=0)
+    if not task:
+        return unified
+    taken = unified * (taus[task - 1] * sign > 0)
+    norm = np.abs(taken).sum()
+    return taken * (np.abs(taus[task - 1]).sum() / norm if norm else 1.0)
+
+
+def consensus(taus: Sequence[Array], total: Array, threshold: float, k: int) -> Array:
+    masks = [np.abs(t) > threshold * np.abs(total - t) for t in taus]
+    return np.where(np.sum(masks, axis=0) >= k, total, 0)
+
+
+CASES: list[tuple[str, dict[str, Any], Callable[[list[Array]], Array]]] = [
+    ("ties", {"scope": "global", "density": 0.3, "weight": 1}, lambda t: ties(t, 0.3)),
+    ("ties", {"scope": "global", "density": 0.3, "weight": 1, "merge_func": "sum"}, lambda t: ties(t, 0.3, "sum")),
+    ("ties", {"scope": "global", "density": 0.07, "weight": 1, "merge_func": "max"}, lambda t: ties(t, 0.07, "max")),
+    ("ties", {"scope": "global", "density": 0.999, "weight": 1}, lambda t: ties(t, 0.999)),
+    ("pcb", {}, lambda t: pcb(t, 0.2, 0.01, "raw")),
+    ("pcb", {"density": 0.05, "winsor": 0.1, "balance": "normsum"}, lambda t: pcb(t, 0.05, 0.1, "normsum")),
+    ("pcb", {"density": 1.0, "winsor": 0.0, "balance": "pair"}, lambda t: pcb(t, 1.0, 0.0, "pair")),
+    ("pcb", {"density": 0.4, "lambda": 1.2, "balance": "pair"}, lambda t: pcb(t, 0.4, 0.01, "pair", 1.2)),
+    ("emr", {}, lambda t: emr(t, 0)),
+    ("emr", {"task": 2}, lambda t: emr(t, 2)),
+    ("tall_mask", {"task": 3}, lambda t: np.where(np.abs(t[2]) > 0.4 * np.abs(sum(t) - t[2]), sum(t), 0)),
+    ("consensus", {"lambda": 1}, lambda t: consensus(t, sum(t), 0.4, 2)),
+    ("consensus", {"k": 3, "threshold": 0.2, "lambda": 0.5}, lambda t: 0.5 * consensus(t, sum(t), 0.2, 3)),
+    ("consensus_ties", {"lambda": 1}, lambda t: consensus(t, ties(t, 0.2, "sum"), 0.4, 2)),
+]
+
+
+@pytest.mark.parametrize("grid", [False, True], ids=["dense", "grid"])
+@pytest.mark.parametrize(("method", "options", "reference"), CASES, ids=[f"{m}-{o}" for m, o, _ in CASES])
+def test_over_the_whole_model(
+    method: str, options: dict[str, Any], reference: Callable[[list[Array]], Array], grid: bool
+) -> None:
+    """State dicts: shares, ranks and sums are those of all tensors together, as one flat vector has them."""
+    base, *experts = models(3, grid=grid)
+    merged = getattr(gm.methods, method)(
+        base, experts, **{k.replace("lambda", "lambda_"): v for k, v in options.items()}
+    )
+    taus = [flat(e) - flat(base) for e in experts]
+    np.testing.assert_allclose(flat(merged), flat(base) + reference(taus), rtol=0, atol=1e-12)
+
+
+class TestGolden:
+    """Cases of the authors' code."""
+
+    @pytest.mark.parametrize("balance", ["raw", "pair"])
+    def test_pcb(self, balance: str) -> None:
+        found = gm.methods.pcb(torch.zeros(40), VECTORS, density=0.2, winsor=0.05, balance=balance)
+        np.testing.assert_allclose(found.numpy(), expected(f"pcb_{balance}_r0.2_rho0.05"), rtol=RTOL, atol=1e-12)
+
+    @pytest.mark.parametrize("task", [1, 2, 3])
+    def test_tall_masks(self, task: int) -> None:
+        """A mask is where the retrieved model is not the base."""
+        found = gm.methods.tall_mask(torch.zeros(40), VECTORS, task=task, threshold=0.4)
+        mask = np.array(GOLDEN["cases"]["tall_masks_lambda0.4"][task - 1]).astype(bool)
+        total = sum(v.numpy() for v in VECTORS)
+        np.testing.assert_allclose(found.numpy(), np.where(mask, total, 0), rtol=1e-12, atol=1e-15)
+
+    def test_ties_of_the_authors(self) -> None:
+        """`kth_inclusive` is their rule: density 0.2 keeps 9 of 40."""
+        found = gm.methods.ties(torch.zeros(40), VECTORS, weight=1, density=0.2, top_k="kth_inclusive")
+        np.testing.assert_allclose(found.numpy(), expected("ties_global_K0.2_mean"), rtol=RTOL, atol=0)
+
+    def test_emr(self) -> None:
+        """The unified vector, and both kinds of rescalers over a matrix and a vector."""
+        case = GOLDEN["cases"]["emr"]
+        experts = [{"w": m, "b": m[0, :5].clone()} for m in MATRICES]
+        base = {name: torch.zeros_like(w) for name, w in experts[0].items()}
+        unified = gm.methods.emr(base, experts)
+        np.testing.assert_allclose(unified["w"].numpy(), np.array(case["unified_w"]), rtol=RTOL)
+        for rescale, key in (("l1", "rescaler_paper_l1"), ("tensor_mean", "rescaler_reference_tensor_means")):
+            for k, factor in enumerate(case[key]):
+                own = gm.methods.emr(base, experts, task=k + 1, rescale=rescale)
+                mask = own["w"] != 0
+                torch.testing.assert_close(own["w"][mask], factor * unified["w"][mask], rtol=RTOL, atol=0)
+
+
+class TestOrderOverAModel:
+    """Exact order statistics over several tensors, by bracket and by counting."""
+
+    def walk(self, arrays: Sequence[Array]) -> Walk:
+        scans = [
+            lambda a=a, i=i: Scan([TensorSource(torch.from_numpy(a))], a.shape, name=str(i), tile=64)
+            for i, a in enumerate(arrays)
+        ]
+        return Walk(scans, [str(i) for i in range(len(arrays))], sum(a.size for a in arrays))
+
+    @pytest.mark.parametrize("seed", range(4))
+    @pytest.mark.parametrize("counting", [False, True])
+    def test_nth_smallest(self, seed: int, counting: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Signed values, ranks from the first to the last, against a sort."""
+        random = np.random.default_rng(seed)
+        arrays = [random.standard_normal(n) if seed % 2 else random.integers(-4, 5, n) / 8 for n in (3000, 1, 777, 20)]
+        if counting:
+            monkeypatch.setattr("geomerge.methods.order._choose", lambda *a: None)
+        ordered = np.sort(np.concatenate(arrays))
+        ranks = [0, 1, 100, 1900, ordered.size - 2, ordered.size - 1]
+        found = nth_smallest_of_all(self.walk(arrays), lambda tile: [tile.base] * len(ranks), ranks, signed=True)
+        assert found == [ordered[r] for r in ranks]
+
+    @pytest.mark.parametrize("k", [0, 1, 57, 1500, 3797, 3798, 5000])
+    def test_largest(self, k: int) -> None:
+        """Which elements are kept, equals decided by tensor and index; nothing more, nothing less."""
+        random = np.random.default_rng(7)
+        arrays = [random.integers(-5, 6, n) / 4 for n in (3000, 1, 777, 20)]
+        walk = self.walk(arrays)
+        selections = largest_of_all(walk, lambda tile: [tile.base.abs()], [k])
+        kept = []
+        for name, array in zip(walk.names, arrays, strict=True):
+            scan = Scan([TensorSource(torch.from_numpy(array))], array.shape, name=name, tile=64)
+
+            def shrink(tile: Tile, name: str = name) -> Tensor:
+                return selections[name][0].shrink_(tile.base.clone(), tile, 0)
+
+            kept.append(np.concatenate([shrink(t).numpy() for s in scan.segments for t in scan.tiles(s)]))
+        whole = np.concatenate(arrays)
+        order = np.lexsort((np.arange(whole.size), -np.abs(whole)))[: min(k, whole.size)]
+        expected_ = np.zeros_like(whole)
+        expected_[order] = whole[order]
+        assert np.array_equal(np.concatenate(kept), expected_)
+
+
+ENGINE: dict[str, dict[str, Any]] = {
+    "ties": {"weight": 1, "density": 0.2, "scope": "global"},
+    "pcb": {"density": 0.2},
+    "emr": {"task": 2},
+    "consensus_ties": {"lambda": 0.5},
+}
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    tiny.family(tmp_path, dtype=torch.bfloat16)
+    return tmp_path
+
+
+def recipe(root: Path, method: str, more: str = "") -> str:
+    experts = ", ".join(f"{{model: {root}/{n}}}" for n in "abc")
+    return (
+        f"merge_method: {method}\nbase_model: {root}/base\nmodels: [{experts}]\n"
+        f"parameters: {json.dumps(ENGINE[method])}\ndtype: bfloat16\n{more}"
+    )
+
+
+@pytest.mark.parametrize("method", ENGINE)
+class TestEngine:
+    def test_on_disk_as_in_memory(self, method: str, root: Path, tmp_path: Path) -> None:
+        """Files, state dicts, any tile, any number of threads, a saved plan: the same bits."""
+        text = recipe(root, method)
+        report = gm.merge(text, tmp_path / "out", threads=2)
+        merged = tiny.read(tmp_path / "out")
+        assert report.tensors == len(merged)
+        plan = gm.plan(text)
+        for tile, threads in ((64, 1), (1 << 13, 3), (1 << 20, 2)):
+            assert tiny.same(merged, run_in_memory(plan, tile=tile, threads=threads))
+        plan.save(tmp_path / "plan.json")
+        gm.merge(type(plan).load(tmp_path / "plan.json"), tmp_path / "again")
+        assert tiny.same(merged, tiny.read(tmp_path / "again"))
+
+    def test_against_the_function(self, method: str, root: Path) -> None:
+        """gm.methods on the state dicts."""
+        tensors = [tiny.read(root / n) for n in ("base", "a", "b", "c")]
+        values = {k.replace("lambda", "lambda_"): v for k, v in ENGINE[method].items()}
+        found = getattr(gm.methods, method)(tensors[0], tensors[1:], **values)
+        assert tiny.same(gm.merge_state_dicts(recipe(root, method)), found)
+
+    def test_progress_reaches_its_end(self, method: str, root: Path, tmp_path: Path) -> None:
+        """What the survey reads counts, too."""
+        seen: dict[str, int] = {"total": 0, "done": 0}
+
+        class Watch:
+            def start(self, total: int, done: int) -> None:
+                seen.update(total=total, done=done)
+
+            def advance(self, nbytes: int) -> None:
+                seen["done"] += nbytes
+
+            def finish(self) -> None:
+                assert seen["done"] == seen["total"]
+
+        plan = gm.plan(recipe(root, method))
+        gm.merge(plan, tmp_path / "out", progress=Watch())
+        assert seen["total"] == seen["done"] > plan.nbytes
+
+    def test_after_a_kill(self, method: str, root: Path, tmp_path: Path) -> None:
+        """A run that stops at its third tensor is continued to the same bytes."""
+        text = recipe(root, method)
+        gm.merge(text, tmp_path / "whole")
+
+        class Stop(BaseException):
+            pass
+
+        class Watch:
+            count = 0
+
+            def start(self, total: int, done: int) -> None:
+                self.total, self.done = total, done
+
+            def advance(self, nbytes: int) -> None:
+                self.done += nbytes
+                if self.done > 0.9 * self.total and not Watch.count:
+                    Watch.count = 1
+                    raise Stop
+
+            def finish(self) -> None: ...
+
+        with pytest.raises(Stop):
+            gm.merge(text, tmp_path / "out", progress=Watch(), threads=1)
+        gm.merge(text, tmp_path / "out", resume=True)
+        assert tiny.same(tiny.read(tmp_path / "out"), tiny.read(tmp_path / "whole"))
+
+
+def test_shares_by_parameters(root: Path) -> None:
+    """Tensors with another density are another crowd: each share is one of its own."""
+    text = recipe(root, "ties").replace('"density": 0.2', '"density": [{"role": "mlp", "value": 0.1}, {"value": 0.6}]')
+    merged = gm.merge_state_dicts(text)
+    base, *experts = [{n: w.double() for n, w in tiny.read(root / n).items()} for n in ("base", "a", "b", "c")]
+    for chosen, density in ((lambda n: "mlp" in n, 0.1), (lambda n: "mlp" not in n, 0.6)):
+        names = [n for n in merged if chosen(n)]
+        whole = [np.concatenate([m[n].numpy().reshape(-1) for n in names]) for m in (base, *experts)]
+        taus = [w - whole[0] for w in whole[1:]]
+        found = np.concatenate([merged[n].float().numpy().reshape(-1) for n in names])
+        wanted = torch.from_numpy(whole[0] + ties(taus, density)).bfloat16().float().numpy()
+        assert np.array_equal(found, wanted)
+
+
+def test_live_merges_survey(root: Path) -> None:
+    """A candidate in memory is what the merge on disk is."""
+    from transformers import AutoModelForCausalLM
+
+    module = AutoModelForCausalLM.from_pretrained(str(root / "a"), dtype=torch.bfloat16)
+    live = LiveMerge({str(root / n): root / n for n in ("base", "a", "b", "c")}, module)
+    text = recipe(root, "ties")
+    live.blend(loads(text))
+    merged = gm.merge_state_dicts(text)
+    state = module.state_dict()
+    assert all(torch.equal(state[n], w) for n, w in merged.items())
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "says"),
+    [
+        ("emr", {"task": 4}, "task is 4"),
+        ("tall_mask", {"task": 4}, "task is 4"),
+        ("tall_mask", {"task": 0}, "must lie in"),
+        ("consensus", {"k": 4}, "nothing would be left"),
+        ("pcb", {"density": 0}, "greater than 0"),
+        ("pcb", {"winsor": 0.5}, "must lie in"),
+        ("ties", {"weight": 1, "scope": "model"}, "one of tensor, global"),
+    ],
+)
+def test_wrong_parameters(method: str, options: dict[str, Any], says: str) -> None:
+    base, *experts = models(3)
+    with pytest.raises(gm.UsageError, match=says):
+        getattr(gm.methods, method)(base, experts, **options)
+
+
+@pytest.mark.parametrize("method", ["pcb", "emr", "consensus", "consensus_ties"])
+def test_experts_equal_to_the_base(method: str) -> None:
+    """No NaN, and the base bit for bit."""
+    base, *_ = models(1)
+    merged = getattr(gm.methods, method)(base, [base, base, base])
+    assert all(torch.equal(merged[n], base[n]) for n in base)
