@@ -19,7 +19,7 @@ from geomerge.engine.matrices import weighs, whole_matrices
 from geomerge.engine.planner import make_plan
 from geomerge.engine.run import run_in_memory
 from geomerge.errors import NotFiniteError, RunError
-from geomerge.methods import registry, tile
+from geomerge.methods import tile
 from geomerge.methods.matrix.tsvm import TsvMerge
 
 TSVM = "merge_method: tsvm\nbase_model: base\nmodels: [{model: a}, {model: b}]\n"
@@ -178,7 +178,7 @@ def test_a_stage_of_matrices(family: dict[str, tiny.Tensors]) -> None:
     assert float(strengths[3]) < 1e-4 * float(strengths[2])
     plan, inputs = make_plan(gm.load_recipe(together))
     last = next(n for n in plan.output_nodes() if n.name == Q)
-    assert whole_matrices(plan, last) == 8 * last.numel * (2 + TsvMerge.workspace)
+    assert whole_matrices(plan, last) == 8 * last.numel * (2 + 14)
     assert estimate(plan, inputs).memory > whole_matrices(plan, last)
 
 
@@ -229,7 +229,7 @@ def test_a_result_that_is_not_finite(family: dict[str, tiny.Tensors], monkeypatc
 def test_the_estimate_counts_whole_matrices(family: dict[str, tiny.Tensors]) -> None:
     """The two largest side by side for two threads, but no more than the room."""
     plan, inputs = make_plan(gm.load_recipe(TSVM))
-    largest = 8 * 96 * 176 * (3 + registry.get("tsvm").workspace)  # type: ignore[attr-defined]
+    largest = 8 * 96 * 176 * (3 + TsvMerge().workspace(3))
     one, two = estimate(plan, inputs, threads=1), estimate(plan, inputs, threads=2)
     assert largest < one.memory
     assert largest < two.memory - one.memory

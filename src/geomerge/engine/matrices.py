@@ -48,7 +48,8 @@ def whole_matrices(plan: Plan, node: Node) -> int:
     """Bytes of the whole matrices that are in memory while a node is made: its own and those of the stages it reads."""
     found = 0
     if isinstance(node.method, Matrix):
-        found = 8 * node.numel * (len(node.operands) + node.method.workspace)
+        count = len(node.operands)
+        found = 8 * node.numel * (count + node.method.workspace(count))
     return found + sum(whole_matrices(plan, plan.nodes[i]) for i in _stages(plan, node))
 
 

@@ -365,13 +365,9 @@ class Matrix(Method):
 
     What is no matrix (vectors, convolutions, embeddings, heads) gets the rest rule, a sum of task vectors. A method whose
     `base_use` is ``ignored`` gets the weights themselves instead of task vectors, and what it returns is the output.
-
-    Class attributes beside those of `Method`:
-        workspace: Matrices of the tensor's size that `merge` has in memory at most, beside the task vectors.
     """
 
     family: ClassVar[str] = "matrix"
-    workspace: ClassVar[int] = 8
 
     rest: str = parameter("mean", choices=RESTS, doc="what tensors that are no weight matrices get of the task vectors")
     matrix: bool | None = parameter(
@@ -383,6 +379,10 @@ class Matrix(Method):
     def factor(self) -> float:
         """What the engine multiplies the merged task vector by: λ, unless `merge` has its own use for it."""
         return self.lambda_
+
+    def workspace(self, count: int) -> int:
+        """How many matrices of the tensor's size `merge` has in memory at most, beside the `count` that it is given."""
+        return 14
 
     def rest_weights(self, count: int) -> tuple[float, ...]:
         """The factor of each of `count` task vectors in tensors that are no matrices, λ included.

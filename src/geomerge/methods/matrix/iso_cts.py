@@ -49,6 +49,9 @@ dtype: bfloat16
         0.8, within=(0, 1), doc="share of a weight's rank that is common to all tasks"
     )
 
+    def workspace(self, count: int) -> int:
+        return 16
+
     def merge(self, deltas: Tensor) -> Tensor:
         count, short = len(deltas), min(deltas.shape[1:])
         # Python rounds half to even, as the published code does.

@@ -58,6 +58,9 @@ dtype: bfloat16
     def factor(self) -> float:
         return 1.0
 
+    def workspace(self, count: int) -> int:
+        return count + 14
+
     def merge(self, deltas: Tensor) -> Tensor:
         # Relative to the first expert, so that what all have in common costs no digits: identical ones stay identical.
         origin = deltas[0].clone()
@@ -69,15 +72,16 @@ dtype: bfloat16
 def low_rank_base(experts: Tensor, mu: float, sweeps: int, tolerance: float) -> tuple[Tensor, Tensor]:
     """θ̂₀ and the δₜ."""
     changes = torch.zeros_like(experts)
-    base = experts.mean(0)
+    mean = experts.mean(0)
+    base = mean
     for _ in range(sweeps):
         moved = 0.0
         for expert, change in zip(experts, changes, strict=True):
             found = shrink(expert - base, mu / 2)
             moved += float((found - change).square_().sum())
             change.copy_(found)
-        size = float(changes.square().sum())
-        before, base = base, (experts - changes).mean(0)
+        size = sum(float(change.square().sum()) for change in changes)
+        before, base = base, mean - changes.mean(0)
         moved += len(experts) * float((base - before).square_().sum())
         if moved <= tolerance**2 * size:
             break
