@@ -60,7 +60,7 @@ def test_method_examples_are_of_that_method() -> None:
     """The example in a method's class uses that method and leaves nothing unexplained."""
     for name, method in registry.all_methods().items():
         pipeline = loads(method.example, name)
-        assert name in {recipe.method for recipe in pipeline.recipes}
+        assert pipeline.output.method == name
         assert not pipeline.notes
 
 

@@ -40,18 +40,11 @@ class SvdCompress(Matrix):
     )
     properties: ClassVar[frozenset[str]] = frozenset({PERMUTATION, BASE, SCALE, SIGN, ROTATION})
     example: ClassVar[str] = """\
-name: cars-slim
 merge_method: svd_compress
 base_model: ./base
 models: [{model: ./cars}]
 parameters: {ratio: 0.1}
 dtype: float32
----
-merge_method: ties
-base_model: ./base
-models: [{model: cars-slim}, {model: ./digits}]
-parameters: {density: 0.3, weight: 1.0}
-dtype: bfloat16
 """
 
     weight: tuple[float, ...] = per_model(1.0, doc="the compressed task vector's factor")
