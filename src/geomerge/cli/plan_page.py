@@ -10,6 +10,7 @@ from geomerge.checkpoint.dtypes import recipe_name
 from geomerge.cli.console import amount, bullets, clean, count, duration, facts, heading, show, table, write_lines
 from geomerge.cli.patterns import Group, folded, grouped, split
 from geomerge.engine.curves import curves
+from geomerge.engine.plan import REST
 from geomerge.methods import registry
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def show_tensors(plan: Plan) -> None:
     for n in nodes:
         sources = ", ".join(names.full(o, n.name) for o in n.operands)
         shape = "[" + ", ".join(map(str, n.shape)) + "]"
-        said = n.rule == "merge" or n.rule.startswith("rest: ") or n.method is None
+        said = n.rule == "merge" or n.rule.startswith(REST) or n.method is None
         rule = "" if said else f"; {clean(n.rule)}"
         rows.append(
             (clean(n.name), shape, recipe_name(n.dtype), amount(n.nbytes), f"{describe(n)}{rule} from {sources}")
@@ -272,7 +273,7 @@ class _Described:
         text = f"{method.name}({', '.join(said)})" if said else method.name
         scale = _course([n.scale for n in nodes])
         text = text if scale == "1" else f"{text} × {scale}"
-        return f"{nodes[0].rule}: {text}" if nodes[0].rule.startswith("rest: ") else text
+        return f"{nodes[0].rule}: {text}" if nodes[0].rule.startswith(REST) else text
 
 
 def _course(values: Sequence[Any]) -> str:

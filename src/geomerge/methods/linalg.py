@@ -192,12 +192,12 @@ def truncate(
 
 
 def _truncate_by_energy(matrix: Tensor, energy: float) -> Tensor:
-    found = svd(matrix)
-    shares = (found.s * found.s).cumsum(0)
-    if energy >= 1.0 or not float(shares[-1]) > 0.0:
+    total = float(matrix.square().sum())
+    if energy >= 1.0 or not total > 0.0:
         return matrix
-    # As many as it takes to reach the share; a sum is never taken for smaller than itself because of its last bit.
-    k = int((shares < energy * shares[-1] * (1 - 1e-12)).sum()) + 1
+    found = largest(matrix, min(matrix.shape))
+    # As many as it takes to reach the share, which rounding errors of the sums alone must not raise.
+    k = int((found.s.square().cumsum(0) < energy * total * (1 - 1e-12)).sum()) + 1
     return found.first(k).matrix()
 
 
