@@ -36,6 +36,7 @@ def recipe(method: str = "slerp", more: str = "parameters: {t: 0.3}\n") -> Any:
         ("slerp", "parameters: {t: 0.3, angle_scope: group}\n"),
         ("layer_adaptive_slerp", "schedule: H65\n"),
         ("ties", "parameters: {density: 0.5, weight: 1}\n"),
+        ("tsvm", "parameters: {lambda: 0.7}\n"),
         ("passthrough", ""),
     ],
 )
@@ -63,6 +64,20 @@ def test_parents_are_read_once_and_measured_once(module: torch.nn.Module, monkey
     monkeypatch.setattr(build, "measure_gram", lambda *_: pytest.fail("measured again"))
     live.blend(recipe(more="parameters: {t: 0.6}\n"))
     assert not torch.equal(module.state_dict()["lm_head.weight"], first)
+
+
+def test_matrices_are_computed_once_for_all_lambda(module: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another λ blends what is there; another parameter of the method computes anew."""
+    live = LiveMerge({"a": "a", "b": "b"}, module)
+    live.blend(recipe("iso_c", "parameters: {lambda: 0.5}\n"))
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "merge_matrix", lambda *_: pytest.fail("computed again"))
+        live.blend(recipe("iso_c", "parameters: {lambda: 1.5}\n"))
+        state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+        with pytest.raises(pytest.fail.Exception):
+            live.blend(recipe("iso_c", "parameters: {support_only: false}\n"))
+    gm.merge(recipe("iso_c", "parameters: {lambda: 1.5}\n"), "out")
+    assert all(torch.equal(state[name], tensor.float()) for name, tensor in tiny.read(Path("out")).items())
 
 
 def test_a_module_of_another_shape_is_refused(module: torch.nn.Module) -> None:

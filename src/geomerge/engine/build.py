@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,13 +16,15 @@ from geomerge.checkpoint.checkpoint import Checkpoint
 from geomerge.checkpoint.dtypes import to_torch
 from geomerge.checkpoint.scaled import SCALE
 from geomerge.engine import rounding
+from geomerge.engine.matrices import ROOM
 from geomerge.engine.plan import Node, Operand, Plan
 from geomerge.engine.sources import FileSource, HeldSource, RowSource, ScaledSource, StageSource
 from geomerge.engine.transforms import Transforms
 from geomerge.methods import gram
-from geomerge.methods.base import Span
+from geomerge.methods.base import Matrix, Span
 from geomerge.methods.gram import Gram
-from geomerge.methods.kernel import Open, Prepared, measure_gram, prepare
+from geomerge.methods.kernel import Open, Prepared, measure_gram, merge_matrix, prepare
+from geomerge.methods.rest import is_matrix
 from geomerge.methods.tile import TILE, Scan, Segment, Source, TensorSource
 
 Run = Callable[[Callable[[Segment], Any], Iterable[Segment]], Iterable[Any]]
@@ -36,7 +39,8 @@ class Builder:
         tile: Elements in a tile.
         device: Where tiles are computed.
         read_ahead: Read the next tile while one is computed.
-        grams: Keeps what span methods measured, for further plans over the same inputs in the same order.
+        kept: Keeps what span methods measured and matrix methods computed, for further plans over the same inputs in the
+            same order.
     """
 
     def __init__(
@@ -47,9 +51,9 @@ class Builder:
         tile: int = TILE,
         device: torch.device | str = "cpu",
         read_ahead: bool = False,
-        grams: dict[object, Gram] | None = None,
+        kept: dict[object, Gram | Tensor] | None = None,
     ) -> None:
-        self._grams = grams
+        self._kept = kept
         self.plan, self.inputs = plan, inputs
         self.tile, self.device, self.read_ahead = tile, torch.device(device), read_ahead
         self.transforms = Transforms(inputs, plan.transforms, plan.rotations)
@@ -66,13 +70,15 @@ class Builder:
         """Measure what the node's method needs; `run` maps over segments."""
         assert node.method is not None
         open_scan = self.opener(node, node.operands, run)
-        measured = None
-        if isinstance(node.method, Span) and node.method.needs_gram:
+        measured: Gram | Tensor | None = None
+        if isinstance(node.method, Matrix):
+            measured = self._kept_matrix(node, node.method)
+        elif isinstance(node.method, Span) and node.method.needs_gram:
             if node.group:
                 measured = self._group_gram(node)
             elif node.statistics:
                 measured = self._weighted_gram(node, run)
-            elif self._grams is not None and node.method.axis == "tensor":
+            elif self._kept is not None and node.method.axis == "tensor":
                 measured = self._kept_gram(node, run)
         return prepare(node.method, open_scan, node.shape, node.scale, to_torch(node.dtype), measured)
 
@@ -91,13 +97,33 @@ class Builder:
 
     def _kept_gram(self, node: Node, run: Run) -> Gram | None:
         """The Gram matrix of a node whose operands are the inputs' own tensors, measured at most once."""
-        assert self._grams is not None
+        key = self._inputs_of(node)
+        if self._kept is None or key is None:
+            return None
+        found = self._kept.get(key)
+        if not isinstance(found, Gram):
+            found = self._kept[key] = measure_gram(self.opener(node, node.operands, run))
+        return found
+
+    def _kept_matrix(self, node: Node, method: Matrix) -> Tensor | None:
+        """What a matrix method makes of the inputs' own tensors, computed once for all λ while there is room to keep it."""
+        inputs = self._inputs_of(node)
+        if self._kept is None or inputs is None or not is_matrix(node.shape):
+            return None
+        same = type(method).factor is Matrix.factor
+        key = (replace(method, lambda_=1.0) if same else method, inputs)
+        found = self._kept.get(key)
+        if not isinstance(found, Tensor):
+            found = merge_matrix(method, self.opener(node, node.operands, map)(), node.shape)
+            if found.nbytes + sum(t.nbytes for t in list(self._kept.values()) if isinstance(t, Tensor)) <= ROOM:
+                self._kept[key] = found
+        return found
+
+    def _inputs_of(self, node: Node) -> tuple[tuple[str, str], ...] | None:
+        """A node's operands by model and tensor, if all of them are read as they are."""
         if any(o.node >= 0 or o.rows >= 0 or o.transform >= 0 for o in node.operands):
             return None
-        key = tuple((self.plan.inputs[o.input].ref, o.tensor) for o in node.operands)
-        if key not in self._grams:
-            self._grams[key] = measure_gram(self.opener(node, node.operands, run))
-        return self._grams[key]
+        return tuple((self.plan.inputs[o.input].ref, o.tensor) for o in node.operands)
 
     def _weighted_gram(self, node: Node, run: Run) -> Gram:
         scan = self.opener(node, (*node.operands, *node.statistics), run)()

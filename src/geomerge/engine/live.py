@@ -5,8 +5,8 @@
         live.blend(recipe_with(t))      # the module now is the merge
         score(module)
 
-The parents are read once. What a span method measures of them (their Gram matrices) does not depend on its coefficients, so
-it is measured once, too; a candidate then costs one blending pass.
+The parents are read once. What a span method measures of them (their Gram matrices) does not depend on its coefficients, and
+what a matrix method makes of them not on λ, so that is done once, too; a candidate then costs one blending pass.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class LiveMerge:
     ) -> None:
         self.module = module
         self._threads = threads
-        self._grams: dict[object, Gram] = {}
+        self._kept: dict[object, Gram | Tensor] = {}
         self.parents: dict[str, Checkpoint] = {}
         for name, parent in parents.items():
             opened = (
@@ -74,7 +74,7 @@ class LiveMerge:
         plan, inputs = make_plan(recipe, models=self.parents)
         sink = ModuleSink(self.module, plan)
         known = surveyed(plan, lambda p: Builder(p, inputs), threads=self._threads)
-        work = Work(Builder(known, inputs, grams=self._grams), sink, lambda nbytes: None, threading.Event())
+        work = Work(Builder(known, inputs, kept=self._kept), sink, lambda nbytes: None, threading.Event())
         Threads(work, self._threads).run(list(enumerate(known.output_nodes())), lambda entries: None)
         return plan
 

@@ -67,7 +67,7 @@ def prepare(
     shape: tuple[int, ...],
     scale: float = 1.0,
     dtype: torch.dtype | None = None,
-    measured: gram.Gram | None = None,
+    measured: gram.Gram | Tensor | None = None,
 ) -> Prepared:
     """Measure what a method needs of one tensor.
 
@@ -77,11 +77,12 @@ def prepare(
         shape: The tensor's shape.
         scale: What a step after the method multiplies the merged task vector by: θ₀ + scale·(merge − θ₀).
         dtype: What the output will be rounded to: where that is a 16-bit format, float32 may do for the arithmetic.
-        measured: The Gram matrix of the inputs, where the caller knows better than to measure this tensor's.
+        measured: What the caller knows already: the Gram matrix of the inputs, or what `merge_matrix` gave.
     """
     if isinstance(method, Matrix):
         if is_matrix(shape) and method.matrix is not False:
-            return _prepare_matrix(method, open_scan, shape, scale)
+            assert not isinstance(measured, gram.Gram)
+            return _prepare_matrix(method, open_scan, shape, scale, measured)
         count = len(open_scan().sources) - (method.base_use == "required")
         method = rest_method(method, count)
     last = shape[-1] if len(shape) > 1 else max(_numel(shape), 1)
@@ -96,6 +97,7 @@ def prepare(
             return Prepared(scan, functools.partial(_combine_columns, columns))
         scan = open_scan(check=not method.needs_gram)
         k = len(scan.sources)
+        assert not isinstance(measured, Tensor)
         if measured is None:
             measured = measure_gram(open_scan) if method.needs_gram else gram.Gram(np.full((k, k), np.nan))
         try:
@@ -132,10 +134,18 @@ def elementwise_scan(
     return scan
 
 
-def _prepare_matrix(method: Matrix, open_scan: Open, shape: tuple[int, ...], scale: float) -> Prepared:
+def _prepare_matrix(
+    method: Matrix, open_scan: Open, shape: tuple[int, ...], scale: float, measured: Tensor | None
+) -> Prepared:
     """Tiles of the base, to which the merged matrix is added; that is computed once, when a first tile is asked for."""
     based = method.base_use == "required"
-    merged = _Once(lambda: _merge_matrix(method, open_scan(), shape, method.factor * scale if based else 1.0))
+    factor = method.factor * scale if based else 1.0
+
+    def compute() -> Tensor:
+        whole = merge_matrix(method, open_scan(), shape) if measured is None else measured
+        return whole if factor == 1.0 else whole * factor
+
+    merged = _Once(compute)
     scan = open_scan(check=False)  # every element has been looked at by then
     del scan.sources[1:]
 
@@ -148,8 +158,8 @@ def _prepare_matrix(method: Matrix, open_scan: Open, shape: tuple[int, ...], sca
     return Prepared(scan, blend, begin=merged)
 
 
-def _merge_matrix(method: Matrix, scan: Scan, shape: tuple[int, ...], factor: float) -> Tensor:
-    """factor·g(τ₁ … τ_T), flat.
+def merge_matrix(method: Matrix, scan: Scan, shape: tuple[int, ...]) -> Tensor:
+    """g(τ₁ … τ_T), flat and without the method's factor.
 
     Raises:
         NotFiniteError: An input holds NaN or Inf.
@@ -158,7 +168,6 @@ def _merge_matrix(method: Matrix, scan: Scan, shape: tuple[int, ...], factor: fl
     based = method.base_use == "required"
     count = len(scan.sources) - based
     whole = torch.empty(count, scan.numel, dtype=torch.float64, device=scan.device)
-
     # Not `scan.over`: its threads may be the ones that wait for this very matrix.
     for tile in (tile for segment in scan.segments for tile in scan.tiles(segment)):
         values = tile.task_vectors() if based else tile.inputs
@@ -169,8 +178,6 @@ def _merge_matrix(method: Matrix, scan: Scan, shape: tuple[int, ...], factor: fl
     if merged.shape != shape:
         raise TypeError(f"{type(method).__name__}.merge returned {list(merged.shape)} for matrices of {list(shape)}")
     flat = merged.reshape(-1)
-    if factor != 1.0:
-        flat = flat * factor
     if not math.isfinite(flat.sum().item()) and not bool(torch.isfinite(flat).all()):
         raise RunError(
             f"{method.name} gave numbers that are not finite", where=scan.name, hint="are the weights of ordinary size?"
