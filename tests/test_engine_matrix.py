@@ -182,6 +182,16 @@ def test_a_stage_of_matrices(family: dict[str, tiny.Tensors]) -> None:
     assert estimate(plan, inputs).memory > whole_matrices(plan, last)
 
 
+@pytest.mark.parametrize("method", ["knots", "iso_c"])
+def test_a_stage_that_is_computed_while_a_tile_is_read(method: str, family: dict[str, tiny.Tensors]) -> None:
+    """A matrix method may use tiles itself: they are not those of the merge that waits for it."""
+    first = f"merge_method: {method}\nbase_model: base\nmodels: [{{model: a}}, {{model: b}}]\ndtype: float32\n"
+    second = "merge_method: linear\nmodels: [{model: c}, {model: STAGE}, {model: a}]\nparameters: {weight: 1}\n"
+    gm.merge(first, "stage-model")
+    together = f"name: stage\n{first}---\n{second.replace('STAGE', 'stage')}"
+    assert tiny.same(merged(together), merged(second.replace("STAGE", "stage-model")))
+
+
 def test_resume(family: dict[str, tiny.Tensors]) -> None:
     """Stopped in the middle and continued: the same bytes."""
     gm.merge(TSVM, "whole", threads=1)

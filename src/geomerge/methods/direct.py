@@ -152,6 +152,7 @@ def _opened(
     sources = [TensorSource(t, f"model {i}: {name}") for i, t in enumerate(tensors)]
 
     def open_scan(**tiling: Any) -> Scan:
-        return Scan(sources, shape, name=name, seed=seed, tile=tile, device=tensors[0].device, **tiling)
+        # A level of its own: a matrix method may call a function while its caller waits with a half-filled tile.
+        return Scan(sources, shape, name=name, seed=seed, tile=tile, device=tensors[0].device, level=-1, **tiling)
 
     return dtype, open_scan
