@@ -52,8 +52,10 @@ _threads = _Threads()
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Let torch, BLAS and LAPACK use one thread. Several threads may be inside at a time: the setting is the process's, so only the
-    last that leaves restores it."""
+    """Let torch, BLAS and LAPACK use one thread.
+
+    Several threads may be inside at a time: the setting is the process's, so only the last that leaves restores it.
+    """
     _threads.enter()
     try:
         yield
