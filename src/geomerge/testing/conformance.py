@@ -29,6 +29,15 @@ LARGE: tuple[tuple[int, ...], ...] = ((3, 50_003), (111_111,), (2101, 53))
 THINNING = {"density": 0.5, "select_topk": 0.5, "lambda": 0.5}
 """Parameters whose neutral value hides what a method does: where it has them, it is checked with these values, too."""
 
+_NEUTRAL: Mapping[str, Mapping[str, Any]] = {
+    "slerp": {"t": 0.3},
+    "nearswap": {"t": 1e-4},
+    # What is true of twenty steps is true of hundreds.
+    "wudi": {"steps": 20},
+    "optmerge": {"steps": 20},
+    "doge_ta": {"steps": 20},
+}
+
 _WEIGHTS = (1.0, 0.5, 0.75, 1.25, 2.0)
 _TOLERANCE = 1e-7
 """Of the largest magnitude: far below any change in the models, and above the methods' own small constants (1e-8)."""
@@ -87,7 +96,7 @@ def cases(
         parameters: For each method neutral values of required parameters; those not given are 1.
         counts: Numbers of models, of which a method gets those it takes.
     """
-    given = {"slerp": {"t": 0.3}, "nearswap": {"t": 1e-4}} | dict(parameters or {})
+    given = {**_NEUTRAL, **(parameters or {})}
     found = []
     for name in names or registry.all_methods():
         method = registry.get(name)
