@@ -106,3 +106,39 @@ def doge(taus: Sequence[Array], density: float = 0.3, steps: int = 400) -> Array
         least = np.sort(np.abs(v).ravel())[v.size - int(density * v.size) - 1]
         total += 0.07 / np.linalg.norm(v) * (v + delta) * (np.abs(v) >= least)
     return total
+
+
+def widen(base: Array, experts: Sequence[Array], t: float = 1.0, s: float = 1.0, rows: bool = False) -> Array:
+    """Column by column (of the transpose, for `rows`); anything but a matrix element by element."""
+    taus = [x - base for x in experts]
+    if base.ndim != 2:
+        sizes = np.array([np.abs(v) for v in taus])
+        scores = np.exp(sizes) / np.exp(sizes).sum(0)
+        means = [np.mean(size) if size.size else 0.0 for size in sizes]
+        scores = [np.where(size > t * m, s, score) for score, size, m in zip(scores, sizes, means, strict=True)]
+        return np.asarray(base + sum(score * v for score, v in zip(scores, taus, strict=True)))
+    if rows:
+        return widen(base.T, [x.T for x in experts], t, s).T
+    n = base.shape[1]
+    weights = np.zeros((len(experts), n))
+    for change in (_magnitude, _direction):
+        ranks = np.zeros((len(experts), n))
+        for k, x in enumerate(experts):
+            values = [change(base[:, j], x[:, j]) for j in range(n)]
+            for rank, j in enumerate(sorted(range(n), key=lambda j: values[j])):
+                ranks[k, j] = rank
+        scores = np.exp(ranks / n) / np.exp(ranks / n).sum(0)
+        scores[2 * ranks > t * (n - 1)] = s
+        weights += scores / 2
+    return np.asarray(base + sum(w * v for w, v in zip(weights, taus, strict=True)))
+
+
+def _magnitude(a: Array, b: Array) -> float:
+    return float(abs(np.linalg.norm(b) - np.linalg.norm(a)))
+
+
+def _direction(a: Array, b: Array) -> float:
+    """1 − cos, from 2 sin²(φ/2) = ‖a/‖a‖ − b/‖b‖‖²/2."""
+    if not a.any() or not b.any():
+        return 0.0
+    return float(np.sum((a / np.linalg.norm(a) - b / np.linalg.norm(b)) ** 2) / 2)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import geomerge as gm
+import optimised_references
 import references as ref
 import test_methods_survey
 from geomerge.methods import registry, tile
@@ -169,6 +170,13 @@ ROWS = [
     Row("arcee_fusion", 1, lambda b, x: ref.arcee_fusion(b, x[0])),
     Row("ram", 3, lambda b, x: ref.ram(b, x, 0.02), {"epsilon": 0.02}),
     Row("ramplus_tl", 3, lambda b, x: ref.ramplus_tl(b, x, 0.3, 0.5, 0.02), {"r": 0.3, "alpha": 0.5, "epsilon": 0.02}),
+    Row("widen", 1, lambda b, x: x[0]),
+    Row(
+        "widen",
+        3,
+        lambda b, x: optimised_references.widen(b, x, 0.5, 0.75),
+        {"above_average_ratio": 0.5, "score_calibration": 0.75},
+    ),
     Row("passthrough", 1, lambda b, x: 1.5 * x[0], {"scale": 1.5}, False),
 ]
 
