@@ -20,6 +20,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from geomerge.cli.console import Stopped, complain, show_warnings
+from geomerge.cli.continual import continue_
 from geomerge.cli.demo import demo
 from geomerge.cli.diagnose import diagnose
 from geomerge.cli.evaluate import evaluate
@@ -82,6 +83,7 @@ def geomerge(
 
 for verb in (merge, plan, diagnose, evaluate, report, search, soup, inspect, methods, schema, demo):
     app.command()(verb)
+app.command("continue")(continue_)
 app.add_typer(lab_app, name="lab")
 
 
