@@ -30,7 +30,7 @@ from geomerge.version import __version__
 
 if TYPE_CHECKING:
     from geomerge import diagnose, evaluate, methods, search
-    from geomerge.api import inspect, load_recipe, merge, merge_state_dicts, plan
+    from geomerge.api import continue_merge, inspect, load_recipe, merge, merge_state_dicts, plan
 
 __all__ = [
     "DamagedCheckpoint",
@@ -44,6 +44,7 @@ __all__ = [
     "RunError",
     "UsageError",
     "__version__",
+    "continue_merge",
     "diagnose",
     "evaluate",
     "inspect",
@@ -56,7 +57,7 @@ __all__ = [
 ]
 
 _PACKAGES = ("diagnose", "evaluate", "methods", "search")
-_FROM_API = ("inspect", "load_recipe", "merge", "merge_state_dicts", "plan")
+_FROM_API = ("continue_merge", "inspect", "load_recipe", "merge", "merge_state_dicts", "plan")
 
 
 def __getattr__(name: str) -> Any:

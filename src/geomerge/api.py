@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from geomerge.checkpoint import Checkpoint
+    from geomerge.continual import Step
 
 RecipeLike = str | Path | Pipeline
 """A recipe's path, its YAML text (anything with a line break), or what `load_recipe` returned."""
@@ -147,3 +148,10 @@ def _planned(
 
 def _in_memory(models: Mapping[str, Mapping[str, Tensor]] | None) -> dict[str, Checkpoint]:
     return {name: from_state_dict(tensors, name=name) for name, tensors in (models or {}).items()}
+
+
+def continue_merge(state: str | Path, experts: Sequence[str | Path], **options: Any) -> Step:
+    """Take the next experts into a continual merge: see `geomerge.continual.continue_merge`, as for the ``options``."""
+    from geomerge import continual
+
+    return continual.continue_merge(state, experts, **options)

@@ -116,6 +116,11 @@ def continue_merge(
         if base is not None:
             now = replace(now, base=Known.of(origin, path=True))
         with OutputDirectory(place, force=True, inputs=[Path(i.path) for i in plan.inputs if i.path]) as output:
+            if State.read(place) != known:  # between the reading and the lock
+                output.abandon()
+                raise UsageError(
+                    "another step has changed the state meanwhile", where=str(state), hint="run this one again"
+                )
             made = _Run(plan, opened, output, merged, threads, progress)
             try:
                 squares = made.accumulate(now, before)
