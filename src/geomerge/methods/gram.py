@@ -150,21 +150,23 @@ def _products(products: Tensor) -> list[list[float]]:
 def _measure_columns(scan: Scan) -> Gram:
     """One Gram matrix for each position of the dimensions after the first: products added row after row, in order."""
     k, width = len(scan.sources), max(scan.columns or 1, 1)
-    pairs = [(i, j) for i in range(k) for j in range(i, k)]
 
-    def accumulate(tiles: Iterator[Tile]) -> Tensor:
-        sums = torch.zeros(len(pairs), width, dtype=torch.float64, device=scan.device)
+    def accumulate(tiles: Iterator[Tile]) -> list[Tensor]:
+        """For each input the sums of its products with itself and those after it."""
+        sums = [torch.zeros(k - i, width, dtype=torch.float64, device=scan.device) for i in range(k)]
         for tile in tiles:
-            vectors = [tile.inputs[0], *tile.task_vectors()]
-            for row in range(vectors[0].shape[0]):
-                for p, (i, j) in enumerate(pairs):
-                    sums[p].addcmul_(vectors[i][row], vectors[j][row])
+            tile.task_vectors()
+            for row in tile.stack.unbind(1):
+                for i, each in enumerate(sums):
+                    each.addcmul_(row[i:], row[i])
         return sums
 
     centred = np.zeros((width, k, k))
     for part in scan.over(accumulate):
-        for p, (i, j) in enumerate(pairs):
-            centred[:, i, j] += part[p].cpu().numpy()
-            if i != j:
-                centred[:, j, i] = centred[:, i, j]
+        for i, sums in enumerate(part):
+            found = sums.cpu().numpy()
+            for j in range(i, k):
+                centred[:, i, j] += found[j - i]
+                if i != j:
+                    centred[:, j, i] = centred[:, i, j]
     return Gram(centred)
