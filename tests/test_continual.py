@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import geomerge as gm
 import references as ref
 import tiny
 from cli_samples import Program
@@ -161,7 +166,7 @@ def test_baselines(tmp_path: Path, method: str, reference: Callable[[list[Array]
 def test_one_expert_is_returned(tmp_path: Path, method: str) -> None:
     """The first step gives the first expert, bit for bit in its own dtype."""
     _, one = family(tmp_path, 1, dtype=torch.bfloat16)
-    continue_merge(tmp_path / "state", experts(tmp_path, 1), base=tmp_path / "0", method=method)
+    gm.continue_merge(tmp_path / "state", experts(tmp_path, 1), base=tmp_path / "0", method=method)
     assert tiny.same(tiny.read(tmp_path / "state"), one)
 
 
@@ -419,6 +424,41 @@ def test_interrupted_steps_leave_the_state(tmp_path: Path, share: float) -> None
         (tmp_path / "state.partial" / name).write_text("1")
     continue_merge(state, [tmp_path / "b"])
     continue_merge(tmp_path / "batch", [tmp_path / "a", tmp_path / "b"], base=tmp_path / "base")
+    assert tiny.same(tiny.read(state), tiny.read(tmp_path / "batch"))
+
+
+_KILLED = """\
+import os, signal, sys
+from geomerge.continual import continue_merge
+
+class Kill:
+    left = int(sys.argv[3])
+    def start(self, total, done): pass
+    def finish(self): pass
+    def advance(self, nbytes):
+        Kill.left -= 1
+        if not Kill.left:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+continue_merge(sys.argv[1], [sys.argv[2]], progress=Kill())
+"""
+
+
+def test_killed_steps_leave_the_state(tmp_path: Path) -> None:
+    """SIGKILL at the fourth tensor of the first pass: the state is what it was, and the step can be made again."""
+    family(tmp_path)
+    state = tmp_path / "state"
+    continue_merge(state, experts(tmp_path, 1), base=tmp_path / "0")
+    before = tiny.digests(state)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    child = subprocess.run(
+        [sys.executable, "-c", _KILLED, str(state), str(tmp_path / "2"), "4"], env=environment, check=False
+    )
+    assert child.returncode == -signal.SIGKILL
+    assert (tmp_path / "state.partial" / "continual").is_dir()
+    assert tiny.digests(state) == before
+    continue_merge(state, experts(tmp_path)[1:])
+    continue_merge(tmp_path / "batch", experts(tmp_path), base=tmp_path / "0")
     assert tiny.same(tiny.read(state), tiny.read(tmp_path / "batch"))
 
 

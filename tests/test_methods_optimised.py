@@ -15,6 +15,7 @@ from torch import Tensor
 
 import geomerge as gm
 import optimised_references as ref
+import tiny
 from geomerge.methods.matrix.doge_ta import DogeTa, threshold
 from geomerge.methods.matrix.quadratic import Quadratic, interference
 
@@ -259,6 +260,25 @@ def test_wudi_damps_rounding() -> None:
     v = (drawn((9, 14), 1) * 64).round() / 64
     assert torch.equal(merged("wudi", v), v[0])
     assert torch.equal(merged("wudi", torch.cat([v, torch.zeros_like(v)])), v[0])
+
+
+@pytest.mark.parametrize("method", ["swudi", "optmerge", "doge_ta"])
+def test_recipes(method: str, tmp_path: Path) -> None:
+    """A recipe merges a model's weights as the function does, rounded once; what the rule leaves alone is the base's."""
+    models = tiny.family(tmp_path, "base a b")
+    text = f"""
+merge_method: {method}
+base_model: {tmp_path}/base
+models: [{{model: {tmp_path}/a}}, {{model: {tmp_path}/b}}]
+"""
+    gm.merge(text, tmp_path / "out", threads=2)
+    found = tiny.read(tmp_path / "out")
+    name = "model.layers.1.mlp.down_proj.weight"
+    base, *experts = (m[name] for m in models.values())
+    assert torch.allclose(found[name], getattr(gm.methods, method)(base, experts), rtol=1e-6)
+    assert not torch.equal(found[name], base)
+    norm = "model.layers.1.input_layernorm.weight"
+    assert torch.equal(found[norm], models["base"][norm]) is (method != "swudi")
 
 
 @pytest.mark.parametrize("method", ["wudi", "iwudi", "optmerge", "doge_ta"])
