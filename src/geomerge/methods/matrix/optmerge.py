@@ -22,7 +22,8 @@ class Optmerge(Matrix):
 
     With k = ⌊min(m, n)/T⌋, at least 1, and L_t = S_kV_kᵀ of τ_t, the objective is Σ_t ‖(θ − a_t)L_tᵀ‖²/‖τ_t‖².
     *Full* fine-tunes: a_t is the mean task vector plus the rank-k part of what τ_t adds to it; 300 steps of Adam (lr 10⁻⁵)
-    from the sum of task vectors. The paper gave the result λ = 0.1 in a 1B model.
+    from the sum of task vectors. The paper gave the result λ = 0.1 in a 1B model. As in `wudi`, lr must suit the size of the
+    task vectors.
     *LoRA* fine-tunes: a_t is the rank-k part of τ_t; 300 steps of gradient descent (lr 10⁻⁴, momentum 0.9) from the mean task
     vector. This mode scales and rotates with the task vectors, and identical experts come back as they are.
     With `closed_form` the steps go on for ever: the minimiser that lies closest to the start.
