@@ -21,11 +21,14 @@ class Wudi(Matrix):
 
     A task vector spans the inputs of its own layer, so (θ − τ_t)τ_tᵀ is, up to a factor, what the merge gets wrong on them. The
     exact minimiser is worse than a few hundred steps towards it: the early end is what regularises (`iwudi` and `swudi` make
-    that end exact). Adam's steps are of size lr whatever the size of the task vectors, so the result does not scale with
-    them: no weight moves by more than about lr·steps, and where the elements of Σ τ_t are larger than that, the result is little
-    but that sum, which overshoots. Choose lr accordingly; for language models λ of 0.1 to 0.3 was used as well. A task vector
-    of zeros is left out. Where the
-    start is a minimiser already, up to rounding, it is returned: Adam would turn the rounding into steps.
+    that end exact).
+
+    Adam's steps are of size lr whatever the size of the task vectors, so the result does not scale with them. No weight moves
+    by more than about lr·steps, and where the elements of Σ τ_t are larger than that, the result is little but that sum, which
+    overshoots: choose lr accordingly. For language models λ of 0.1 to 0.3 was used as well.
+
+    A task vector of zeros is left out. Where the start is a minimiser already, up to rounding, it is returned: Adam would
+    turn the rounding into steps.
     """
 
     name: ClassVar[str] = "wudi"
