@@ -22,6 +22,7 @@ from geomerge.continual.work import Accumulate, SumFile, Write
 from geomerge.engine.build import Builder
 from geomerge.engine.execute import Facts, Threads, Work
 from geomerge.engine.manifest import total_loss
+from geomerge.engine.matrices import is_weight
 from geomerge.engine.plan import InputModel, Node, Plan
 from geomerge.engine.planner import make_plan
 from geomerge.engine.run import Progress
@@ -300,10 +301,7 @@ def weight_matrices(model: Checkpoint) -> frozenset[str]:
     return frozenset(
         name
         for name, shape in model.shapes.items()
-        if len(shape) == 2
-        and (part := parts.get(name)) is not None
-        and part.role not in ("embedding", "head", "norm")
-        and "relative_attention_bias" not in name
+        if (part := parts.get(name)) is not None and is_weight(part, shape)
     )
 
 

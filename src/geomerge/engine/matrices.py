@@ -29,11 +29,14 @@ ROOM = 8 << 30
 
 def weighs(method: Matrix, part: Part, shape: tuple[int, ...]) -> bool:
     """Whether a tensor is a weight matrix to a method."""
-    if not is_matrix(shape):
-        return False
     if method.matrix is not None:
-        return method.matrix
-    return part.role not in _NO_MATRICES and not _TABLE.search(part.name.lower())
+        return method.matrix and is_matrix(shape)
+    return is_weight(part, shape)
+
+
+def is_weight(part: Part, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor multiplies a vector: of two dimensions, and neither embedding, head, norm nor table."""
+    return is_matrix(shape) and part.role not in _NO_MATRICES and not _TABLE.search(part.name.lower())
 
 
 def rest(method: Matrix, operands: list[Operand]) -> tuple[str, Method, list[Operand]]:
