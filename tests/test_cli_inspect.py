@@ -51,7 +51,7 @@ def test_json(run: Program, tmp_path: Path) -> None:
     assert set(said) == {
         "model", "path", "hub_id", "revision", "architectures", "model_type", "files", "bytes", "family", "guessed",
         "tensors", "parameters", "modules", "dtypes", "tied", "stored_twice", "vocabulary", "buffers", "shapes",
-        "quantization", "fingerprint", "sha256", "not_finite",
+        "quantization", "adapter", "fingerprint", "sha256", "not_finite",
     }  # fmt: skip
     assert said["sha256"] == hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     assert said["not_finite"] is None

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from geomerge import anatomy
-from geomerge.checkpoint import from_state_dict, open_checkpoint
+from geomerge.checkpoint import from_state_dict
 from geomerge.diagnose.guarded import guarded_plan
+from geomerge.engine.adapted import open_model
 from geomerge.engine.plan import Plan
 from geomerge.engine.run import Progress, Report, run_in_memory, run_plan
 from geomerge.recipe import Pipeline, load, loads
+from geomerge.recipe.references import parse_reference
+from geomerge.recipe.values import NOWHERE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -130,9 +134,10 @@ def inspect(model: str | Path, revision: str | None = None) -> dict[str, Any]:
     Raises:
         ModelError: The model cannot be opened.
     """
-    with open_checkpoint(str(model), revision) as checkpoint:
+    ref = parse_reference(str(model), NOWHERE)
+    with open_model(replace(ref, revision=revision or ref.revision)) as checkpoint:
         found = anatomy.read(checkpoint.shapes, checkpoint.config)
-        dtypes = {name: info.dtype for name, info in checkpoint.tensors.items()}
+        dtypes = {name: checkpoint.dtype(name) for name in checkpoint.tensors}
         return anatomy.summary(found, checkpoint.shapes, dtypes)
 
 

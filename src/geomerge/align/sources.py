@@ -71,7 +71,7 @@ def vector(source: Source, size: int, offset: float = 0.0) -> Once:
     return Once(make)
 
 
-class _BlockSource(ABC):
+class BlockSource(ABC):
     """A matrix that is made in blocks of a fixed number of rows."""
 
     dtype = torch.float64
@@ -113,7 +113,7 @@ class _BlockSource(ABC):
         return values.view(last - first, self._columns)
 
 
-class ReaderSource(_BlockSource):
+class ReaderSource(BlockSource):
     """W·diag(g)·Q: a tensor that reads from the rotated stream, its norm's gain folded in.
 
     Args:
@@ -137,7 +137,7 @@ class ReaderSource(_BlockSource):
         return values if self._rotation is None else values @ self._rotation.on(device)
 
 
-class WriterSource(_BlockSource):
+class WriterSource(BlockSource):
     """Qᵀ·W: a matrix that writes into the rotated stream.
 
     Args:

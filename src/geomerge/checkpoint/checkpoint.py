@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from geomerge.checkpoint import fingerprint
+from geomerge.checkpoint.change import Change
 from geomerge.checkpoint.header import FileInfo, TensorInfo, open_regular
 from geomerge.checkpoint.hub import Located
 from geomerge.checkpoint.quantisation import quantisation
@@ -42,6 +43,10 @@ class Checkpoint:
         memory: The tensors themselves for a model in memory, empty otherwise.
         quantization: What says that the model is quantised, or ``None``: see `quantisation`.
         scaled: The tensors that are codes with scales; `None` when there are codes that cannot be decoded.
+        changes: The tensors that an adapter changes, and how; `factors` are the adapter's tensors that this takes.
+        adapter: The path of that adapter.
+        tokenizer_folder: The directory whose tokenizer and chat template belong to the model, if any.
+        notes: What the user should know of how the model was put together.
     """
 
     def __init__(
@@ -55,6 +60,11 @@ class Checkpoint:
         files: tuple[FileInfo, ...] = (),
         metadata: dict[str, str] | None = None,
         memory: dict[str, Tensor] | None = None,
+        changes: Mapping[str, Change] | None = None,
+        factors: Mapping[str, TensorInfo] | None = None,
+        adapter: Path | None = None,
+        tokenizer_folder: Path | None = None,
+        notes: tuple[str, ...] = (),
     ) -> None:
         self.ref = ref
         self.path = located.path if located else None
@@ -66,6 +76,11 @@ class Checkpoint:
         self.files = files
         self.metadata = metadata or {}
         self.memory = memory or {}
+        self.changes = changes or {}
+        self.factors = factors or {}
+        self.adapter = adapter
+        self.tokenizer_folder = tokenizer_folder or folder
+        self.notes = notes
         self.quantization = quantisation(config, tensors)
         self.scaled = scaled_tensors(self.quantization, tensors)
         self._known = {file.path: file for file in files}
@@ -92,6 +107,17 @@ class Checkpoint:
     def nbytes(self) -> int:
         """The bytes of all tensors together."""
         return sum(info.nbytes for info in self.tensors.values())
+
+    def computed(self, name: str) -> bool:
+        """Whether a tensor is not its stored bytes: decoded from codes, or changed by an adapter."""
+        return name in self.changes or name in (self.scaled or {})
+
+    def dtype(self, name: str) -> str:
+        """The dtype that a tensor is said to have, by its safetensors name: of codes that of what they stand for."""
+        if name in self.changes:
+            return self.changes[name].dtype
+        scaled = (self.scaled or {}).get(name)
+        return scaled.dtype if scaled is not None else self.tensors[name].dtype
 
     def descriptor(self, path: Path) -> int:
         """A read-only descriptor of one of `files`, opened at the first call and shared from then on (thread-safe).
@@ -158,7 +184,8 @@ class Checkpoint:
 
         It does not depend on where the files lie. A change between the blocks is not seen: see `content_hash`.
         """
-        return fingerprint.quick(self.files, self.descriptor, self.tensors, self.memory)
+        found = fingerprint.quick(self.files, self.descriptor, {**self.tensors, **self.factors}, self.memory)
+        return found if not self.changes else fingerprint.joined(found, self.changes)
 
     def content_hash(self, progress: Callable[[int], None] | None = None) -> str:
         """The sha256 of everything: of the file itself when there is one, as ``sha256sum`` prints it.
@@ -168,7 +195,8 @@ class Checkpoint:
         Args:
             progress: Called with the number of bytes read since the last call.
         """
-        return fingerprint.full(self.files, self.descriptor, self.tensors, self.memory, progress)
+        tensors = {**self.tensors, **self.factors}
+        return fingerprint.full(self.files, self.descriptor, tensors, self.memory, progress)
 
     def side_files(self, kind: Kind | None = None) -> list[Path]:
         """The tokenizer, processor, generation config, templates, licence and custom code: see `side_files.side_files`.

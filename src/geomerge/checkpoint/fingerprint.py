@@ -49,6 +49,13 @@ def quick(
     return digest.hexdigest()
 
 
+def joined(files: str, changes: Mapping[str, object]) -> str:
+    """The identity of a model that is computed from files: theirs, and how (`changes` are values with a fixed ``repr``)."""
+    return hashlib.sha256(
+        "\n".join([files, *(f"{name!r} {changes[name]!r}" for name in sorted(changes))]).encode()
+    ).hexdigest()
+
+
 def full(
     files: Sequence[FileInfo],
     descriptor: Callable[[Path], int],

@@ -24,6 +24,10 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _NOT_WEIGHTS = re.compile(r"^(training_args|optimizer|scheduler|scaler|rng_state.*)\.\w+$")
 
 
+class LoneAdapter(ModelError):
+    """A directory that holds an adapter and no whole model."""
+
+
 def check_name(name: str, where: str, *, what: str) -> None:
     """Refuse a file name from inside a model that could lead out of its directory.
 
@@ -97,8 +101,8 @@ def weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
         raise _ambiguous(folder, indices)
     full = [n for n in single if n not in ("adapter_model.safetensors", "adapters.safetensors")]
     if not full and ("adapter_config.json" in names or single):
-        raise ModelError(
-            "is a LoRA adapter, not a whole model", where=str(folder), hint="merge it into its base model first"
+        raise LoneAdapter(
+            "is a LoRA adapter, not a whole model", where=str(folder), hint="name it behind its base: BASE+ADAPTER"
         )
     chosen = next((s for s in _STANDARD if s in full), full[0] if len(full) == 1 else None)
     if chosen is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,16 +101,44 @@ def resident(checkpoint: Checkpoint) -> Checkpoint:
     """
     if checkpoint.memory:
         return checkpoint
+    held = _in_memory(
+        checkpoint.ref,
+        {name: load(checkpoint, info) for name, info in checkpoint.tensors.items()},
+        config=checkpoint.config,
+        folder=checkpoint.folder,
+    )
+    factors = {name: load(checkpoint, info) for name, info in checkpoint.factors.items()}
+    checkpoint.close()
+    if not factors:
+        return held
+    return Checkpoint(
+        checkpoint.ref,
+        None,
+        folder=checkpoint.folder,
+        config=checkpoint.config,
+        tensors=held.tensors,
+        memory={**held.memory, **factors},
+        changes=checkpoint.changes,
+        factors={name: replace(info, file=None, offset=0) for name, info in checkpoint.factors.items()},
+        adapter=checkpoint.adapter,
+        tokenizer_folder=checkpoint.tokenizer_folder,
+        notes=checkpoint.notes,
+    )
+
+
+def load(checkpoint: Checkpoint, info: TensorInfo) -> Tensor:
+    """A stored tensor in memory, as it is.
+
+    Raises:
+        ModelError: It cannot be read.
+    """
     import torch
 
-    tensors = {
-        name: torch.frombuffer(bytearray(checkpoint.read_bytes(info)), dtype=to_torch(info.dtype)).view(info.shape)
-        if info.nbytes
-        else torch.empty(info.shape, dtype=to_torch(info.dtype))
-        for name, info in checkpoint.tensors.items()
-    }
-    checkpoint.close()
-    return _in_memory(checkpoint.ref, tensors, config=checkpoint.config, folder=checkpoint.folder)
+    if info.file is None:
+        return checkpoint.memory[info.name]
+    if not info.nbytes:
+        return torch.empty(info.shape, dtype=to_torch(info.dtype))
+    return torch.frombuffer(bytearray(checkpoint.read_bytes(info)), dtype=to_torch(info.dtype)).view(info.shape)
 
 
 def _in_memory(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,7 +15,12 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A directory, a .safetensors file, or a hub id.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="A directory, a .safetensors file, or a hub id; BASE+ADAPTER with a LoRA adapter."
+        ),
+    ],
     revision: Annotated[str | None, typer.Option(help="A branch, tag or commit of the hub.")] = None,
     checksum: Annotated[
         bool, typer.Option("--checksum", help="Read everything and show the sha256, as sha256sum prints it.")
@@ -31,12 +37,15 @@ def inspect(
     The exit code is 3 when a tensor holds NaN or Inf.
     """
     from geomerge import anatomy
-    from geomerge.checkpoint.reader import open_checkpoint
     from geomerge.cli.console import write_json
     from geomerge.cli.inspect_page import show_model
+    from geomerge.engine.adapted import open_model
     from geomerge.errors import NotFiniteError
+    from geomerge.recipe.references import parse_reference
+    from geomerge.recipe.values import Where
 
-    with open_checkpoint(model, revision, allow_pickle=allow_pickle) as checkpoint:
+    ref = parse_reference(model, Where("inspect", 1))
+    with open_model(replace(ref, revision=revision or ref.revision), allow_pickle=allow_pickle) as checkpoint:
         found = anatomy.read(checkpoint.shapes, checkpoint.config)
         described = _describe(checkpoint, found)
         if scan:
@@ -63,8 +72,12 @@ def _describe(checkpoint: Checkpoint, found: Anatomy) -> dict[str, Any]:
     from geomerge.anatomy import summary
     from geomerge.checkpoint.dtypes import recipe_name
     from geomerge.cli.patterns import grouped
+    from geomerge.engine.adapted import describe
 
-    dtypes = {name: recipe_name(info.dtype) for name, info in checkpoint.tensors.items()}
+    dtypes = {
+        name: recipe_name(checkpoint.changes[name].dtype if name in checkpoint.changes else info.dtype)
+        for name, info in checkpoint.tensors.items()
+    }
 
     def alike(name: str) -> tuple[Any, ...]:
         return checkpoint.tensors[name].shape, dtypes[name], found.parts[name].role
@@ -92,6 +105,7 @@ def _describe(checkpoint: Checkpoint, found: Anatomy) -> dict[str, Any]:
             for group in groups
         ],
         "quantization": checkpoint.quantization,
+        "adapter": describe(checkpoint),
         "fingerprint": checkpoint.fingerprint(),
         "sha256": None,
         "not_finite": None,

@@ -42,6 +42,9 @@ def _header(model: dict[str, Any]) -> list[tuple[str, str]]:
     if model["quantization"]:
         method = clean(model["quantization"].get("quant_method", "unknown"))
         rows.append(("quantised", f"{method}: the stored numbers are codes"))
+    if model["adapter"]:
+        rows.append(("adapter", _adapter(model["adapter"])))
+        rows += [("note", clean(note)) for note in model["adapter"]["notes"]]
     if model["not_finite"] is not None:
         bad = model["not_finite"]
         rows.append(("numbers", f"{count(len(bad), 'tensor')} with NaN or Inf" if bad else "all finite"))
@@ -49,6 +52,17 @@ def _header(model: dict[str, Any]) -> list[tuple[str, str]]:
     if model["sha256"]:
         rows.append(("sha256", model["sha256"]))
     return rows
+
+
+def _adapter(adapter: dict[str, Any]) -> str:
+    said = [f"{count(adapter['changed'], 'tensor')} changed"]
+    if adapter["ranks"]:
+        ranks, scales = (
+            [f"{n:.4g}" for n in dict.fromkeys((values[0], values[-1]))]
+            for values in (adapter["ranks"], adapter["scales"])
+        )
+        said += [f"rank {' to '.join(ranks)}", f"scale {' to '.join(scales)}"]
+    return f"{clean(adapter['path'])} ({', '.join([*said, *(['DoRA'] if adapter['dora'] else [])])})"
 
 
 def _vocabulary(vocabulary: dict[str, Any]) -> str:

@@ -14,18 +14,19 @@ from torch import Tensor
 
 from geomerge.checkpoint.checkpoint import Checkpoint
 from geomerge.checkpoint.dtypes import to_torch
-from geomerge.checkpoint.scaled import SCALE
 from geomerge.engine import rounding
+from geomerge.engine.lora import LoraSource
 from geomerge.engine.matrices import ROOM
 from geomerge.engine.plan import Node, Operand, Plan
-from geomerge.engine.sources import FileSource, HeldSource, RowSource, ScaledSource, StageSource
+from geomerge.engine.sources import FileSource, HeldSource, RowSource, StageSource
+from geomerge.engine.stored import raw_source, stored_source
 from geomerge.engine.transforms import Transforms
 from geomerge.methods import gram
 from geomerge.methods.base import Matrix, Span
 from geomerge.methods.gram import Gram
 from geomerge.methods.kernel import Open, Prepared, measure_gram, merge_matrix, prepare
 from geomerge.methods.rest import is_matrix
-from geomerge.methods.tile import TILE, Scan, Segment, Source, TensorSource
+from geomerge.methods.tile import TILE, Scan, Segment, Source
 
 Run = Callable[[Callable[[Segment], Any], Iterable[Segment]], Iterable[Any]]
 
@@ -134,7 +135,7 @@ class Builder:
         level = len(self.plan.stages) - 1 - node.stage
         sources = [self.source(operand, node) for operand in operands]
         if node.numel <= self.tile and self.device.type == "cpu":
-            sources = [HeldSource(s, node.numel) if isinstance(s, FileSource) else s for s in sources]
+            sources = [HeldSource(s, node.numel) if isinstance(s, FileSource | LoraSource) else s for s in sources]
 
         def open_scan(**tiling: Any) -> Scan:
             return Scan(
@@ -166,7 +167,7 @@ class Builder:
             if scaled is not None:
                 info = self.inputs[operand.input].tensors[scaled.scale]
                 values = torch.empty(math.prod(info.shape), dtype=torch.float64)
-                self._stored(self.inputs[operand.input], scaled.scale, self._label(operand)).read(0, values)
+                raw_source(self.inputs[operand.input], info, self._label(operand)).read(0, values)
                 found.append(values)
         return found
 
@@ -189,22 +190,7 @@ class Builder:
             if made.method is None:
                 return self.source(made.operands[0], made)
             return StageSource(self.prepare(made), self.rounding(made), to_torch(made.dtype), self._label(operand))
-        checkpoint = self.inputs[operand.input]
-        stored = self._stored(checkpoint, operand.tensor, self._label(operand))
-        scaled = (checkpoint.scaled or {}).get(operand.tensor)
-        if scaled is None:
-            return stored
-        height = node.shape[0] if scaled.rowwise else 1
-        scale = self._stored(checkpoint, scaled.scale, f"{self._label(operand)}{SCALE}")
-        return ScaledSource(stored, scale, height, node.numel // max(height, 1))
-
-    @staticmethod
-    def _stored(checkpoint: Checkpoint, name: str, label: str) -> Source:
-        """A tensor as it lies in a checkpoint."""
-        info = checkpoint.tensors[name]
-        if info.file is None:
-            return TensorSource(checkpoint.memory[name], label)
-        return FileSource(checkpoint.descriptor(info.file), info, label)
+        return stored_source(self.inputs[operand.input], operand.tensor, self._label(operand))
 
     def raw(self, node: Node) -> tuple[Checkpoint, str]:
         """Where the bytes of a copied node come from."""

@@ -16,6 +16,7 @@ from geomerge.checkpoint.dtypes import DTYPES
 from geomerge.checkpoint.header import TensorInfo
 from geomerge.engine.execute import cores
 from geomerge.engine.sources import FileSource
+from geomerge.engine.stored import stored_source
 from geomerge.methods.tile import SEGMENT, TILE, Source, TensorSource
 
 _Piece = tuple[TensorInfo, int, int]
@@ -115,6 +116,8 @@ def _bundles(checkpoint: Checkpoint) -> Iterator[list[_Piece]]:
 
 def _source(checkpoint: Checkpoint, info: TensorInfo) -> Source:
     label = f"{checkpoint.ref}: {info.name}"
+    if info.name in checkpoint.changes:
+        return stored_source(checkpoint, info.name, label)
     if info.file is not None:
         return FileSource(checkpoint.descriptor(info.file), info, label)
     tensor = checkpoint.memory[info.name]

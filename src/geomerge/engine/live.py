@@ -20,13 +20,16 @@ import torch
 from torch import Tensor
 
 from geomerge.checkpoint.checkpoint import Checkpoint
-from geomerge.checkpoint.reader import open_checkpoint, resident
+from geomerge.checkpoint.reader import resident
+from geomerge.engine.adapted import open_model
 from geomerge.engine.build import Builder
 from geomerge.engine.execute import Threads, Work
 from geomerge.engine.plan import REST, Node, Plan
 from geomerge.engine.planner import make_plan
 from geomerge.engine.survey import surveyed
 from geomerge.errors import IncompatibleModels
+from geomerge.recipe.references import parse_reference
+from geomerge.recipe.values import NOWHERE
 
 if TYPE_CHECKING:
     from geomerge.methods.gram import Gram
@@ -60,7 +63,9 @@ class LiveMerge:
         self.parents: dict[str, Checkpoint] = {}
         for name, parent in parents.items():
             opened = (
-                parent if isinstance(parent, Checkpoint) else open_checkpoint(str(parent), allow_pickle=allow_pickle)
+                parent
+                if isinstance(parent, Checkpoint)
+                else open_model(parse_reference(str(parent), NOWHERE), allow_pickle=allow_pickle)
             )
             self.parents[name] = resident(opened)
 

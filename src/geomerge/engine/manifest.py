@@ -58,6 +58,7 @@ def manifest(plan: Plan, facts: Mapping[int, Mapping[str, Any]]) -> dict[str, An
         "inputs": [
             {
                 "model": i.hub_id or (PurePath(i.path).name if i.path else i.ref),
+                **({"adapter": PurePath(i.adapter).name} if i.adapter else {}),
                 "revision": i.revision,
                 "fingerprint": i.fingerprint,
                 "files": {name: {"size": size, "header_sha256": header} for name, size, header in i.files},

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from geomerge import anatomy
 from geomerge.anatomy import Anatomy
 from geomerge.checkpoint.checkpoint import Checkpoint
-from geomerge.checkpoint.reader import open_checkpoint
 from geomerge.checkpoint.scaled import companions
+from geomerge.engine.adapted import open_model
 from geomerge.engine.plan import Operand
 from geomerge.errors import IncompatibleModels, RecipeError
 from geomerge.recipe.values import ModelRef
@@ -61,9 +61,14 @@ class Model:
         return next((a for a, s in self.anatomy.tied.items() if s == name and a in self.tensors), None)
 
     @property
+    def tokenizer_folder(self) -> Path | None:
+        """Where its tokenizer lies: its folder, unless an adapter brings another."""
+        return self.checkpoint.tokenizer_folder if self.checkpoint is not None else self.folder
+
+    @property
     def vocabulary(self) -> Vocabulary | None:
         if not self._vocabulary:
-            self._vocabulary.append(Vocabulary.load(self.folder) if self.folder else None)
+            self._vocabulary.append(Vocabulary.load(self.tokenizer_folder) if self.tokenizer_folder else None)
         return self._vocabulary[0]
 
     def embedding_rows(self) -> int | None:
@@ -98,25 +103,25 @@ class Models:
         """The model that a recipe names.
 
         Raises:
-            RecipeError: It asks for an adapter, which this version cannot merge.
+            RecipeError: It asks for an adapter on an earlier document's result.
             ModelError: It cannot be opened, or is quantised.
         """
         if ref.lora is not None:
-            raise RecipeError(
-                f"{ref} asks for a LoRA adapter, which this version does not merge",
-                where=str(where),
-                hint="merge the adapter into its base first (peft: merge_and_unload), and name the result here",
-            )
-        if ref.revision is None and ref.path in self._stages:
+            made = next((r for r in (ref, ref.lora) if r.revision is None and r.path in self._stages), None)
+            if made is not None:
+                raise RecipeError(
+                    f"{ref}: {made.path} is an earlier document of this recipe, and an adapter goes with a model on disk",
+                    where=str(where),
+                    hint="give each model its adapter where the earlier document names it",
+                )
+        elif ref.revision is None and ref.path in self._stages:
             return self._stages[ref.path]
         if ref not in self._models:
             self._models[ref] = self._open(ref)
         return self._models[ref]
 
     def _open(self, ref: ModelRef) -> Model:
-        checkpoint = self._given.get(ref.path) or open_checkpoint(
-            ref.path, ref.revision, allow_pickle=self._allow_pickle
-        )
+        checkpoint = open_model(ref, given=self._given, allow_pickle=self._allow_pickle)
         if checkpoint.scaled is None:
             assert checkpoint.quantization is not None
             raise IncompatibleModels(
@@ -129,7 +134,7 @@ class Models:
         scaled = checkpoint.scaled
         hidden = companions(checkpoint.tensors, scaled)
         tensors = {
-            name: Kind(scaled[name].dtype if name in scaled else info.dtype, info.shape)
+            name: Kind(checkpoint.dtype(name), info.shape)
             for name, info in checkpoint.tensors.items()
             if name not in hidden
         }

@@ -67,16 +67,16 @@ def describe_output(
     copies, texts = _side_files(donor, without_tokenizer=vocabularies.plan is not None), dict[str, str]()
     template = chat.resolve(
         recipe.chat_template,
-        [m.folder for m in members],
+        [m.tokenizer_folder for m in members],
         where=str(recipe.at("chat_template")),
         folder=Path(recipe.where.file).parent,
     )
     if vocabularies.plan is not None:
         config = _follow(vocabularies.plan.tokenizer, donor, members, config, copies, texts, notes)
         found: dict[str, Path | str] = dict(write.files(vocabularies.plan.tokenizer, template))
-    elif template is not None and donor.folder is not None:
+    elif template is not None and donor.tokenizer_folder is not None:
         found = dict(copies)
-        write.replace_chat_template(found, template, donor.folder)
+        write.replace_chat_template(found, template, donor.tokenizer_folder)
         copies = {}
     else:
         found = {}
@@ -92,7 +92,9 @@ def _side_files(donor: Model, *, without_tokenizer: bool) -> dict[str, Path]:
     for kind in KINDS:
         if without_tokenizer and kind in ("tokenizer", "chat_template"):
             continue
-        copies |= {p.relative_to(donor.folder).as_posix(): p for p in side_files(donor.folder, donor.config, kind)}
+        folder = donor.tokenizer_folder if kind in ("tokenizer", "chat_template") else donor.folder
+        if folder is not None:
+            copies |= {p.relative_to(folder).as_posix(): p for p in side_files(folder, donor.config, kind)}
     return copies
 
 

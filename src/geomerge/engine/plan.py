@@ -102,6 +102,7 @@ class InputModel:
         files: Name, size in bytes and sha256 of the header of each weight file.
         fingerprint: See `Checkpoint.fingerprint`.
         licence: The licence its model card states, if any.
+        adapter: Where the adapter was found that is added to it; empty without one.
     """
 
     ref: str
@@ -111,6 +112,7 @@ class InputModel:
     files: tuple[tuple[str, int, str], ...]
     fingerprint: str
     licence: str | None = None
+    adapter: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +179,7 @@ class Plan:
         if not self._hash:
             data = self.to_dict()
             for model in data["inputs"]:
-                model["path"] = ""
+                model["path"] = model["adapter"] = ""
             data["copies"] = sorted(data["copies"])
             self._hash.append(hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest())
         return self._hash[0]
@@ -217,6 +219,7 @@ class Plan:
                     "files": [list(f) for f in i.files],
                     "fingerprint": i.fingerprint,
                     "licence": i.licence,
+                    "adapter": i.adapter,
                 }
                 for i in self.inputs
             ],

@@ -142,6 +142,7 @@ class _Recipe:
             [Lineup(recipe, m, s, planner.models, self.used, self.schedule) for s in m.slices] for m in recipe.modules
         ]
         entrants = [e for row in self.lineups for lineup in row for e in lineup.entrants]
+        planner.notes += [note for e in entrants if e.model.checkpoint for note in e.model.checkpoint.notes]
         self.members: list[Model] = list({id(e.model): e.model for e in entrants}.values())
         base = None if recipe.base_model is None else planner.models.get(recipe.base_model, recipe.at("base_model"))
         self.donor = base or self.members[0]
@@ -506,11 +507,11 @@ class _Recipe:
         return Node(name, kind.shape, dtype, (operand,), method, rule=rule, stage=self.stage)
 
     def _computed(self, operand: Operand) -> bool:
-        """Whether the tensor is computed, by an earlier stage or from codes, so that there are no bytes to copy."""
+        """Whether a tensor is computed (by an earlier stage, from codes, with an adapter): it has no bytes to copy."""
         if operand.transform >= 0:
             return True
         if operand.input >= 0:
-            return operand.tensor in (self.planner.models.inputs[operand.input].scaled or {})
+            return self.planner.models.inputs[operand.input].computed(operand.tensor)
         return operand.node >= 0 and self.planner.nodes[operand.node].method is not None
 
     def _other_modules(self) -> list[int]:
@@ -676,6 +677,7 @@ def _input(checkpoint: Checkpoint) -> InputModel:
     return InputModel(
         ref=checkpoint.ref,
         path=str(checkpoint.path.resolve()) if checkpoint.path else "",
+        adapter=str(checkpoint.adapter.resolve()) if checkpoint.adapter else "",
         hub_id=checkpoint.hub_id,
         revision=checkpoint.revision,
         files=tuple((f.path.name, f.size, f.header_sha256) for f in checkpoint.files),

@@ -17,8 +17,10 @@ from geomerge.checkpoint.card import Parent, model_card
 from geomerge.checkpoint.checkpoint import Checkpoint
 from geomerge.checkpoint.collector import collector_paused
 from geomerge.checkpoint.layout import DEFAULT_SHARD_SIZE, plan_layout
+from geomerge.checkpoint.lora import open_adapter
 from geomerge.checkpoint.reader import open_checkpoint
 from geomerge.checkpoint.writer import OutputDirectory
+from geomerge.engine.adapted import adapt
 from geomerge.engine.build import Builder
 from geomerge.engine.execute import Executor, Threads, Work
 from geomerge.engine.journal import Journal
@@ -116,7 +118,7 @@ def run_plan(
         nodes = list(plan.output_nodes())
         looking = survey_bytes(plan)
         layout = plan_layout([(n.name, n.dtype, n.shape) for n in nodes], shard_size, {"geomerge": __version__})
-        places = [Path(i.path) for i in plan.inputs if i.path]
+        places = [Path(p) for i in plan.inputs for p in (i.path, i.adapter) if p]
         with OutputDirectory(out, force, resume, inputs=places, durable=durable) as output:
             output.create(layout)
             journal = Journal(
@@ -232,6 +234,8 @@ def _open_input(model: InputModel) -> Checkpoint:
     if not model.path:
         raise UsageError(f"the model {model.ref} was in memory when the plan was made; it cannot be opened again")
     checkpoint = open_checkpoint(model.path)
+    if model.adapter:
+        checkpoint = adapt(checkpoint, open_adapter(model.adapter), model.ref)
     files = tuple((f.path.name, f.size, f.header_sha256) for f in checkpoint.files)
     if files != model.files or checkpoint.fingerprint() != model.fingerprint:
         checkpoint.close()
@@ -298,7 +302,8 @@ def _card(plan: Plan, name: str) -> str:
     method = registry.get(plan.stages[-1].method)
     parents = [
         Parent(
-            name=i.hub_id or (Path(i.path).name if i.path else i.ref),
+            name=(i.hub_id or (Path(i.path).name if i.path else i.ref))
+            + (f"+{Path(i.adapter).name}" if i.adapter else ""),
             fingerprint=i.fingerprint,
             hub_id=i.hub_id,
             revision=i.revision,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
@@ -13,35 +12,13 @@ from torch import Tensor
 from geomerge.align.procrustes import Block, cross_product, solve
 from geomerge.align.sources import ConstantSource, Once, ReaderSource, WriterSource, vector
 from geomerge.checkpoint.checkpoint import Checkpoint
-from geomerge.checkpoint.scaled import SCALE
 from geomerge.engine.plan import Anchor, Operand, Rotation, Transform
-from geomerge.engine.sources import FileSource, ScaledSource
-from geomerge.methods.tile import Source, TensorSource
+from geomerge.engine.stored import stored_source
+from geomerge.methods.tile import Source
 from geomerge.tokens.rows import IntArray
 
 _AT_ONCE = 1 << 21
 """Elements of vectors that are read at once."""
-
-
-def stored_source(checkpoint: Checkpoint, name: str, label: str) -> Source:
-    """A tensor of a checkpoint, decoded where it is stored as codes."""
-    info = checkpoint.tensors[name]
-    scaled = (checkpoint.scaled or {}).get(name)
-    plain: Source
-    if info.file is None:
-        plain = TensorSource(checkpoint.memory[name], label)
-    else:
-        plain = FileSource(checkpoint.descriptor(info.file), info, label)
-    if scaled is None:
-        return plain
-    height = info.shape[0] if scaled.rowwise else 1
-    scale = checkpoint.tensors[scaled.scale]
-    scales: Source
-    if scale.file is None:
-        scales = TensorSource(checkpoint.memory[scaled.scale], f"{label}{SCALE}")
-    else:
-        scales = FileSource(checkpoint.descriptor(scale.file), scale, f"{label}{SCALE}")
-    return ScaledSource(plain, scales, height, math.prod(info.shape) // max(height, 1))
 
 
 class Transforms:

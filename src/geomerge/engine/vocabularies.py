@@ -108,7 +108,7 @@ class Vocabularies:
     def refusal(self, models: list[Model]) -> IncompatibleModels | None:
         """Why these models' rows cannot be merged as they are; warnings go to `notes`."""
         rows = [m.embedding_rows() or 0 for m in models]
-        folders = [m.folder for m in models]
+        folders = [m.tokenizer_folder for m in models]
         if len(set(rows)) == 1 and all(_same_tokenizer(folders[0], f) for f in folders[1:]):
             return None
         error, warnings = without_policy([(m.ref, m.vocabulary, n) for m, n in zip(models, rows, strict=True)])
