@@ -11,6 +11,7 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from adapter_samples import llama  # noqa: E402
+
 from cli_samples import Program  # noqa: E402
 
 

@@ -115,7 +115,7 @@ def _place(model: Model) -> object:
     checkpoint = model.checkpoint
     if checkpoint is None or checkpoint.path is None:
         return id(model)
-    return checkpoint.path.resolve()
+    return checkpoint.path.resolve(), checkpoint.adapter and checkpoint.adapter.resolve()
 
 
 def short_names(models: Sequence[Model]) -> tuple[str, ...]:

@@ -107,6 +107,11 @@ def _hidden(parents: Parents, texts: list[str], device: str) -> dict[tuple[int, 
     for name, model in zip(parents.names, parents.models, strict=True):
         if model.folder is None:
             raise UsageError(f"{name} is no model directory, so CKA cannot load it", hint="leave out --cka and --probe")
+        if model.checkpoint is not None and model.checkpoint.adapter is not None:
+            raise UsageError(
+                f"{name} has an adapter beside its weights, so CKA cannot load it",
+                hint="merge it into a directory first (`merge_method: passthrough`), or leave out --cka and --probe",
+            )
         folders[name] = model.folder
     return layer_similarity(folders, texts, device=device)
 
