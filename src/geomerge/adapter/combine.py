@@ -207,13 +207,13 @@ class _Work:
         self._based = based
 
     def terms(self, layer: Layer) -> list[Factors]:
-        """The adapters' changes of a layer; zero of rank 1 where one does not change it."""
+        """The adapters' changes of a layer; of rank 0 where one does not change it."""
         made = []
         for adapter in self._adapters:
             low = adapter.modules.get(layer.module)
             if low is None:
                 rows, columns = layer.shape
-                zero = Factors(torch.zeros(rows, 1, dtype=torch.float64), torch.zeros(1, columns, dtype=torch.float64))
+                zero = Factors(torch.zeros(rows, 0, dtype=torch.float64), torch.zeros(0, columns, dtype=torch.float64))
             made.append(zero if low is None else factors_of(adapter, low))
         return made
 

@@ -6,7 +6,7 @@ The SVD is that of a small matrix: with [B₁ … B_T] = Q·[C₁ … C_T] and A
 representations Rₜ of all layers are merged as one long vector, so TIES keeps the largest of the whole adapter. They are
 held in memory, T times (rank × inputs) numbers a layer: about as many as the adapters' own A's.
 
-Directions with σ ≤ 10⁻⁶·σ₁ are dropped. (The authors' code drops σ ≤ 10⁻⁵, so that an adapter multiplied by a small number would
+Directions with σ ≤ 10⁻⁶·σ₁ are dropped. (The authors' code drops σ ≤ 10⁻⁵, so that an adapter times a small number would
 lose directions that it has.)
 
 Reference: Stoica et al. 2025, Model merging with SVD to tie the KnOTS, arXiv:2410.19735.

@@ -64,7 +64,8 @@ def factors_of(adapter: Adapter, low: LowRank) -> Factors:
     """
     made = []
     for name in (low.b, low.a):
-        values = load(adapter.weights, adapter.weights.tensors[name]).to(torch.float64).flatten(1)
+        # A copy in any case: products have the same bits only from memory of the same alignment, which torch's own has.
+        values = load(adapter.weights, adapter.weights.tensors[name]).to(torch.float64, copy=True).flatten(1)
         if not math.isfinite(values.sum().item()):
             raise NotFiniteError("the tensor holds NaN or Inf", where=f"{adapter.ref}: {name}")
         made.append(values)

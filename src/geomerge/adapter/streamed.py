@@ -1,7 +1,7 @@
 """The leading singular directions of a matrix that is only ever seen in blocks of rows.
 
-A randomised block Krylov iteration (Musco & Musco 2015, Randomized Block Krylov Methods, arXiv:1504.05477): from a random V₀ the
-spaces V₀, (DᵀD)V₀, (DᵀD)²V₀, … are made, each from one pass over D, and D is projected onto all of them. That is a
+A randomised block Krylov iteration (Musco & Musco 2015, Randomized Block Krylov Methods, arXiv:1504.05477): from a random V₀
+the spaces V₀, (DᵀD)V₀, (DᵀD)²V₀, … are made, each from one pass over D, and D is projected onto all of them. That is a
 fraction of a percent from the best approximation even where the singular values hardly fall. The error is not estimated: one
 more pass measures ‖D − B·A‖.
 
@@ -96,7 +96,7 @@ def _leading(matrix: Streamed, rank: int, key: str, seed: int) -> tuple[Tensor, 
         basis = torch.eye(matrix.columns, dtype=torch.float64)
     else:
         draws = np.random.Generator(stream(seed, f"krylov/{key}")).standard_normal((matrix.columns, width))
-        basis = space = _orthonormal(torch.from_numpy(draws), None)
+        basis = space = _orthonormal(torch.from_numpy(draws).clone(), None)
         for _ in range(_PASSES):
             found = torch.zeros(matrix.columns, space.shape[1], dtype=torch.float64)
             for block in matrix.blocks():

@@ -121,7 +121,7 @@ def write(
         try:
             path = output.partial / WEIGHTS_NAME
             try:
-                save_file(made, path, metadata={"format": "pt", "geomerge": __version__})
+                save_file(made, path, metadata={"format": "pt"})
             except OSError as error:
                 raise disk_error(error, path, nbytes) from None
             output.write_json(CONFIG_NAME, config(content))
