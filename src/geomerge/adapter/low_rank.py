@@ -78,7 +78,7 @@ class Budget:
 
 
 def combination(terms: Sequence[Factors], coefficients: Sequence[float]) -> Factors:
-    """Σ cₖ·bₖaₖ, exactly: the factors side by side. Terms of rank or coefficient 0 are left out, unless nothing would remain."""
+    """Σ cₖ·bₖaₖ, exactly: the factors side by side. What has rank or coefficient 0 is left out, unless nothing would remain."""
     used = [(f, c) for f, c in zip(terms, coefficients, strict=True) if c != 0.0 and f.rank]
     used = used or [(next(f for f in terms if f.rank), 0.0)]
     return Factors(torch.cat([f.b if c == 1.0 else f.b * c for f, c in used], 1), torch.cat([f.a for f, _ in used], 0))

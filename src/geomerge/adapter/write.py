@@ -125,7 +125,7 @@ def write(
             except OSError as error:
                 raise disk_error(error, path, nbytes) from None
             output.write_json(CONFIG_NAME, config(content))
-            output.write_json(REPORT_NAME, {"geomerge": __version__, **report})
+            output.write_json(REPORT_NAME, {"geomerge": __version__, **report, "bytes": nbytes})
             output.write_text("README.md", _card(content, report))
             for name, place in content.copies.items():
                 output.copy(place, name)

@@ -19,6 +19,7 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
+from geomerge.cli.adapter import adapter_app
 from geomerge.cli.compress import compress, extract
 from geomerge.cli.console import Stopped, complain, show_warnings
 from geomerge.cli.continual import continue_
@@ -85,6 +86,7 @@ def geomerge(
 for verb in (merge, plan, diagnose, evaluate, report, search, soup, compress, extract, inspect, methods, schema, demo):
     app.command()(verb)
 app.command("continue")(continue_)
+app.add_typer(adapter_app, name="adapter")
 app.add_typer(lab_app, name="lab")
 
 

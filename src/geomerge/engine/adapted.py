@@ -215,7 +215,9 @@ class _Fit:
         if DTYPES[dtype].kind != "float":
             raise IncompatibleModels(f"changes {name}, which is {DTYPES[dtype].recipe}", where=self.ref)
         a, b = (self.adapter.weights.tensors[n].shape for n in (low.a, low.b))
-        transposed = low.embedding or self._stored_transposed(name)
+        # PEFT looks at the layer itself and corrects its config's flag; for a family that is not known it is all there is.
+        flagged = self.adapter.fan_in_fan_out and self.anatomy.guessed
+        transposed = low.embedding or stored_transposed(name, self.base.config) or flagged
         # A 1×1 convolution and a linear layer have the same weights.
         shape, inner = _without_ones(info.shape), _without_ones((0, *a[1:]))[1:]
         fits = shape == (inner[0], b[0]) if transposed and len(inner) == 1 else shape == (b[0], *inner)
@@ -241,14 +243,6 @@ class _Fit:
 
     def _dtype(self, name: str) -> str:
         return self.base.dtype(name) if name in self.base.tensors else self.tensors[name].dtype
-
-    def _stored_transposed(self, name: str) -> bool:
-        """Whether a linear weight is stored as (in, out)."""
-        kind = (self.base.config or {}).get("model_type")
-        if kind in _CONV1D:
-            return name.removesuffix(".weight").rpartition(".")[2] in _CONV1D_LAYERS
-        # PEFT looks at the layer itself and corrects its config's flag; for a family that is not known it is all there is.
-        return self.adapter.fan_in_fan_out and self.anatomy.guessed
 
     def _shapes(self, name: str, has: str, info: TensorInfo) -> IncompatibleModels:
         return IncompatibleModels(
@@ -283,6 +277,12 @@ class _Fit:
                 hint="put the tokenizer's files into the adapter's directory",
             )
         return None
+
+
+def stored_transposed(name: str, config: Mapping[str, Any] | None) -> bool:
+    """Whether a weight is known to be a linear layer's that is stored as (in, out)."""
+    layer = name.removesuffix(".weight").rpartition(".")[2]
+    return (config or {}).get("model_type") in _CONV1D and layer in _CONV1D_LAYERS
 
 
 def _without_ones(shape: Iterable[int]) -> tuple[int, ...]:
