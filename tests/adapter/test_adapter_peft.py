@@ -9,6 +9,8 @@ import pytest
 import torch
 from adapter_samples import close, llama, merged, peft_adapter
 
+import geomerge
+
 pytest.importorskip("peft", reason="peft is not installed: its merge is what these tests compare with")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
 
@@ -49,6 +51,35 @@ def test_lora_bias(tmp_path: Path) -> None:
     base = llama(tmp_path / "base", bias=True)
     wanted = peft_adapter(base, tmp_path / "adapter", target_modules=ATTENTION, lora_bias=True)
     close(merged(f"{base}+{tmp_path / 'adapter'}"), wanted)
+
+
+def test_tied_modules(tied: Path, tmp_path: Path) -> None:
+    """An embedding that PEFT trained together with its head stays one tensor."""
+    wanted = peft_adapter(
+        tied, tmp_path / "adapter", target_modules=ATTENTION, modules_to_save=["embed_tokens"], ensure_weight_tying=True
+    )
+    assert torch.equal(wanted.pop("lm_head.weight"), wanted["model.embed_tokens.weight"])
+    close(merged(f"{tied}+{tmp_path / 'adapter'}"), wanted)
+
+
+@pytest.mark.parametrize("settings", [{"modules_to_save": ["lm_head"]}, {"target_modules": ["lm_head"]}])
+def test_a_head_apart(tied: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+    """A head of its own over a tied embedding: what the adapted model computes, the embedding unchanged."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    peft_adapter(tied, tmp_path / "adapter", **{"target_modules": ATTENTION, **settings})
+    model = AutoModelForCausalLM.from_pretrained(tied, dtype=torch.float64)
+    adapted = PeftModel.from_pretrained(model, tmp_path / "adapter").eval()
+    tokens = torch.arange(8).unsqueeze(0)
+    with torch.no_grad():
+        wanted = adapted(tokens).logits
+    recipe = tmp_path / "r.yml"
+    recipe.write_text(f"merge_method: passthrough\nmodels: [{{model: {tied}+{tmp_path / 'adapter'}}}]\n")
+    geomerge.merge(recipe, tmp_path / "out")
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float64).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(whole(tokens).logits, wanted, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("dora", [False, True])

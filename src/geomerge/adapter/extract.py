@@ -223,14 +223,17 @@ class _Extraction:
             notes.append(
                 f"{resized[0]} has another number of rows than the base's: resize the base before PEFT loads this"
             )
-        shared = {stored for alias, stored in self._base.anatomy.tied.items() if alias in self._tuned.anatomy.tied}
+        whole_tensors = {name: self._load(name) for name in kept}
+        shared = {a: s for a, s in self._base.anatomy.tied.items() if a in self._tuned.anatomy.tied and s in kept}
+        # PEFT wants tied modules under both of their names.
+        whole_tensors |= {alias: whole_tensors[stored].clone() for alias, stored in shared.items()}
         content = Content(
             [(layer, made.factors) for layer, made in low],
-            {prefix + name: self._load(name) for name in kept},
+            {prefix + name: value for name, value in whole_tensors.items()},
             base=None if self._base.ref.lora else base.hub_id or self._base.ref.path,
             base_revision=base.revision,
             fan_in_fan_out=any(stored_transposed(f"{layer.module}.weight", self._base.config) for layer, _ in low),
-            settings={"ensure_weight_tying": True} if shared & set(kept) else {},
+            settings={"ensure_weight_tying": True} if shared else {},
             copies=self._tokenizer(),
         )
         asked = [f"rank {self._budget.rank}"] if self._budget.rank is not None else []

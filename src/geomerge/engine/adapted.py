@@ -147,6 +147,14 @@ class _Fit:
             if len(touched) == 1 and touched[0] not in low and self._together(whole, touched[0], stored):
                 whole[stored] = whole.pop(touched[0])
                 continue
+            if (
+                alias in whole
+                and stored in whole
+                and not {alias, stored} & low.keys()
+                and self._equal(whole, alias, stored)
+            ):
+                del whole[alias]
+                continue
             self.tensors[alias] = replace(self.tensors[stored], name=alias)
             if stored in self.memory:
                 self.memory[alias] = self.memory[stored]
@@ -165,6 +173,12 @@ class _Fit:
                 raise IncompatibleModels(
                     f"changes {alias}, which this architecture always shares with {still[alias]}", where=self.ref
                 )
+
+    def _equal(self, whole: Mapping[str, str], alias: str, stored: str) -> bool:
+        """Whether the adapter holds one tensor under both names, as PEFT does with tied modules."""
+        weights = self.adapter.weights
+        one, two = (weights.tensors[whole[name]] for name in (alias, stored))
+        return (one.dtype, one.shape) == (two.dtype, two.shape) and weights.read_bytes(one) == weights.read_bytes(two)
 
     def _together(self, whole: Mapping[str, str], name: str, stored: str) -> bool:
         """Whether a tensor that replaces one of a tied pair stands for both."""
