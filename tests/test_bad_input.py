@@ -196,7 +196,7 @@ CASES: dict[str, Case] = {
         LINEAR + "seed: !!python/object/apply:os.system [touch hacked]\n", gm.RecipeError, ("<recipe>:5", "python")
     ),
     "both models and slices": Case(LINEAR + "slices: []\n", gm.RecipeError, ("slices",)),
-    "a LoRA": Case(LINEAR.replace("model: a,", "model: a+b,"), gm.RecipeError, ("<recipe>:3", "LoRA")),
+    "a model as a LoRA": Case(LINEAR.replace("model: a,", "model: a+b,"), gm.ModelError, ("b", "not a LoRA adapter")),
     "unknown schedule": Case(SLERP + "schedule: Z\n", gm.RecipeError, ("<recipe>:4", "'Z'")),
     "unknown step": Case(LINEAR + "steps: [{scle: 2}]\n", gm.RecipeError, ("<recipe>:5", "'scle'", "'scale'")),
     "unknown chat template": Case(
