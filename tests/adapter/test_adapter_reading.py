@@ -221,6 +221,7 @@ GOOD = factors(Q, 16, 16, 2, 1)
         (GOOD, {"target_parameters": ["x"]}, "target_parameters"),
         (GOOD, {"alora_invocation_tokens": [1]}, "activated LoRA"),
         (GOOD, {"rank_pattern": {"(a+)+": 3}}, "too complicated"),
+        (GOOD, {"rank_pattern": {".*.*.*.*x": 3}}, "too complicated"),
         (GOOD, {"alpha_pattern": {"[": 3}}, "no regular expression"),
         ({**GOOD, f"{Q}.hada_w1_a": torch.ones(2, 2)}, {}, "is LoHa"),
         ({**GOOD, f"{Q}.lokr_w1": torch.ones(2, 2)}, {}, "is LoKr"),

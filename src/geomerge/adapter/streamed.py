@@ -21,8 +21,9 @@ from torch import Tensor
 from geomerge.adapter.low_rank import Budget, Factors, Truncated
 from geomerge.methods.random import stream
 
-BLOCK_ELEMENTS = 1 << 20
-"""Elements in a block of rows: fixed by the shape, so that the sums do not depend on how the matrix is made."""
+BLOCK_ELEMENTS = 1 << 18
+"""Elements in a block of rows: fixed by the shape, so that the sums do not depend on how the matrix is made; a block stays in
+the caches from one product to the next."""
 
 _OVERSAMPLED = 10
 _PASSES = 3
@@ -98,10 +99,10 @@ def _leading(matrix: Streamed, rank: int, key: str, seed: int) -> tuple[Tensor, 
         draws = np.random.Generator(stream(seed, f"krylov/{key}")).standard_normal((matrix.columns, width))
         basis = space = _orthonormal(torch.from_numpy(draws).clone(), None)
         for _ in range(_PASSES):
-            found = torch.zeros(matrix.columns, space.shape[1], dtype=torch.float64)
+            found = torch.zeros(space.shape[1], matrix.columns, dtype=torch.float64)
             for block in matrix.blocks():
-                found.addmm_(block.T, block @ space)
-            space = _orthonormal(found, basis)
+                found.addmm_((block @ space).T, block)
+            space = _orthonormal(found.T, basis)
             if not space.shape[1]:
                 break
             basis = torch.cat([basis, space], 1)

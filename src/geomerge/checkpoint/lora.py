@@ -298,8 +298,8 @@ def _patterned(config: Mapping[str, Any], key: str, module: str, default: Any, r
     if not isinstance(patterns, Mapping):
         raise DamagedCheckpoint(f"{key} is {patterns!r:.80}, not an object", where=ref)
     for pattern, value in patterns.items():
-        # A repeated group can take exponential time, and no adapter needs one.
-        if re.search(r"\)[*+?{]", pattern) or len(pattern) > 500:
+        # Repeated groups can take exponential time and many repetitions nearly so; no adapter needs them.
+        if re.search(r"\)[*+?{]", pattern) or len(re.findall(r"[*+{]", pattern)) > 3 or len(pattern) > 500:
             raise ModelError(f"the pattern {pattern!r:.80} in {key} is too complicated", where=ref)
         try:
             if re.match(rf"(?:.*\.)?({pattern})$", module):

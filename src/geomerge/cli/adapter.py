@@ -33,7 +33,7 @@ Force = Annotated[bool, typer.Option("--force", help="Replace an existing adapte
 @adapter_app.command()
 def combine(
     adapters: Annotated[
-        list[str], typer.Argument(metavar="ADAPTER...", help="Two or more PEFT directories or hub ids, for one base.")
+        list[str], typer.Argument(metavar="ADAPTER...", help="PEFT directories or hub ids, all for one base.")
     ],
     out: Out,
     method: Annotated[
@@ -64,7 +64,7 @@ def combine(
     quiet: Quiet = False,
     json: AsJson = False,
 ) -> None:
-    """Combine adapters into one, on ΔW = s·B·A and never on A and B apart.
+    """Combine adapters into one (or truncate one), on ΔW = s·B·A and never on A and B apart.
 
     Sums and interpolations are exact; without --rank they have the rank of all adapters together. TIES, DARE and their kin
     are computed on ΔW tile by tile and then truncated. The error of truncation is measured for each layer.
