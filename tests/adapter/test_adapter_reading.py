@@ -18,6 +18,7 @@ from geomerge.checkpoint.lora import open_adapter
 from geomerge.diagnose import diagnose
 from geomerge.engine.adapted import adapt, open_model
 from geomerge.engine.lora import LoraSource, whole
+from geomerge.engine.processes import Processes
 from geomerge.errors import GeomergeError, IncompatibleModels, ModelError, RecipeError
 from geomerge.methods.tile import TensorSource
 from geomerge.recipe.references import parse_reference
@@ -364,15 +365,18 @@ def test_merge_of_two_adapters(base: Path, adapter: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("tile", [1 << 7, 1 << 17])
-def test_tiles_and_threads(base: Path, adapter: Path, tmp_path: Path, tile: int) -> None:
+def test_tiles_threads_and_processes(base: Path, adapter: Path, tmp_path: Path, tile: int) -> None:
     """The bytes do not depend on them."""
     text = f"merge_method: slerp\nbase_model: {base}\nmodels: [{{model: {base}}}, {{model: {base}+{adapter}}}]\n"
     recipe = tmp_path / "r.yml"
     recipe.write_text(text + "parameters: {t: 0.3}\ndtype: bfloat16\n")
     plain = geomerge.merge_state_dicts(recipe, threads=1)
     geomerge.merge(recipe, tmp_path / "out", tile=tile, threads=3)
+    geomerge.merge(recipe, tmp_path / "forked", tile=tile, executor=lambda work: Processes(work, 2))
     for name, value in weights(tmp_path / "out").items():
         assert torch.equal(value, plain[name])
+    one, two = ((tmp_path / n / "model.safetensors").read_bytes() for n in ("out", "forked"))
+    assert one == two
 
 
 def test_state_dict_base(base: Path, adapter: Path) -> None:
@@ -389,9 +393,10 @@ def test_live(base: Path, adapter: Path) -> None:
 
     name = f"{base}+{adapter}"
     module = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
-    LiveMerge({name: name}, module).blend(
-        geomerge.load_recipe(f"merge_method: passthrough\nmodels: [{{model: {name}}}]\n")
-    )
+    live = LiveMerge({name: name}, module)
+    (adapter / "adapter_model.safetensors").rename(adapter / "gone")
+    live.blend(geomerge.load_recipe(f"merge_method: passthrough\nmodels: [{{model: {name}}}]\n"))
+    (adapter / "gone").rename(adapter / "adapter_model.safetensors")
     close(dict(module.state_dict()), changed(base, adapter, Q, UP))
 
 

@@ -47,6 +47,9 @@ def open_model(
     """
     known = (given or {}).get(ref.path)
     if ref.lora is not None:
+        adapted = (given or {}).get(str(ref))
+        if adapted is not None:
+            return adapted
         adapter = open_adapter(ref.lora.path, ref.lora.revision)
         base = known or open_checkpoint(ref.path, ref.revision, allow_pickle=allow_pickle)
         return adapt(base, adapter, str(ref))
