@@ -366,6 +366,28 @@ def test_embeddings_convolutions_and_whole_tensors(tmp_path: Path) -> None:
     torch.testing.assert_close(b @ a, sum(p["emb.lora_embedding_B"] @ p["emb.lora_embedding_A"] for p in parts) / 2)
 
 
+@pytest.mark.parametrize("method", ["linear", "task_arithmetic", "ties", "karcher"])
+def test_whole_tensors_with_a_base(base: Path, adapters: list[Path], tmp_path: Path, method: str) -> None:
+    """Differences from the base are merged as ΔW is; an adapter that lacks the tensor changes nothing."""
+    own = load_file(base / "model.safetensors")["model.norm.weight"]
+    changes = [torch.randn(16, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    made = [
+        write_adapter(tmp_path / f"w{i}", {**factors(Q, 16, 16, 2, i), "model.norm.weight": own + c}, "org/base")
+        for i, c in enumerate(changes)
+    ]
+    inputs = [*made, adapters[2]]
+    parameters = {"density": 0.5} if method == "ties" else {}
+    combine(inputs, tmp_path / "out", method=method, parameters=parameters, base=base, dtype="float64", rank=16)
+    changes.append(torch.zeros(16, dtype=torch.float64))
+    function = getattr(geomerge.methods, method)
+    if method in ("linear", "karcher"):
+        merge = function(changes)
+    else:
+        merge = function(torch.zeros(16, dtype=torch.float64), changes, weight=1.0, **parameters)
+    found = merged(f"{base}+{tmp_path / 'out'}")
+    torch.testing.assert_close(found["model.norm.weight"], own + merge, rtol=1e-12, atol=1e-12)
+
+
 def test_peft_reads_it(base: Path, adapters: list[Path], tmp_path: Path) -> None:
     """PEFT loads the result, ranks that differ from layer to layer and all, and its forward pass has the summed ΔW."""
     peft = pytest.importorskip("peft", reason="peft is not installed")

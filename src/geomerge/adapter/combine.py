@@ -24,12 +24,13 @@ from geomerge.adapter.low_rank import Budget, Factors, Truncated, combination, i
 from geomerge.adapter.report import Report, layer_reports
 from geomerge.adapter.streamed import Streamed, in_rows
 from geomerge.adapter.streamed import truncate as truncate_streamed
+from geomerge.adapter.whole import whole_tensors
 from geomerge.adapter.write import Content, write
 from geomerge.align.sources import ConstantSource, Once
 from geomerge.checkpoint.change import Change
 from geomerge.checkpoint.dtypes import parse_dtype, to_torch
 from geomerge.checkpoint.lora import Adapter, open_adapter
-from geomerge.checkpoint.reader import load
+from geomerge.engine.adapted import open_model
 from geomerge.engine.execute import cores
 from geomerge.engine.lora import LoraSource
 from geomerge.errors import IncompatibleModels, UsageError
@@ -67,6 +68,7 @@ def combine(
     *,
     method: str = "linear",
     parameters: Mapping[str, Any] | None = None,
+    base: str | Path | None = None,
     knots: bool = False,
     rank: int | None = None,
     energy: float | None = None,
@@ -83,6 +85,7 @@ def combine(
         out: The directory to make.
         method: A merge method's name.
         parameters: Its parameters; one for each adapter may be a list.
+        base: Their base: needed where they hold tensors whole that differ.
         knots: Merge in the adapters' shared basis.
         rank, energy: At most so many directions a layer; the fewest that hold this share of ‖ΔW‖². By default as many as the
             adapters have together, which for all but elementwise methods loses nothing.
@@ -100,10 +103,11 @@ def combine(
     place = to_torch(parse_dtype(dtype))
     refs = [parse_reference(str(each), NOWHERE) for each in adapters]
     opened = [open_adapter(r.path, r.revision) for r in refs]
+    root = None if base is None else open_model(parse_reference(str(base), NOWHERE))
     try:
         made_by, based = _method(method, parameters or {}, len(opened), knots=knots)
         layers = _layers(opened)
-        whole = _whole(opened)
+        whole = whole_tensors(opened, root, made_by, seed, based=based)
         notes = _notes(opened)
         work = _Work(opened, made_by, budget, seed, based=based)
         if progress is not None:
@@ -117,13 +121,14 @@ def combine(
             made = list(each_of(layers, work.make, threads, progress))
         how = f"{len(opened)} adapters combined by {made_by.name}" + (" in their KnOTS basis" if knots else "")
         first = opened[0]
+        tying = all(a.config.get("ensure_weight_tying") for a in opened)
         content = Content(
             [(layer, each.factors) for layer, each in zip(layers, made, strict=True)],
             whole,
             base=first.base,
             base_revision=first.base_revision,
             fan_in_fan_out=first.fan_in_fan_out,
-            settings={k: first.config[k] for k in ("task_type", "ensure_weight_tying") if first.config.get(k)},
+            settings={"task_type": first.config.get("task_type"), **({"ensure_weight_tying": True} if tying else {})},
         )
         report = Report(Path(out), how, layer_reports(layers, made), tuple(whole), notes=notes)
         described = {
@@ -131,16 +136,16 @@ def combine(
             "method": {"name": made_by.name, "parameters": made_by.values(), "knots": knots, "seed": seed},
             "adapters": [{"name": PurePath(a.ref).name, "fingerprint": a.weights.fingerprint()} for a in opened],
         }
-        for adapter in opened:
-            adapter.weights.verify_unchanged()
-        places = [a.folder or a.weights.path for a in opened]
+        for checkpoint in [a.weights for a in opened] + ([root] if root else []):
+            checkpoint.verify_unchanged()
+        places = [*(a.folder or a.weights.path for a in opened), root.path if root else None]
         final, nbytes = write(
             out, content, described, dtype=place, inputs=[p for p in places if p is not None], force=force
         )
         return Report(final, how, report.layers, report.whole, nbytes=nbytes, notes=notes)
     finally:
-        for adapter in opened:
-            adapter.weights.close()
+        for checkpoint in [a.weights for a in opened] + ([root] if root else []):
+            checkpoint.close()
 
 
 def checked(rank: int | None, energy: float | None) -> Budget:
@@ -299,24 +304,6 @@ def _layers(adapters: Sequence[Adapter]) -> list[Layer]:
                     hint="only adapters of one base can be combined",
                 )
     return [layer for layer, _ in found.values()]
-
-
-def _whole(adapters: Sequence[Adapter]) -> dict[str, Tensor]:
-    """Tensors that the adapters hold whole: kept when all hold the same, refused when not, for that would take the base."""
-    names = dict.fromkeys(name for adapter in adapters for name in adapter.whole)
-    made: dict[str, Tensor] = {}
-    for name in names:
-        values = [load(a.weights, a.weights.tensors[a.whole[name]]) for a in adapters if name in a.whole]
-        if len(values) < len(adapters) or any(not torch.equal(values[0], v) for v in values[1:]):
-            owner = next(a for a in adapters if name in a.whole)
-            raise IncompatibleModels(
-                f"the adapters hold {name} whole and differ in it, or some lack it: what it changes is not known without the "
-                "base",
-                where=owner.ref,
-                hint="merge BASE+ADAPTER references instead; `geomerge adapter extract` makes an adapter of the result",
-            )
-        made[name] = values[0]
-    return made
 
 
 def _notes(adapters: Sequence[Adapter]) -> tuple[str, ...]:

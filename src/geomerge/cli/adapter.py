@@ -52,6 +52,10 @@ def combine(
             "--set", metavar="NAME=VALUE", help="A parameter of the method, like density=0.3; may be repeated."
         ),
     ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(metavar="BASE", help="Their base: needed when they hold norms, embeddings or heads whole."),
+    ] = None,
     knots: Annotated[
         bool, typer.Option("--knots", help="Merge in the basis that the adapters share (KnOTS): for TIES and DARE.")
     ] = False,
@@ -81,6 +85,7 @@ def combine(
             out,
             method=method,
             parameters=parameters,
+            base=base,
             knots=knots,
             rank=rank,
             energy=energy,
