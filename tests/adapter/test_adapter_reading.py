@@ -423,6 +423,8 @@ def test_inspect(run: Program, base: Path, adapter: Path) -> None:
     assert code == 0
     assert "2 tensors changed, rank 2, scale 3" in " ".join(out.split())
     tensors = load_file(adapter / "adapter_model.safetensors")
+    save_file({**tensors, f"{PREFIX}model.norm.weight": torch.ones(16)}, adapter / "adapter_model.safetensors")
+    assert "2 tensors changed, 1 replaced" in " ".join(run("inspect", adapter).out.split())
     tensors[f"{PREFIX}{Q}.lora_B.weight"][0, 0] = torch.nan
     save_file(tensors, adapter / "adapter_model.safetensors")
     code, out, err = run("inspect", adapter)

@@ -56,6 +56,8 @@ def _header(model: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _adapter(adapter: dict[str, Any]) -> str:
     said = [f"{count(adapter['changed'], 'tensor')} changed"]
+    if adapter["replaced"]:
+        said.append(f"{adapter['replaced']:,} replaced")
     if adapter["ranks"]:
         ranks, scales = (
             [f"{n:.4g}" for n in dict.fromkeys((values[0], values[-1]))]

@@ -318,6 +318,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any] | None:
     return {
         "path": str(checkpoint.adapter),
         "changed": len(low),
+        "replaced": sum(1 for t in checkpoint.tensors.values() if t.file and t.file.is_relative_to(checkpoint.adapter)),
         "biases": sum(1 for c in checkpoint.changes.values() if c.b and not c.a),
         "ranks": sorted({checkpoint.factors[c.a].shape[0] for c in low}),
         "scales": sorted({c.scale for c in low}),
