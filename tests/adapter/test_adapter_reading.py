@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import geomerge
 from cli_samples import Program
+from geomerge.checkpoint.change import Change
 from geomerge.checkpoint.lora import open_adapter
 from geomerge.diagnose import diagnose
 from geomerge.engine.adapted import adapt, open_model
@@ -89,7 +90,6 @@ def test_bits_do_not_depend_on_where_a_read_begins(columns: int) -> None:
     """Every piece of a changed tensor is what it is in a read of the whole."""
     torch.manual_seed(0)
     weight, b, a = torch.randn(1000, columns), torch.randn(1000, 4), torch.randn(4, columns)
-    from geomerge.checkpoint.change import Change
 
     def source() -> LoraSource:
         held = [whole(TensorSource(f), tuple(f.shape)) for f in (b, a)]
@@ -103,6 +103,22 @@ def test_bits_do_not_depend_on_where_a_read_begins(columns: int) -> None:
         piece = torch.empty(min(997, weight.numel() - start), dtype=torch.float64)
         other.read(start, piece)
         assert torch.equal(piece, everything[start : start + len(piece)])
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_dora_over_many_blocks(transposed: bool) -> None:
+    """The norm of an output is that of its whole row, or column where the weight is stored as (in, out)."""
+    torch.manual_seed(0)
+    weight, b, a = (torch.randn(s, dtype=torch.float64) for s in ((900, 700), (900, 4), (4, 700)))
+    change = Change("F64", "b", "a", 0.7, transposed, "m")
+    magnitude = torch.rand(900, dtype=torch.float64)
+    stored = weight.T.contiguous() if transposed else weight
+    held = [whole(TensorSource(f), tuple(f.shape)) for f in (b, a, magnitude)]
+    found = torch.empty(weight.numel(), dtype=torch.float64)
+    LoraSource(TensorSource(stored), tuple(stored.shape), change, *held).read(0, found)
+    adapted = weight + 0.7 * b @ a
+    wanted = magnitude.unsqueeze(1) * adapted / adapted.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(found.view_as(stored), wanted.T if transposed else wanted, rtol=1e-12, atol=1e-12)
 
 
 def test_dora_of_a_zero_row_is_zero(tmp_path: Path) -> None:
