@@ -132,8 +132,7 @@ def inspect(model: str | Path, revision: str | None = None) -> dict[str, Any]:
     """
     with open_checkpoint(str(model), revision) as checkpoint:
         found = anatomy.read(checkpoint.shapes, checkpoint.config)
-        dtypes = {name: info.dtype for name, info in checkpoint.tensors.items()}
-        return anatomy.summary(found, checkpoint.shapes, dtypes)
+        return anatomy.summary(found, checkpoint.shapes, checkpoint.dtypes)
 
 
 def _planned(

@@ -7,18 +7,18 @@ kills the process with SIGBUS, whereas ``preadv`` returns fewer bytes and the ru
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from geomerge.checkpoint import fingerprint
+from geomerge.checkpoint.coded import Coded, Decoding, find_coded, quantisation
 from geomerge.checkpoint.header import FileInfo, TensorInfo, open_regular
 from geomerge.checkpoint.hub import Located
-from geomerge.checkpoint.quantisation import quantisation
-from geomerge.checkpoint.scaled import scaled_tensors
 from geomerge.checkpoint.side_files import Kind, side_files
 from geomerge.errors import ModelError, RunError
 
@@ -36,12 +36,12 @@ class Checkpoint:
         hub_id: ``owner/name`` when it came from the hub.
         revision: The hub's commit.
         config: ``config.json`` as a dict, or ``None``.
-        tensors: By name, in the order of the files and of the bytes in them.
+        tensors: The stored tensors by name, in the order of the files and of the bytes in them.
         files: The weight files.
         metadata: The ``__metadata__`` strings of the first file.
         memory: The tensors themselves for a model in memory, empty otherwise.
         quantization: What says that the model is quantised, or ``None``: see `quantisation`.
-        scaled: The tensors that are codes with scales; `None` when there are codes that cannot be decoded.
+        decoding: Which tensors are stored as codes, and how they are decoded.
     """
 
     def __init__(
@@ -55,6 +55,8 @@ class Checkpoint:
         files: tuple[FileInfo, ...] = (),
         metadata: dict[str, str] | None = None,
         memory: dict[str, Tensor] | None = None,
+        quantization: dict[str, Any] | None = None,
+        decoding: Decoding | None = None,
     ) -> None:
         self.ref = ref
         self.path = located.path if located else None
@@ -66,11 +68,11 @@ class Checkpoint:
         self.files = files
         self.metadata = metadata or {}
         self.memory = memory or {}
-        self.quantization = quantisation(config, tensors)
-        self.scaled = scaled_tensors(self.quantization, tensors)
         self._known = {file.path: file for file in files}
         self._descriptors: dict[Path, int] = {}
         self._lock = threading.Lock()
+        self.quantization = quantisation(config, tensors) if quantization is None else quantization
+        self.decoding = decoding or find_coded(self.quantization, tensors, config, self.read_bytes)
 
     def __repr__(self) -> str:
         return f"<Checkpoint {self.ref}: {len(self.tensors)} tensors, {self.nbytes:,} bytes>"
@@ -84,13 +86,36 @@ class Checkpoint:
         self.close()
 
     @property
+    def coded(self) -> Mapping[str, Coded]:
+        """The tensors that are stored as codes."""
+        return self.decoding.coded
+
+    @functools.cached_property
+    def logical(self) -> dict[str, Coded | TensorInfo]:
+        """The decoded model's tensors: what each is decoded from, or where it lies as it is."""
+        found: dict[str, Coded | TensorInfo] = {}
+        owners = {part: name for name, coded in self.coded.items() for part in coded.stored}
+        for name, info in self.tensors.items():
+            owner = owners.get(name, name)
+            if owner in self.coded:
+                found[owner] = self.coded[owner]
+            elif name not in self.decoding.hidden:
+                found[name] = info
+        return found
+
+    @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor's shape."""
-        return {name: info.shape for name, info in self.tensors.items()}
+        """Every tensor's shape, decoded where it is stored as codes."""
+        return {name: each.shape for name, each in self.logical.items()}
+
+    @property
+    def dtypes(self) -> dict[str, str]:
+        """Every tensor's dtype (safetensors name), for codes the one that their decoded numbers are said to have."""
+        return {name: each.dtype for name, each in self.logical.items()}
 
     @property
     def nbytes(self) -> int:
-        """The bytes of all tensors together."""
+        """The bytes of all stored tensors together."""
         return sum(info.nbytes for info in self.tensors.values())
 
     def descriptor(self, path: Path) -> int:

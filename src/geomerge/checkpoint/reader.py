@@ -109,7 +109,14 @@ def resident(checkpoint: Checkpoint) -> Checkpoint:
         for name, info in checkpoint.tensors.items()
     }
     checkpoint.close()
-    return _in_memory(checkpoint.ref, tensors, config=checkpoint.config, folder=checkpoint.folder)
+    return _in_memory(
+        checkpoint.ref,
+        tensors,
+        config=checkpoint.config,
+        folder=checkpoint.folder,
+        quantization=checkpoint.quantization,
+        decoding=checkpoint.decoding,
+    )
 
 
 def _in_memory(
@@ -120,6 +127,7 @@ def _in_memory(
     located: Located | None = None,
     folder: Path | None = None,
     files: tuple[FileInfo, ...] = (),
+    **coding: Any,
 ) -> Checkpoint:
     infos = {}
     for name, tensor in tensors.items():
@@ -127,7 +135,7 @@ def _in_memory(
             raise ModelError("is not an ordinary dense tensor", where=f"{ref}: {name}")
         dtype = from_torch(tensor.dtype)
         infos[name] = TensorInfo(name, dtype, tuple(tensor.shape), None, 0, tensor.numel() * tensor.element_size())
-    return Checkpoint(ref, located, folder=folder, config=config, tensors=infos, files=files, memory=tensors)
+    return Checkpoint(ref, located, folder=folder, config=config, tensors=infos, files=files, memory=tensors, **coding)
 
 
 def _open_pickles(

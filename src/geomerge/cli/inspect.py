@@ -64,12 +64,13 @@ def _describe(checkpoint: Checkpoint, found: Anatomy) -> dict[str, Any]:
     from geomerge.checkpoint.dtypes import recipe_name
     from geomerge.cli.patterns import grouped
 
-    dtypes = {name: recipe_name(info.dtype) for name, info in checkpoint.tensors.items()}
+    shapes = checkpoint.shapes
+    dtypes = {name: recipe_name(dtype) for name, dtype in checkpoint.dtypes.items()}
 
     def alike(name: str) -> tuple[Any, ...]:
-        return checkpoint.tensors[name].shape, dtypes[name], found.parts[name].role
+        return shapes[name], dtypes[name], found.parts[name].role
 
-    groups = grouped(checkpoint.tensors, lambda name: name, alike)
+    groups = grouped(shapes, lambda name: name, alike)
     config = checkpoint.config or {}
     return {
         "model": checkpoint.ref,
@@ -80,12 +81,12 @@ def _describe(checkpoint: Checkpoint, found: Anatomy) -> dict[str, Any]:
         "model_type": config.get("model_type"),
         "files": [{"name": f.path.name, "bytes": f.size} for f in checkpoint.files],
         "bytes": checkpoint.nbytes,
-        **summary(found, checkpoint.shapes, dtypes),
+        **summary(found, shapes, dtypes),
         "shapes": [
             {
                 "pattern": group.pattern,
                 "tensors": len(group.items),
-                "shape": list(checkpoint.tensors[group.items[0]].shape),
+                "shape": list(shapes[group.items[0]]),
                 "dtype": dtypes[group.items[0]],
                 "role": found.parts[group.items[0]].role,
             }

@@ -13,19 +13,19 @@ import torch
 from torch import Tensor
 
 from geomerge.checkpoint.checkpoint import Checkpoint
+from geomerge.checkpoint.coded.scaled import Scaled
 from geomerge.checkpoint.dtypes import to_torch
-from geomerge.checkpoint.scaled import SCALE
 from geomerge.engine import rounding
 from geomerge.engine.matrices import ROOM
 from geomerge.engine.plan import Node, Operand, Plan
-from geomerge.engine.sources import FileSource, HeldSource, RowSource, ScaledSource, StageSource
+from geomerge.engine.sources import FileSource, HeldSource, RowSource, StageSource, StoredParts, stored_source
 from geomerge.engine.transforms import Transforms
 from geomerge.methods import gram
 from geomerge.methods.base import Matrix, Span
 from geomerge.methods.gram import Gram
 from geomerge.methods.kernel import Open, Prepared, measure_gram, merge_matrix, prepare
 from geomerge.methods.rest import is_matrix
-from geomerge.methods.tile import TILE, Scan, Segment, Source, TensorSource
+from geomerge.methods.tile import TILE, Scan, Segment, Source
 
 Run = Callable[[Callable[[Segment], Any], Iterable[Segment]], Iterable[Any]]
 
@@ -162,12 +162,10 @@ class Builder:
         """The scales of those of a node's operands that are codes."""
         found = []
         for operand in node.operands:
-            scaled = (self.inputs[operand.input].scaled or {}).get(operand.tensor) if operand.input >= 0 else None
-            if scaled is not None:
-                info = self.inputs[operand.input].tensors[scaled.scale]
-                values = torch.empty(math.prod(info.shape), dtype=torch.float64)
-                self._stored(self.inputs[operand.input], scaled.scale, self._label(operand)).read(0, values)
-                found.append(values)
+            coded = self.inputs[operand.input].coded.get(operand.tensor) if operand.input >= 0 else None
+            if isinstance(coded, Scaled) and coded.encodable:
+                parts = StoredParts(self.inputs[operand.input], self._label(operand))
+                found.append(parts.whole(coded.scale).reshape(-1).double())
         return found
 
     def rounding(self, node: Node) -> Callable[[int, Tensor], Tensor]:
@@ -189,22 +187,7 @@ class Builder:
             if made.method is None:
                 return self.source(made.operands[0], made)
             return StageSource(self.prepare(made), self.rounding(made), to_torch(made.dtype), self._label(operand))
-        checkpoint = self.inputs[operand.input]
-        stored = self._stored(checkpoint, operand.tensor, self._label(operand))
-        scaled = (checkpoint.scaled or {}).get(operand.tensor)
-        if scaled is None:
-            return stored
-        height = node.shape[0] if scaled.rowwise else 1
-        scale = self._stored(checkpoint, scaled.scale, f"{self._label(operand)}{SCALE}")
-        return ScaledSource(stored, scale, height, node.numel // max(height, 1))
-
-    @staticmethod
-    def _stored(checkpoint: Checkpoint, name: str, label: str) -> Source:
-        """A tensor as it lies in a checkpoint."""
-        info = checkpoint.tensors[name]
-        if info.file is None:
-            return TensorSource(checkpoint.memory[name], label)
-        return FileSource(checkpoint.descriptor(info.file), info, label)
+        return stored_source(self.inputs[operand.input], operand.tensor, self._label(operand))
 
     def raw(self, node: Node) -> tuple[Checkpoint, str]:
         """Where the bytes of a copied node come from."""

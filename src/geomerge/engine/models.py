@@ -11,7 +11,6 @@ from geomerge import anatomy
 from geomerge.anatomy import Anatomy
 from geomerge.checkpoint.checkpoint import Checkpoint
 from geomerge.checkpoint.reader import open_checkpoint
-from geomerge.checkpoint.scaled import companions
 from geomerge.engine.plan import Operand
 from geomerge.errors import IncompatibleModels, RecipeError
 from geomerge.recipe.values import ModelRef
@@ -117,27 +116,22 @@ class Models:
         checkpoint = self._given.get(ref.path) or open_checkpoint(
             ref.path, ref.revision, allow_pickle=self._allow_pickle
         )
-        if checkpoint.scaled is None:
+        if checkpoint.decoding.refusal is not None:
             assert checkpoint.quantization is not None
             raise IncompatibleModels(
-                f"the model is quantised ({_scheme(checkpoint.quantization)}); merging its codes would destroy it",
+                f"the model is quantised ({_scheme(checkpoint.quantization)}) and cannot be decoded: "
+                f"{checkpoint.decoding.refusal}; merging its codes would destroy it",
                 where=str(ref),
                 hint="name the original 16-bit model, or dequantise it first",
             )
         index = len(self.inputs)
         self.inputs.append(checkpoint)
-        scaled = checkpoint.scaled
-        hidden = companions(checkpoint.tensors, scaled)
-        tensors = {
-            name: Kind(scaled[name].dtype if name in scaled else info.dtype, info.shape)
-            for name, info in checkpoint.tensors.items()
-            if name not in hidden
-        }
+        tensors = {name: Kind(each.dtype, each.shape) for name, each in checkpoint.logical.items()}
         return Model(
             ref=ref,
             tensors=tensors,
             anatomy=self.anatomy(tensors, checkpoint.config),
-            config=plain_config(checkpoint.config) if scaled else checkpoint.config,
+            config=plain_config(checkpoint.config) if checkpoint.coded else checkpoint.config,
             operand=lambda name: Operand(index, name),
             checkpoint=checkpoint,
             folder=checkpoint.folder,

@@ -17,6 +17,7 @@ from typing import Any
 from geomerge import anatomy
 from geomerge.anatomy import Part
 from geomerge.checkpoint.checkpoint import Checkpoint
+from geomerge.checkpoint.coded.scaled import Scaled
 from geomerge.checkpoint.collector import collector_paused
 from geomerge.checkpoint.dtypes import DTYPES, parse_dtype
 from geomerge.engine.alignment import FOLDED, Alignment
@@ -161,9 +162,10 @@ class _Recipe:
                 hint="methods that do: "
                 + ", ".join(sorted(n for n, m in registry.all_methods().items() if _informed(m))),
             )
-        if recipe.requantize and not (self.donor.checkpoint and self.donor.checkpoint.scaled):
+        if recipe.requantize and not _encodable(self.donor):
             raise RecipeError(
-                f"`requantize: same` needs a base (or first) model that is stored as codes; {self.donor} is not",
+                f"`requantize: same` needs a base (or first) model that is stored as 8-bit codes with a scale for each row or "
+                f"for all; {self.donor} is not",
                 where=str(recipe.at("requantize")),
             )
         self.vocabularies = Vocabularies(recipe, self.members, base, planner.rows)
@@ -396,14 +398,14 @@ class _Recipe:
     def _encoded(self, node: Node) -> tuple[Node, ...]:
         """The node; or, where the recipe asks for it and the donor has codes, one for the codes and one for their scales."""
         checkpoint = self.donor.checkpoint
-        scaled = (checkpoint.scaled or {}).get(node.name) if checkpoint is not None and self.recipe.requantize else None
-        if scaled is None or node.method is None:
+        scaled = checkpoint.coded.get(node.name) if checkpoint is not None and self.recipe.requantize else None
+        if not isinstance(scaled, Scaled) or node.method is None:
             return (node,)
         assert checkpoint is not None
-        shape = checkpoint.tensors[scaled.scale].shape
+        scale = checkpoint.tensors[scaled.scale]
         return (
-            replace(node, dtype=checkpoint.tensors[node.name].dtype, scales=scaled.scale),
-            Node(scaled.scale, shape, scaled.dtype, (), None, rule=SCALES, stage=self.stage),
+            replace(node, dtype=checkpoint.tensors[node.name].dtype, scales=scale.name),
+            Node(scale.name, scale.shape, scale.dtype, (), None, rule=SCALES, stage=self.stage),
         )
 
     def _statistics(self, name: str, shape: tuple[int, ...]) -> tuple[Operand, ...]:
@@ -510,7 +512,7 @@ class _Recipe:
         if operand.transform >= 0:
             return True
         if operand.input >= 0:
-            return operand.tensor in (self.planner.models.inputs[operand.input].scaled or {})
+            return operand.tensor in self.planner.models.inputs[operand.input].coded
         return operand.node >= 0 and self.planner.nodes[operand.node].method is not None
 
     def _other_modules(self) -> list[int]:
@@ -651,6 +653,12 @@ def _schedule(recipe: Recipe, method: type[Method]) -> Schedule | None:
     own = method.default_schedule if issubclass(method, Span) else None
     given = any("t" in scope for scope in recipe.scopes())
     return Schedule(own, recipe.where) if own is not None and not given else None
+
+
+def _encodable(model: Model) -> bool:
+    """Whether all codes of a model are of a kind that a merge can be written back in."""
+    coded = [] if model.checkpoint is None else list(model.checkpoint.coded.values())
+    return bool(coded) and all(isinstance(each, Scaled) and each.encodable for each in coded)
 
 
 def _informed(method: type[Method]) -> bool:

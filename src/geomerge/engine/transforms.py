@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
@@ -13,35 +12,13 @@ from torch import Tensor
 from geomerge.align.procrustes import Block, cross_product, solve
 from geomerge.align.sources import ConstantSource, Once, ReaderSource, WriterSource, vector
 from geomerge.checkpoint.checkpoint import Checkpoint
-from geomerge.checkpoint.scaled import SCALE
 from geomerge.engine.plan import Anchor, Operand, Rotation, Transform
-from geomerge.engine.sources import FileSource, ScaledSource
-from geomerge.methods.tile import Source, TensorSource
+from geomerge.engine.sources import stored_source
+from geomerge.methods.tile import Source
 from geomerge.tokens.rows import IntArray
 
 _AT_ONCE = 1 << 21
 """Elements of vectors that are read at once."""
-
-
-def stored_source(checkpoint: Checkpoint, name: str, label: str) -> Source:
-    """A tensor of a checkpoint, decoded where it is stored as codes."""
-    info = checkpoint.tensors[name]
-    scaled = (checkpoint.scaled or {}).get(name)
-    plain: Source
-    if info.file is None:
-        plain = TensorSource(checkpoint.memory[name], label)
-    else:
-        plain = FileSource(checkpoint.descriptor(info.file), info, label)
-    if scaled is None:
-        return plain
-    height = info.shape[0] if scaled.rowwise else 1
-    scale = checkpoint.tensors[scaled.scale]
-    scales: Source
-    if scale.file is None:
-        scales = TensorSource(checkpoint.memory[scaled.scale], f"{label}{SCALE}")
-    else:
-        scales = FileSource(checkpoint.descriptor(scale.file), scale, f"{label}{SCALE}")
-    return ScaledSource(plain, scales, height, math.prod(info.shape) // max(height, 1))
 
 
 class Transforms:
@@ -62,7 +39,7 @@ class Transforms:
 
     def shape(self, operand: Operand) -> tuple[int, ...]:
         """The shape of an input's tensor."""
-        return self._inputs[operand.input].tensors[operand.tensor].shape
+        return self._inputs[operand.input].logical[operand.tensor].shape
 
     def source(self, operand: Operand) -> Source:
         """An input's tensor as its transform makes it."""
@@ -86,7 +63,7 @@ class Transforms:
         key = (model, name, offset)
         with self._lock:
             if key not in self._gains:
-                size = self._inputs[model].tensors[name].shape[0]
+                size = self._inputs[model].logical[name].shape[0]
                 label = f"{self._inputs[model].ref}: {name}"
                 self._gains[key] = vector(stored_source(self._inputs[model], name, label), size, offset)
             return self._gains[key]
