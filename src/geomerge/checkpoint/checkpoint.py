@@ -42,6 +42,7 @@ class Checkpoint:
         memory: The tensors themselves for a model in memory, empty otherwise.
         quantization: What says that the model is quantised, or ``None``: see `quantisation`.
         decoding: Which tensors are stored as codes, and how they are decoded.
+        notes: What could not be taken over from the files, for whoever uses the model.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Checkpoint:
         memory: dict[str, Tensor] | None = None,
         quantization: dict[str, Any] | None = None,
         decoding: Decoding | None = None,
+        notes: tuple[str, ...] = (),
     ) -> None:
         self.ref = ref
         self.path = located.path if located else None
@@ -68,6 +70,7 @@ class Checkpoint:
         self.files = files
         self.metadata = metadata or {}
         self.memory = memory or {}
+        self.notes = notes
         self._known = {file.path: file for file in files}
         self._descriptors: dict[Path, int] = {}
         self._lock = threading.Lock()

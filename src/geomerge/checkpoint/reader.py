@@ -19,6 +19,7 @@ from geomerge.checkpoint.folder import (
     read_index,
     weight_files,
 )
+from geomerge.checkpoint.gguf import gguf_files, read_gguf
 from geomerge.checkpoint.header import FileInfo, TensorInfo, read_header
 from geomerge.checkpoint.hub import Located, locate
 from geomerge.checkpoint.strict_json import read_json
@@ -32,7 +33,7 @@ __all__ = ["Checkpoint", "FileInfo", "TensorInfo", "from_state_dict", "open_chec
 
 @collector_paused()
 def open_checkpoint(ref: str, revision: str | None = None, *, allow_pickle: bool = False) -> Checkpoint:
-    """Open a model: a directory, a single ``.safetensors`` file, an index, or a hub id.
+    """Open a model: a directory, a single ``.safetensors`` or ``.gguf`` file, an index, or a hub id.
 
     A single file brings its directory's config and side files along only when it is that directory's
     ``model.safetensors``; for any other name they might belong to another model.
@@ -58,10 +59,15 @@ def open_checkpoint(ref: str, revision: str | None = None, *, allow_pickle: bool
             if not files and allow_pickle:
                 files = pickled_files(path)
             if not files:
-                raise no_weights(path)
+                ggufs = gguf_files(path)
+                if not ggufs:
+                    raise no_weights(path)
+                return _open_gguf(ref, located, path, ggufs)
         elif path.name.endswith(INDEX_SUFFIX):
             folder = path.parent
             files, weight_map = read_index(path)
+        elif path.suffix == ".gguf":
+            return _open_gguf(ref, located, None, gguf_files(path))
         else:
             folder = path.parent if path.name in ("model.safetensors", "pytorch_model.bin") else None
             files = [path]
@@ -160,6 +166,25 @@ def _open_pickles(
             check_contained(file, folder)
     infos, tensors = read_pickles(files)
     return _in_memory(ref, tensors, config=config, located=located, folder=folder, files=infos)
+
+
+def _open_gguf(ref: str, located: Located, folder: Path | None, files: list[Path]) -> Checkpoint:
+    if folder is not None:
+        for file in files:
+            check_contained(file, folder)
+    model = read_gguf(files)
+    config = _read_config(folder) if folder is not None and (folder / "config.json").exists() else model.config
+    return Checkpoint(
+        ref,
+        located,
+        folder=folder,
+        config=config,
+        tensors=model.tensors,
+        files=model.files,
+        quantization=model.quantization,
+        decoding=model.decoding,
+        notes=model.notes,
+    )
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

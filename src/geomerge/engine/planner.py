@@ -168,6 +168,7 @@ class _Recipe:
                 f"for all; {self.donor} is not",
                 where=str(recipe.at("requantize")),
             )
+        planner.notes += () if self.donor.checkpoint is None else self.donor.checkpoint.notes
         self.vocabularies = Vocabularies(recipe, self.members, base, planner.rows)
         self.alignment = Alignment(
             recipe,
