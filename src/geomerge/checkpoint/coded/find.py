@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from geomerge.checkpoint.coded.base import CannotDecode, Coded
-from geomerge.checkpoint.coded.scaled import FORMATS, find_scaled
+from geomerge.checkpoint.coded.bitsandbytes import find_four_bit
+from geomerge.checkpoint.coded.find_packed import empty_biases, find_row_packed, find_transposed, shapes_stored
+from geomerge.checkpoint.coded.packed import Gptq
+from geomerge.checkpoint.coded.scaled import find_scaled
 from geomerge.checkpoint.dtypes import DTYPES
 from geomerge.checkpoint.header import TensorInfo
 
@@ -52,27 +55,59 @@ def find_coded(
     if quantization is None:
         return Decoding()
     try:
-        found = _find(quantization, tensors, config, read)
+        _check_method(quantization)
+        found, serving = _find(quantization, tensors, config, read)
+        parts = {part for each in found.values() for part in each.stored}
+        hidden = (parts | serving | {name for name in tensors if name.endswith(_ACTIVATIONS)}) - found.keys()
+        _check_left(tensors, found, hidden)
     except CannotDecode as reason:
         return Decoding(refusal=str(reason))
-    if not found:
-        return Decoding(refusal="it says that it is quantised, but no tensor of a known format was found")
-    serving = {part for each in found.values() for part in each.stored}
-    hidden = (serving | {name for name in tensors if name.endswith(_ACTIVATIONS)}) - found.keys()
     return Decoding(found, frozenset(hidden))
 
 
 def _find(
-    quantization: Mapping[str, Any],
-    tensors: Mapping[str, TensorInfo],
-    config: Mapping[str, Any] | None,
-    read: Read,  # noqa: ARG001
-) -> Mapping[str, Coded]:
+    quantization: Mapping[str, Any], tensors: Mapping[str, TensorInfo], config: Mapping[str, Any] | None, read: Read
+) -> tuple[dict[str, Coded], set[str]]:
+    """The decoded tensors, and stored ones that serve no decoding but are no tensors of the model either.
+
+    What is there is found by the names and dtypes of the tensors: a checkpoint may mix layouts.
+    """
+    found, serving = find_four_bit(tensors, config, read)
+    found |= find_row_packed(quantization, tensors, config, read)
+    serving |= shapes_stored(tensors)
+    transposed = find_transposed(quantization, tensors, config)
+    if any(isinstance(each, Gptq) for each in transposed.values()):
+        serving |= set(empty_biases(tensors, read))
+    found |= transposed
+    if quantization.get("format") != "pack-quantized":
+        found |= find_scaled(quantization, tensors, config)
+    return found, serving
+
+
+def _check_method(quantization: Mapping[str, Any]) -> None:
     method, layout = quantization.get("quant_method"), quantization.get("format", "")
-    if (method == "compressed-tensors" and layout in FORMATS) or method in _eight_bit():
-        return find_scaled(quantization, tensors, config)
-    raise CannotDecode("codes of this format cannot be decoded")
+    if method == "compressed-tensors":
+        if layout not in _FORMATS and "evidence" not in quantization:
+            raise CannotDecode(f"codes of the format {layout!r} cannot be decoded")
+    elif method not in _METHODS:
+        raise CannotDecode("codes of this method cannot be decoded")
 
 
-def _eight_bit() -> tuple[str, ...]:
-    return ("int8", "fp8", "fbgemm_fp8", *(d.recipe for d in DTYPES.values() if d.kind == "float8"))
+def _check_left(tensors: Mapping[str, TensorInfo], found: Mapping[str, Coded], hidden: Collection[str]) -> None:
+    """Nothing that looks like codes may be taken for numbers."""
+    if not found:
+        raise CannotDecode("no codes of a known format are in it")
+    for name, info in tensors.items():
+        if name in found or name in hidden:
+            continue
+        if info.dtype == "I8" or DTYPES[info.dtype].kind == "float8" or name.endswith(_PARTS):
+            raise CannotDecode(f"{name} holds codes, or belongs to some, and what they stand for is not known")
+
+
+_FORMATS = ("int-quantized", "float-quantized", "naive-quantized", "pack-quantized", "mixed-precision", "dense")
+"""compressed-tensors' names of formats that can be decoded."""
+_METHODS = (
+    *("int8", "fp8", "fbgemm_fp8", "gptq", "awq", "gptq or awq", "bitsandbytes"),
+    *(d.recipe for d in DTYPES.values() if d.kind == "float8"),
+)
+_PARTS = (".qweight", ".qzeros", ".weight_packed", ".absmax", ".SCB", "_zero_point")

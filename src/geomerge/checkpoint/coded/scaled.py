@@ -24,9 +24,6 @@ from geomerge.checkpoint.header import TensorInfo
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORMATS = ("int-quantized", "float-quantized", "naive-quantized")
-"""compressed-tensors' names of formats with one code in a byte."""
-
 _BLOCK = (128, 128)
 """Rows and columns of the blocks of FP8 checkpoints that do not say otherwise."""
 
