@@ -57,7 +57,7 @@ def open_checkpoint(ref: str, revision: str | None = None, *, allow_pickle: bool
             folder = path
             files, weight_map = weight_files(path)
             if not files and allow_pickle:
-                files = pickled_files(path)
+                files, weight_map = pickled_files(path)
             if not files:
                 ggufs = gguf_files(path)
                 if not ggufs:
@@ -76,7 +76,7 @@ def open_checkpoint(ref: str, revision: str | None = None, *, allow_pickle: bool
         raise ModelError(f"cannot be read: {error.strerror}", where=error.filename or ref) from None
     pickles = [file for file in files if is_pickle(file)]
     if pickles:
-        return _open_pickles(ref, located, folder, config, files, allow_pickle=allow_pickle)
+        return _open_pickles(ref, located, folder, config, files, weight_map, allow_pickle=allow_pickle)
     tensors, infos, metadata = _read_headers(files)
     if weight_map is not None:
         _check_index(path if path.is_file() else files[0].parent, tensors, weight_map)
@@ -150,6 +150,7 @@ def _open_pickles(
     folder: Path | None,
     config: dict[str, Any] | None,
     files: list[Path],
+    weight_map: dict[str, str] | None,
     *,
     allow_pickle: bool,
 ) -> Checkpoint:
@@ -165,6 +166,10 @@ def _open_pickles(
         if folder is not None:
             check_contained(file, folder)
     infos, tensors = read_pickles(files)
+    astray = next(iter(tensors.keys() ^ weight_map.keys()), None) if weight_map is not None else None
+    if astray is not None:
+        place = "in the index and in no file" if astray not in tensors else "in a file and not in the index"
+        raise DamagedCheckpoint(f"tensor {astray!r} is {place}", where=str(files[0].parent))
     return _in_memory(ref, tensors, config=config, located=located, folder=folder, files=infos)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from geomerge.checkpoint.card import Parent, model_card
 from geomerge.checkpoint.checkpoint import Checkpoint
 from geomerge.checkpoint.collector import collector_paused
+from geomerge.checkpoint.config import library_of, weights_stem
 from geomerge.checkpoint.layout import DEFAULT_SHARD_SIZE, plan_layout
 from geomerge.checkpoint.reader import open_checkpoint
 from geomerge.checkpoint.writer import OutputDirectory
@@ -115,7 +116,9 @@ def run_plan(
         builder = _builder(plan, opened, device, tile)
         nodes = list(plan.output_nodes())
         looking = survey_bytes(plan)
-        layout = plan_layout([(n.name, n.dtype, n.shape) for n in nodes], shard_size, {"geomerge": __version__})
+        kinds = [(n.name, n.dtype, n.shape) for n in nodes]
+        shard_size = _shard_size(plan, shard_size)
+        layout = plan_layout(kinds, shard_size, {"geomerge": __version__}, weights_stem(plan.config))
         places = [Path(i.path) for i in plan.inputs if i.path]
         with OutputDirectory(out, force, resume, inputs=places, durable=durable) as output:
             output.create(layout)
@@ -273,6 +276,12 @@ def _builder(plan: Plan, opened: Sequence[Checkpoint], device: str, tile: int | 
     )
 
 
+def _shard_size(plan: Plan, asked: int) -> int:
+    """Without a config there is nobody who would read several files (Stable Diffusion's single files, bare state dicts), so
+    the usual size does not cut such a model."""
+    return max(plan.nbytes, 1) if plan.config is None and asked == DEFAULT_SHARD_SIZE else asked
+
+
 def _identity(plan: Plan, shard_size: int, device: torch.device) -> str:
     return f"{plan.hash}/{shard_size}/{device.type}/{__version__}"
 
@@ -308,7 +317,7 @@ def _card(plan: Plan, name: str) -> str:
         )
         for k, i in enumerate(plan.inputs)
     ]
-    library = "transformers" if plan.config is not None else "safetensors"
+    library = library_of(plan.config) or "safetensors"
     return model_card(
         name=name,
         method=method.name,
