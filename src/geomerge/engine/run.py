@@ -60,6 +60,8 @@ class Report:
         seconds: From opening the output to its name, measured by a monotonic clock.
         nbytes: Bytes of tensors in the output.
         tensors, resumed: How many tensors it has, and how many of them an earlier run had written.
+        codes: For each tensor that was written as codes: its name, their error, and what its parents' codes lose, as shares
+            of the tensor's norm.
         rounding_loss: The share of the task vectors' norm that rounding took, estimated on a sample.
         notes: What the user should know.
     """
@@ -70,6 +72,7 @@ class Report:
     tensors: int
     resumed: int
     rounding_loss: float | None
+    codes: tuple[tuple[str, float, float], ...]
     notes: tuple[str, ...]
 
 
@@ -190,6 +193,7 @@ def run_plan(
         tensors=len(nodes),
         resumed=len(nodes) - len(left),
         rounding_loss=total_loss(facts).share,
+        codes=tuple((nodes[i].name, *f["codes"][:2]) for i, f in sorted(facts.items()) if "codes" in f),
         notes=plan.notes,
     )
 
