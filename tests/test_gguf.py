@@ -322,3 +322,40 @@ class TestRefusals:
             match = "3 heads"
         with pytest.raises(gm.ModelError, match=match):
             gm.plan(f"merge_method: passthrough\nmodels: [{{model: {path}}}]\n")
+
+
+def test_in_memory(tmp_path: Path) -> None:
+    """A live merge holds a model as it is stored, and decodes it all the same."""
+    from geomerge.checkpoint.reader import resident
+    from geomerge.engine.sources import stored_source
+
+    expected = write(tmp_path / "m.gguf", llama(), Type.Q8_0)
+    held = resident(open_checkpoint(str(tmp_path / "m.gguf")))
+    assert not held.files
+    name = "model.layers.1.self_attn.q_proj.weight"
+    found = torch.empty(expected[name].numel(), dtype=torch.float64)
+    stored_source(held, name, name).read(0, found)
+    assert torch.equal(found.view(expected[name].shape), expected[name])
+
+
+def test_the_plan_says_that_codes_are_decoded(tmp_path: Path) -> None:
+    """For blocks, not for plain numbers."""
+    for kind, noted in (("Q8_0", 1), ("F16", 0)):
+        write(tmp_path / f"{kind}.gguf", llama(), Type[kind])
+        plan = gm.plan(f"merge_method: passthrough\nmodels: [{{model: {tmp_path}/{kind}.gguf}}]\n")
+        assert sum("quantised (gguf)" in note for note in plan.notes) == noted
+
+
+def test_inspect_decodes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Shapes are the model's; NaN in a block's scale is found."""
+    write(tmp_path / "m.gguf", llama(), Type.Q8_0)
+    assert main(["inspect", str(tmp_path / "m.gguf")]) == 0
+    text = capsys.readouterr().out
+    assert "gguf" in text
+    with open_checkpoint(str(tmp_path / "m.gguf")) as checkpoint:
+        at = checkpoint.tensors["model.layers.0.mlp.up_proj.weight"].offset
+    raw = bytearray((tmp_path / "m.gguf").read_bytes())
+    raw[at : at + 2] = np.float16(np.nan).tobytes()
+    (tmp_path / "m.gguf").write_bytes(raw)
+    assert main(["inspect", str(tmp_path / "m.gguf")]) == 3
+    assert "up_proj" in capsys.readouterr().err

@@ -65,6 +65,14 @@ class Model:
             self._vocabulary.append(Vocabulary.load(self.folder) if self.folder else None)
         return self._vocabulary[0]
 
+    @property
+    def codes(self) -> str | None:
+        """What a user should know of a model that is stored as codes."""
+        if self.checkpoint is None or not self.checkpoint.coded or self.checkpoint.quantization is None:
+            return None
+        scheme = _scheme(self.checkpoint.quantization)
+        return f"{self} is quantised ({scheme}) and decoded for the merge; its original 16-bit model makes a better one"
+
     def embedding_rows(self) -> int | None:
         """Rows of the largest matrix over the vocabulary."""
         sizes = [

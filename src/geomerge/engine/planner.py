@@ -169,6 +169,7 @@ class _Recipe:
             )
         self.encoding = Encoding(recipe, self.donor)
         planner.notes += () if self.donor.checkpoint is None else self.donor.checkpoint.notes
+        planner.notes += [note for m in self.members if (note := m.codes) is not None]
         self.vocabularies = Vocabularies(recipe, self.members, base, planner.rows)
         self.alignment = Alignment(
             recipe,

@@ -25,7 +25,7 @@ class GgufModel(NamedTuple):
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
     files: tuple[FileInfo, ...]
-    quantization: dict[str, Any]
+    quantization: dict[str, Any] | None
     decoding: Decoding
     notes: tuple[str, ...]
 
@@ -111,12 +111,12 @@ def read_gguf(files: list[Path]) -> GgufModel:
         raise DamagedCheckpoint("holds no tensors", where=where)
     decoding = Decoding(refusal=refusal) if refusal else Decoding(coded)
     shapes = {name: info.shape for name, info in tensors_found.items()} | {n: c.shape for n, c in coded.items()}
-    types = sorted({tensor.block.name for _, tensor in stored})
+    types = sorted({tensor.block.name for _, tensor in stored if tensor.block.dtype is None})
     return GgufModel(
         config=model_config(metadata, shapes, recipe_name(main)),
         tensors=tensors_found,
         files=tuple(infos),
-        quantization={"quant_method": "gguf", "types": types},
+        quantization={"quant_method": "gguf", "types": types} if types or refusal else None,
         decoding=decoding,
         notes=tuple(notes),
     )
