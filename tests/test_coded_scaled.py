@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 import coded_samples as samples
@@ -90,6 +91,27 @@ def test_one_scale_beside_the_weight(tmp_path: Path) -> None:
 
     expected = samples.write(tmp_path / "m", encode, {})
     samples.check(tmp_path / "m", expected)
+
+
+@pytest.mark.parametrize("grid", [(3, 2, 2), (3, 200, 1), (3, 1, 1)], ids=["blocks", "rows", "matrices"])
+def test_experts_in_one_tensor(grid: tuple[int, int, int], tmp_path: Path) -> None:
+    """Each expert has the scales of a matrix of its own."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randn(3, 200, 150, generator=generator).to(torch.float8_e4m3fn)
+    scales = torch.rand(grid, generator=generator)
+    expected = codes.double()
+    for e in range(3):
+        for i in range(200):
+            for j in range(0, 150, 50):  # 128 is no edge of these pieces: they are cut there
+                for low, high in ((j, min(j + 50, 128)), (max(j, 128), j + 50)):
+                    row = 0 if grid[1] == 1 else i // (128 if grid[1] == 2 else 1)
+                    column = low // 128 if grid[2] == 2 else 0
+                    if low < high:
+                        expected[e, i, low:high] *= scales[e, row, column].double()
+    name = "model.layers.0.mlp.experts.down_proj"
+    save_file({name: codes, f"{name}_scale_inv": scales}, tmp_path / "m.safetensors")
+    for piece in (None, 37, 1000):
+        assert torch.equal(samples.decoded(tmp_path / "m.safetensors", piece)[name], expected)
 
 
 @pytest.mark.parametrize("shape", [(3, 2), (1, 2), (40,)])

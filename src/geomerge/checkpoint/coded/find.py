@@ -16,7 +16,10 @@ from geomerge.checkpoint.header import TensorInfo
 
 Read = Callable[[TensorInfo], bytes]
 
-_ACTIVATIONS = (".input_scale", ".output_scale", ".k_scale", ".v_scale", ".scale_input")
+_ACTIVATIONS = (
+    *(".input_scale", ".output_scale", ".k_scale", ".v_scale", ".scale_input"),
+    *(".input_zero_point", ".output_zero_point", ".input_scale_ub"),
+)
 """Scales of activations: they belong to the quantised model's arithmetic, not to its weights."""
 
 

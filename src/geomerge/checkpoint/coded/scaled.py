@@ -36,6 +36,7 @@ class Scaled(RowCoded):
         scale: The name of its scales.
         zero: The name of its zero points, if it has some.
         block: How many rows and how many columns share a scale.
+        matrix: Rows in each of several matrices that are stored as one tensor (experts), which begin with a new block.
         divisor: What the scales are divided by.
         wide: The scales have more than 16 bits.
     """
@@ -43,6 +44,7 @@ class Scaled(RowCoded):
     scale: str
     zero: str | None
     block: tuple[int, int]
+    matrix: int = 0
     divisor: int = 1
     wide: bool = True
 
@@ -56,11 +58,15 @@ class Scaled(RowCoded):
         return "F64" if self.wide or self.divisor != 1 else "F32"
 
     @property
+    def columns(self) -> int:
+        return self.shape[-1] if self.matrix else super().columns
+
+    @property
     def encodable(self) -> bool:
         """Whether a merge can be written back in this scheme: a scale for each row or one for all, zero as zero."""
         rowwise = self.block == (1, self.columns)
         whole = self.block[0] * self.block[1] == prod(self.shape)
-        return self.zero is None and self.divisor == 1 and (rowwise or whole)
+        return self.zero is None and self.divisor == 1 and not self.matrix and (rowwise or whole)
 
     def rows(self, parts: Parts, first: int, last: int) -> Tensor:
         dtype, columns = to_torch(self.exact), self.columns
@@ -76,7 +82,10 @@ class Scaled(RowCoded):
 
         height, width = self.block
         across = -(-self.columns // width)
-        which = torch.arange(first, last) // height
+        row = torch.arange(first, last)
+        which = row // height
+        if self.matrix:
+            which = row // self.matrix * -(-self.matrix // height) + row % self.matrix // height
         found = grid.reshape(-1, across)[which].to(dtype)
         return found if across == 1 else found.repeat_interleave(width, 1)[:, : self.columns]
 
@@ -127,35 +136,40 @@ def _scaled(
         need(zero.name, zero.shape, scale.shape)
     rows = info.shape[0] if len(info.shape) > 1 else 1
     columns = max(prod(info.shape) // max(rows, 1), 1)
+    grid, matrix = scale.shape, 0
+    if len(info.shape) == len(grid) == 3 and grid[0] == rows and prod(grid) > rows:
+        # Experts in one tensor, each with the scales of a matrix.
+        matrix, (rows, columns), grid = info.shape[1], info.shape[1:], grid[1:]
     return Scaled(
         name=info.name,
         dtype=said_dtype(config, scale.dtype),
         shape=info.shape,
         scale=scale.name,
         zero=None if zero is None else zero.name,
-        block=_block(scale, rows, columns, _stated_block(quantization)),
+        block=_block(scale.name, grid, rows, columns, _stated_block(quantization)),
+        matrix=matrix,
         divisor=127 if scale.name.endswith("SCB") else 1,
         wide=DTYPES[scale.dtype].itemsize > 2,
     )
 
 
-def _block(scale: TensorInfo, rows: int, columns: int, stated: tuple[int, int] | None) -> tuple[int, int]:
+def _block(
+    name: str, grid: tuple[int, ...], rows: int, columns: int, stated: tuple[int, int] | None
+) -> tuple[int, int]:
     """How many rows and columns of a matrix share one of its scales."""
-    count = prod(scale.shape)
+    count = prod(grid)
     if count == 1:
         return max(rows, 1), columns
-    if count == rows and len(scale.shape) - scale.shape.count(1) <= 1:
+    if count == rows and len(grid) - grid.count(1) <= 1:
         return 1, columns
-    if len(scale.shape) == 2:
-        high, wide = scale.shape
+    if len(grid) == 2:
+        high, wide = grid
         for block in (stated, _BLOCK):
             if block is not None and (-(-rows // block[0]), -(-columns // block[1])) == (high, wide):
                 return block
         if high == rows and wide and columns % wide == 0:
             return 1, columns // wide
-    raise damaged(
-        scale.name, f"has the shape {list(scale.shape)}, which does not fit codes of {rows} rows and {columns} columns"
-    )
+    raise damaged(name, f"has the shape {list(grid)}, which does not fit codes of {rows} rows and {columns} columns")
 
 
 def _stated_block(quantization: Mapping[str, Any]) -> tuple[int, int] | None:
