@@ -71,7 +71,7 @@ def test_gptq(bits: int, case: str, tmp_path: Path) -> None:
     encode = gptq(bits, 32, shuffled=case == "shuffled", second=case == "second", index=case != "no index")
     stated = {"quant_method": "gptq", "bits": bits, "group_size": 32, "sym": False}
     if case == "second":
-        stated["checkpoint_format"] = "gptq_v2"
+        stated["format" if bits == 8 else "checkpoint_format"] = "gptq_v2"
     expected = samples.write(tmp_path / "m", encode, stated, **SIZES)
     samples.check(tmp_path / "m", expected, merged=bits == 4)
 
@@ -203,6 +203,7 @@ def test_damage(part: str, to: Tensor, tmp_path: Path, capsys: pytest.CaptureFix
     [
         ({"quant_method": "gptq"}, "scales", "another kernel"),
         ({"quant_method": "aqlm"}, None, "aqlm"),
+        ({"quant_method": "gptq", "checkpoint_format": "marlin"}, None, "laid out as marlin"),
         ({"quant_method": "awq", "version": "gemv"}, None, "another kernel"),
     ],
 )

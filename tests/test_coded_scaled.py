@@ -114,6 +114,30 @@ def test_experts_in_one_tensor(grid: tuple[int, int, int], tmp_path: Path) -> No
         assert torch.equal(samples.decoded(tmp_path / "m.safetensors", piece)[name], expected)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "scale", "match"),
+    [
+        (torch.int8, torch.float32, "two 4-bit floats"),
+        (torch.uint8, torch.float32, "holds codes"),
+        (torch.float8_e4m3fn, torch.uint8, "scales of the dtype uint8"),
+    ],
+)
+def test_other_codes_among_fp8(dtype: torch.dtype, scale: torch.dtype, match: str, tmp_path: Path) -> None:
+    """Bytes in an FP8 model may be pairs of 4-bit floats, and scales bare exponents: neither is taken for a number."""
+    inner = fp8_blocks(128, torch.float8_e4m3fn)
+
+    def encode(name: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        parts, meaning = inner(name, weight)
+        if "up_proj" in name:
+            parts[name] = torch.ones(weight.shape, dtype=dtype)
+            parts[f"{name}_scale_inv"] = parts[f"{name}_scale_inv"].to(scale)
+        return parts, meaning
+
+    samples.write(tmp_path / "m", encode, {"quant_method": "fp8"}, **BLOCKY)
+    with pytest.raises(gm.IncompatibleModels, match=match):
+        gm.plan(f"merge_method: passthrough\nmodels: [{{model: {tmp_path}/m}}]\n")
+
+
 @pytest.mark.parametrize("shape", [(3, 2), (1, 2), (40,)])
 def test_scales_that_do_not_fit(shape: tuple[int, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """They are refused as damage, exit code 3, naming the tensor and both shapes."""

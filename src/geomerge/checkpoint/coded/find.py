@@ -10,7 +10,7 @@ from geomerge.checkpoint.coded.base import CannotDecode, Coded
 from geomerge.checkpoint.coded.bitsandbytes import find_four_bit
 from geomerge.checkpoint.coded.find_packed import empty_biases, find_row_packed, find_transposed, shapes_stored
 from geomerge.checkpoint.coded.packed import Gptq
-from geomerge.checkpoint.coded.scaled import find_scaled
+from geomerge.checkpoint.coded.scaled import find_scaled, scale_of
 from geomerge.checkpoint.dtypes import DTYPES
 from geomerge.checkpoint.header import TensorInfo
 
@@ -103,7 +103,9 @@ def _check_left(tensors: Mapping[str, TensorInfo], found: Mapping[str, Coded], h
     for name, info in tensors.items():
         if name in found or name in hidden:
             continue
-        if info.dtype == "I8" or DTYPES[info.dtype].kind == "float8" or name.endswith(_PARTS):
+        byte = info.dtype == "I8" or DTYPES[info.dtype].kind == "float8"
+        scaled = info.dtype == "U8" and scale_of(name, tensors) is not None
+        if byte or scaled or name.endswith(_PARTS):
             raise CannotDecode(f"{name} holds codes, or belongs to some, and what they stand for is not known")
 
 

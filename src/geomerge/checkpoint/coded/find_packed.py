@@ -78,6 +78,8 @@ def find_transposed(quantization: Mapping[str, Any], tensors: Tensors, config: C
         DamagedCheckpoint: The parts of a layer do not fit each other.
     """
     found: dict[str, Coded] = {}
+    # AutoGPTQ calls it checkpoint_format, GPTQModel format as well.
+    layouts = {str(quantization[k]) for k in ("checkpoint_format", "format") if quantization.get(k)}
     for name, words in tensors.items():
         if not name.endswith(_QWEIGHT):
             continue
@@ -93,6 +95,8 @@ def find_transposed(quantization: Mapping[str, Any], tensors: Tensors, config: C
         of_gptq = words.shape[1] == rows
         if not of_gptq and (str(quantization.get("version", "gemm")).lower() != "gemm" or bits != 4):
             raise CannotDecode(f"{name} is laid out for another kernel than AWQ's gemm")
+        if of_gptq and not layouts <= {"gptq", "gptq_v2"}:
+            raise CannotDecode(f"{name} is laid out as {' or '.join(sorted(layouts))}")
         columns = words.shape[0] * (WORD // bits) if of_gptq else words.shape[0]
         need(name, words.shape, (columns * bits // WORD, rows) if of_gptq else (columns, rows * bits // WORD))
         if groups is not None:
@@ -110,8 +114,7 @@ def find_transposed(quantization: Mapping[str, Any], tensors: Tensors, config: C
             "group": _group(quantization, columns, count),
             "wide": DTYPES[scale.dtype].itemsize > 2,
         }
-        second = quantization.get("checkpoint_format") == "gptq_v2"
-        found[weight] = Gptq(**common, offset=0 if second else 1) if of_gptq else Awq(**common)
+        found[weight] = Gptq(**common, offset=0 if "gptq_v2" in layouts else 1) if of_gptq else Awq(**common)
     return found
 
 

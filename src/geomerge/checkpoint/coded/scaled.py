@@ -114,6 +114,8 @@ def find_scaled(
             scale = scale_of(name, tensors)
             if scale is None:
                 raise CannotDecode(f"{name} holds 8-bit codes without a known scale")
+            if info.dtype == "I8" and "fp8" in str(quantization.get("quant_method")):
+                raise CannotDecode(f"{name} holds bytes in an FP8 model, where a byte is two 4-bit floats")
             found[name] = _scaled(info, tensors[scale], tensors, quantization, config)
     return found
 
@@ -130,7 +132,7 @@ def _scaled(
     config: Mapping[str, Any] | None,
 ) -> Scaled:
     if DTYPES[scale.dtype].kind != "float" and scale.dtype != "F8_E8M0":
-        raise damaged(scale.name, f"holds scales of the dtype {DTYPES[scale.dtype].recipe}")
+        raise CannotDecode(f"{scale.name} holds scales of the dtype {DTYPES[scale.dtype].recipe}")
     zero = tensors.get(f"{info.name}_zero_point")
     if zero is not None:
         need(zero.name, zero.shape, scale.shape)
