@@ -214,3 +214,21 @@ class TestBareTensors:
         (tmp_path / "clip/open_clip_config.json").write_text('{"model_cfg": {}}')
         gm.merge(f"merge_method: passthrough\nmodels: [{{model: {tmp_path}/clip}}]\n", tmp_path / "c")
         assert (tmp_path / "c/open_clip_config.json").read_text() == '{"model_cfg": {}}'
+
+
+def test_saved_plans_open_every_format_again(tmp_path: Path) -> None:
+    """A pickle, a GPTQ model: a plan that was saved makes the same bytes."""
+    import coded_samples
+    import test_coded_packed as packed
+
+    coded_samples.write(tmp_path / "a", packed.gptq(4, 32), {"quant_method": "gptq", "group_size": 32}, **packed.SIZES)
+    tiny.llama(tmp_path / "b", 2, num_hidden_layers=1, dtype=torch.bfloat16, **packed.SIZES)
+    torch.save(tiny.read(tmp_path / "b"), tmp_path / "b/pytorch_model.bin")
+    (tmp_path / "b/model.safetensors").unlink()
+    (tmp_path / "r.yml").write_text(HALVES.format(tmp_path / "a", tmp_path / "b"))
+    saved = str(tmp_path / "plan.json")
+    assert main(["plan", str(tmp_path / "r.yml"), "--save", saved, "--allow-pickle"]) == 0
+    assert main(["merge", str(tmp_path / "r.yml"), str(tmp_path / "one"), "--allow-pickle"]) == 0
+    assert main(["merge", saved, str(tmp_path / "two"), "--allow-pickle"]) == 0
+    assert tiny.same(tiny.read(tmp_path / "one"), tiny.read(tmp_path / "two"))
+    assert main(["merge", saved, str(tmp_path / "three")]) == 3

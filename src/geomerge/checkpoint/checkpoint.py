@@ -121,6 +121,11 @@ class Checkpoint:
         """The bytes of all stored tensors together."""
         return sum(info.nbytes for info in self.tensors.values())
 
+    def stored_bytes(self, name: str) -> int:
+        """The bytes that one tensor of the decoded model is read from."""
+        stored = self.coded[name].stored if name in self.coded else (name,)
+        return sum(self.tensors[part].nbytes for part in stored)
+
     def descriptor(self, path: Path) -> int:
         """A read-only descriptor of one of `files`, opened at the first call and shared from then on (thread-safe).
 

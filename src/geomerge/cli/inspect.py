@@ -52,7 +52,7 @@ def inspect(
     if bad:
         first = next(iter(bad))
         raise NotFiniteError(
-            f"{len(bad)} of {len(checkpoint.tensors)} tensors hold NaN or Inf, the first is {first}",
+            f"{len(bad)} of {len(checkpoint.logical)} tensors hold NaN or Inf, the first is {first}",
             where=model,
             hint="a merge with this model would be refused",
         )
@@ -93,6 +93,7 @@ def _describe(checkpoint: Checkpoint, found: Anatomy) -> dict[str, Any]:
             for group in groups
         ],
         "quantization": checkpoint.quantization,
+        "undecodable": checkpoint.decoding.refusal,
         "fingerprint": checkpoint.fingerprint(),
         "sha256": None,
         "not_finite": None,

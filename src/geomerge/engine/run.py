@@ -219,15 +219,20 @@ def run_in_memory(
             checkpoint.close()
 
 
-def open_inputs(plan: Plan) -> list[Checkpoint]:
+def open_inputs(plan: Plan, *, allow_pickle: bool = False) -> list[Checkpoint]:
     """Open a saved plan's inputs.
+
+    Args:
+        plan: The plan.
+        allow_pickle: Read pickled weights (weights only).
 
     Raises:
         RunError: An input is not the one that the plan was made for.
     """
     opened: list[Checkpoint] = []
     try:
-        opened.extend(map(_open_input, plan.inputs))
+        for model in plan.inputs:
+            opened.append(_open_input(model, allow_pickle=allow_pickle))  # noqa: PERF401 - what is open is to be closed
     except BaseException:
         for checkpoint in opened:
             checkpoint.close()
@@ -235,10 +240,10 @@ def open_inputs(plan: Plan) -> list[Checkpoint]:
     return opened
 
 
-def _open_input(model: InputModel) -> Checkpoint:
+def _open_input(model: InputModel, *, allow_pickle: bool) -> Checkpoint:
     if not model.path:
         raise UsageError(f"the model {model.ref} was in memory when the plan was made; it cannot be opened again")
-    checkpoint = open_checkpoint(model.path)
+    checkpoint = open_checkpoint(model.path, allow_pickle=allow_pickle)
     files = tuple((f.path.name, f.size, f.header_sha256) for f in checkpoint.files)
     if files != model.files or checkpoint.fingerprint() != model.fingerprint:
         checkpoint.close()
