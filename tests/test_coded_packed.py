@@ -182,6 +182,7 @@ def change(folder: Path, name: str, to: Tensor | None) -> None:
         ("qweight", torch.zeros(7, 64, dtype=torch.int32)),
         ("qzeros", torch.zeros(2, 7, dtype=torch.int32)),
         ("scales", torch.ones(3, 64).half()),
+        ("scales", torch.ones(0, 64).half()),
         ("g_idx", torch.zeros(63, dtype=torch.int32)),
         ("g_idx", torch.full((64,), 2, dtype=torch.int32)),
         ("g_idx", torch.full((64,), -1, dtype=torch.int32)),

@@ -91,6 +91,8 @@ def find_transposed(quantization: Mapping[str, Any], tensors: Tensors, config: C
             raise CannotDecode(f"{name} and what belongs to it are no matrices of 32-bit words")
         _check_scale(scale)
         count, rows = scale.shape
+        if count < 1 or rows < 1:
+            raise damaged(scale.name, f"has the shape {list(scale.shape)}")
         bits = _packed_bits(zero, count, rows)
         of_gptq = words.shape[1] == rows
         if not of_gptq and (str(quantization.get("version", "gemm")).lower() != "gemm" or bits != 4):

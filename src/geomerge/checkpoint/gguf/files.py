@@ -78,7 +78,7 @@ def read_gguf(files: list[Path]) -> GgufModel:
         stored += [(file, tensor) for tensor in tensors]
     where = str(files[0])
     architecture = metadata.get("general.architecture")
-    if architecture not in ARCHITECTURES:
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         raise ModelError(
             f"is a GGUF file of the architecture {architecture!r:.50}; its tensors' names are known for "
             f"{', '.join(ARCHITECTURES)} only",
@@ -131,9 +131,9 @@ def _tensor(
     if not tensor.block.known:
         raise CannotDecode(f"{tensor.name} is stored as {tensor.block.name}, which cannot be decoded")
     count = heads(tensor.name, metadata)
-    if count and (count < 0 or tensor.shape[0] % (2 * count)):
+    if count and (count < 0 or not tensor.shape or tensor.shape[0] % (2 * count)):
         raise DamagedCheckpoint(
-            f"tensor {tensor.name!r} has {tensor.shape[0]} rows, which are not {count} heads of an even size",
+            f"tensor {tensor.name!r} of the shape {list(tensor.shape)} is not one of {count} heads of an even size",
             where=str(file),
         )
     if count and len(tensor.shape) == 1 and tensor.block.decode is not None:

@@ -85,13 +85,16 @@ def model_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ..
         # 1e-5 as a float32 is 9.99999974e-06 as a double.
         return float(f"{found:.7g}") if isinstance(found, float) else found
 
+    def rows(name: str) -> int:
+        return next(iter(shapes.get(name, ())), 0)
+
     config: dict[str, Any] = {"architectures": [ARCHITECTURES[architecture]], "model_type": architecture}
     config |= {ours: value for ours, theirs in _KEYS.items() if (value := said(theirs)) is not None}
     config.setdefault("num_key_value_heads", config.get("num_attention_heads"))
-    width = shapes.get("model.layers.0.self_attn.q_proj.weight", (0,))[0]
+    width = rows("model.layers.0.self_attn.q_proj.weight")
     if isinstance(config.get("num_attention_heads"), int) and config["num_attention_heads"] > 0:
         config["head_dim"] = said("attention.key_length", width // config["num_attention_heads"])
-    config["vocab_size"] = shapes.get("model.embed_tokens.weight", (0,))[0]
+    config["vocab_size"] = rows("model.embed_tokens.weight")
     config["hidden_act"] = "silu"
     config["tie_word_embeddings"] = "lm_head.weight" not in shapes
     if architecture == "llama":
