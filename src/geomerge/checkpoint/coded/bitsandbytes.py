@@ -56,7 +56,7 @@ class FourBit(Coded):
         codes = torch.stack((raw >> 4, raw & 15), 1).reshape(-1)[start - 2 * first : stop - 2 * first]
         begin, end = start // self.block, -(-stop // self.block)
         scales = self._scales(parts, begin, end).double().repeat_interleave(self.block)
-        table = parts.whole(f"{self.name}.quant_map").double()
+        table = parts.whole(f"{self.name}.quant_map").reshape(-1).double()
         return table[codes.int()].mul_(scales[start - begin * self.block : stop - begin * self.block])
 
     def _scales(self, parts: Parts, begin: int, end: int) -> Tensor:
@@ -65,8 +65,8 @@ class FourBit(Coded):
         scales = parts.elements(f"{self.name}.absmax", begin, end)
         if not self.nested:
             return scales
-        outer = parts.whole(f"{self.name}.nested_absmax")[torch.arange(begin, end) // self.nested]
-        return parts.whole(f"{self.name}.nested_quant_map")[scales.int()] * outer + self.offset
+        outer = parts.whole(f"{self.name}.nested_absmax").reshape(-1)[torch.arange(begin, end) // self.nested]
+        return parts.whole(f"{self.name}.nested_quant_map").reshape(-1)[scales.int()] * outer + self.offset
 
 
 def find_four_bit(
