@@ -299,9 +299,7 @@ def weight_matrices(model: Checkpoint) -> frozenset[str]:
     """The tensors that are weights of linear layers: of two dimensions, and neither embeddings nor heads nor tables."""
     parts = anatomy.read(model.shapes, model.config).parts
     return frozenset(
-        name
-        for name, shape in model.shapes.items()
-        if (part := parts.get(name)) is not None and is_weight(part, shape)
+        name for name, shape in model.shapes.items() if (part := parts.get(name)) is not None and is_weight(part, shape)
     )
 
 
