@@ -92,7 +92,7 @@ def test_copies_are_decoded(family: dict[str, tiny.Tensors]) -> None:
     assert all(torch.equal(tensor, decoded[name]) for name, tensor in tiny.read(Path("out")).items())
 
 
-@pytest.mark.parametrize("change", ["no scale", "zero point", "groups", "packed"])
+@pytest.mark.parametrize("change", ["no scale", "packed"])
 def test_what_cannot_be_decoded_is_refused(change: str, family: dict[str, tiny.Tensors]) -> None:
     """Codes without a scale of a known form are never merged as numbers."""
     pytest.importorskip("compressed_tensors")
@@ -101,10 +101,6 @@ def test_what_cannot_be_decoded_is_refused(change: str, family: dict[str, tiny.T
     name = "model.layers.0.mlp.up_proj.weight"
     if change == "no scale":
         del tensors[f"{name}_scale"]
-    elif change == "zero point":
-        tensors[f"{name}_zero_point"] = torch.zeros(40, 1, dtype=torch.int8)
-    elif change == "groups":
-        tensors[f"{name}_scale"] = torch.ones(40, 3)
     else:
         config = tiny.config(Path("a8"))
         config["quantization_config"]["format"] = "pack-quantized"

@@ -44,7 +44,7 @@ def test_json(run: Program, tmp_path: Path) -> None:
     said = json.loads(out)
     assert set(said) == {
         "out", "plan", "method", "compat", "tensors", "resumed", "bytes", "seconds", "bytes_per_second",
-        "rounding_loss", "notes",
+        "rounding_loss", "codes", "notes",
     }  # fmt: skip
     assert (said["method"], said["compat"], said["tensors"], said["resumed"]) == ("slerp", "mergekit", 32, 0)
     assert said["bytes"] == sum(t.nbytes for t in load_file(tmp_path / "out" / "model.safetensors").values())

@@ -137,8 +137,7 @@ def inspect(model: str | Path, revision: str | None = None) -> dict[str, Any]:
     ref = parse_reference(str(model), NOWHERE)
     with open_model(replace(ref, revision=revision or ref.revision)) as checkpoint:
         found = anatomy.read(checkpoint.shapes, checkpoint.config)
-        dtypes = {name: checkpoint.dtype(name) for name in checkpoint.tensors}
-        return anatomy.summary(found, checkpoint.shapes, dtypes)
+        return anatomy.summary(found, checkpoint.shapes, checkpoint.dtypes)
 
 
 def _planned(

@@ -7,6 +7,7 @@ kills the process with SIGBUS, whereas ``preadv`` returns fewer bytes and the ru
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 from collections.abc import Callable, Mapping
@@ -16,10 +17,9 @@ from typing import TYPE_CHECKING, Any, Self
 
 from geomerge.checkpoint import fingerprint
 from geomerge.checkpoint.change import Change
+from geomerge.checkpoint.coded import Coded, Decoding, find_coded, quantisation
 from geomerge.checkpoint.header import FileInfo, TensorInfo, open_regular
 from geomerge.checkpoint.hub import Located
-from geomerge.checkpoint.quantisation import quantisation
-from geomerge.checkpoint.scaled import scaled_tensors
 from geomerge.checkpoint.side_files import Kind, side_files
 from geomerge.errors import ModelError, RunError
 
@@ -37,16 +37,16 @@ class Checkpoint:
         hub_id: ``owner/name`` when it came from the hub.
         revision: The hub's commit.
         config: ``config.json`` as a dict, or ``None``.
-        tensors: By name, in the order of the files and of the bytes in them.
+        tensors: The stored tensors by name, in the order of the files and of the bytes in them.
         files: The weight files.
         metadata: The ``__metadata__`` strings of the first file.
         memory: The tensors themselves for a model in memory, empty otherwise.
         quantization: What says that the model is quantised, or ``None``: see `quantisation`.
-        scaled: The tensors that are codes with scales; `None` when there are codes that cannot be decoded.
+        decoding: Which tensors are stored as codes, and how they are decoded.
         changes: The tensors that an adapter changes, and how; `factors` are the adapter's tensors that this takes.
         adapter: The path of that adapter.
         tokenizer_folder: The directory whose tokenizer and chat template belong to the model, if any.
-        notes: What the user should know of how the model was put together.
+        notes: What could not be taken over from the files, or how the model was put together, for whoever uses it.
     """
 
     def __init__(
@@ -60,6 +60,8 @@ class Checkpoint:
         files: tuple[FileInfo, ...] = (),
         metadata: dict[str, str] | None = None,
         memory: dict[str, Tensor] | None = None,
+        quantization: dict[str, Any] | None = None,
+        decoding: Decoding | None = None,
         changes: Mapping[str, Change] | None = None,
         factors: Mapping[str, TensorInfo] | None = None,
         adapter: Path | None = None,
@@ -81,11 +83,11 @@ class Checkpoint:
         self.adapter = adapter
         self.tokenizer_folder = tokenizer_folder or folder
         self.notes = notes
-        self.quantization = quantisation(config, tensors)
-        self.scaled = scaled_tensors(self.quantization, tensors)
         self._known = {file.path: file for file in files}
         self._descriptors: dict[Path, int] = {}
         self._lock = threading.Lock()
+        self.quantization = quantisation(config, tensors) if quantization is None else quantization
+        self.decoding = decoding or find_coded(self.quantization, tensors, config, self.read_bytes)
 
     def __repr__(self) -> str:
         return f"<Checkpoint {self.ref}: {len(self.tensors)} tensors, {self.nbytes:,} bytes>"
@@ -99,25 +101,50 @@ class Checkpoint:
         self.close()
 
     @property
+    def coded(self) -> Mapping[str, Coded]:
+        """The tensors that are stored as codes."""
+        return self.decoding.coded
+
+    @functools.cached_property
+    def logical(self) -> dict[str, Coded | TensorInfo]:
+        """The decoded model's tensors: what each is decoded from, or where it lies as it is."""
+        found: dict[str, Coded | TensorInfo] = {}
+        owners = {part: name for name, coded in self.coded.items() for part in coded.stored}
+        for name, info in self.tensors.items():
+            owner = owners.get(name, name)
+            if owner in self.coded:
+                found[owner] = self.coded[owner]
+            elif name not in self.decoding.hidden:
+                found[name] = info
+        return found
+
+    @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor's shape."""
-        return {name: info.shape for name, info in self.tensors.items()}
+        """Every tensor's shape, decoded where it is stored as codes."""
+        return {name: each.shape for name, each in self.logical.items()}
+
+    @property
+    def dtypes(self) -> dict[str, str]:
+        """Every tensor's dtype (safetensors name), for codes the one that their decoded numbers are said to have."""
+        return {name: self.dtype(name) for name in self.logical}
 
     @property
     def nbytes(self) -> int:
-        """The bytes of all tensors together."""
+        """The bytes of all stored tensors together."""
         return sum(info.nbytes for info in self.tensors.values())
 
     def computed(self, name: str) -> bool:
         """Whether a tensor is not its stored bytes: decoded from codes, or changed by an adapter."""
-        return name in self.changes or name in (self.scaled or {})
+        return name in self.changes or name in self.coded
 
     def dtype(self, name: str) -> str:
         """The dtype that a tensor is said to have, by its safetensors name: of codes that of what they stand for."""
-        if name in self.changes:
-            return self.changes[name].dtype
-        scaled = (self.scaled or {}).get(name)
-        return scaled.dtype if scaled is not None else self.tensors[name].dtype
+        return self.changes[name].dtype if name in self.changes else self.logical[name].dtype
+
+    def stored_bytes(self, name: str) -> int:
+        """The bytes that one tensor of the decoded model is read from."""
+        stored = self.coded[name].stored if name in self.coded else (name,)
+        return sum(self.tensors[part].nbytes for part in stored)
 
     def descriptor(self, path: Path) -> int:
         """A read-only descriptor of one of `files`, opened at the first call and shared from then on (thread-safe).

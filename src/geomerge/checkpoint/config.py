@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from geomerge.checkpoint.dtypes import parse_dtype, recipe_name
+from geomerge.checkpoint.layout import MODEL
 from geomerge.checkpoint.per_layer import carry_over, is_per_layer
 from geomerge.errors import IncompatibleModels
 
@@ -36,7 +37,7 @@ def edit_config(
     Args:
         config: A parent's ``config.json``. Not changed.
         dtype: The weights' dtype, by safetensors or recipe name. Written as ``dtype``, and as ``torch_dtype`` where
-            that older key is there.
+            that older key is there; configs of diffusers and timm have no such key.
         layer_counts: Numbers of layers to write as they are, by config key (dotted for nested ones).
         block_maps: For each module (``""`` in models with one stack) the source block of every output block; the
             numbers of layers follow from their lengths.
@@ -53,7 +54,7 @@ def edit_config(
     """
     new: dict[str, Any] = copy.deepcopy(dict(config))
     new.pop("_name_or_path", None)
-    if dtype is not None:
+    if dtype is not None and library_of(new) == "transformers":
         _set_dtype(new, recipe_name(parse_dtype(dtype)))
     if block_maps:
         _set_layers(new, block_maps, layer_keys or {})
@@ -67,6 +68,18 @@ def edit_config(
         for text in _text_configs(new):
             text["tie_word_embeddings"] = tie
     return new
+
+
+def library_of(config: Mapping[str, Any] | None) -> str | None:
+    """The library that a config belongs to: ``transformers``, ``diffusers`` or ``timm``, as the hub calls them."""
+    if config is None:
+        return None
+    return "diffusers" if "_class_name" in config else "timm" if "pretrained_cfg" in config else "transformers"
+
+
+def weights_stem(config: Mapping[str, Any] | None) -> str:
+    """How the library of a config wants weight files to be called."""
+    return "diffusion_pytorch_model" if library_of(config) == "diffusers" else MODEL
 
 
 def _set_dtype(config: dict[str, Any], dtype: str) -> None:

@@ -122,7 +122,7 @@ def weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
 
 def no_weights(folder: Path) -> ModelError:
     """The error for a directory without safetensors: pickles are named, and what to do about them."""
-    pickles = [p.name for p in pickled_files(folder)]
+    pickles = [p.name for p in sorted(folder.iterdir()) if is_pickle(p) and not _NOT_WEIGHTS.match(p.name)]
     if pickles:
         return ModelError(
             f"has its weights in a pickle ({pickles[0]}), which can run any code when it is opened",
@@ -131,13 +131,15 @@ def no_weights(folder: Path) -> ModelError:
         )
     if (folder / "model_index.json").is_file():
         return ModelError(
-            "is a whole diffusers pipeline", where=str(folder), hint="give one of its components, such as its unet/"
+            "is a whole diffusers pipeline",
+            where=str(folder),
+            hint="give one of its components, such as its unet/; the merge takes that component's place",
         )
     return ModelError("holds no *.safetensors file", where=str(folder), hint="is this the model's directory?")
 
 
 def read_index(path: Path) -> tuple[list[Path], dict[str, str]]:
-    """Read ``*.safetensors.index.json``.
+    """Read ``*.safetensors.index.json`` or ``*.bin.index.json``.
 
     ``metadata.total_size`` is not compared: published indices count tied tensors twice or another dtype's bytes.
 
@@ -170,11 +172,19 @@ def read_index(path: Path) -> tuple[list[Path], dict[str, str]]:
     return files, weight_map
 
 
-def pickled_files(folder: Path) -> list[Path]:
-    """The pickled weight files of a directory, in the order of their names."""
+def pickled_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
+    """The pickled weight files of a directory, in the order of their names, and the map of its index if it has one.
+
+    Raises:
+        DamagedCheckpoint: The index is wrong, or a shard is missing.
+    """
+    indices = [p for p in sorted(folder.iterdir()) if p.name.endswith(tuple(s + INDEX_SUFFIX for s in _PICKLES))]
+    if indices:
+        index = next((p for p in indices if p.name.startswith("pytorch_model.")), indices[0])
+        return read_index(index)
     found = [p for p in sorted(folder.iterdir()) if is_pickle(p) and not _NOT_WEIGHTS.match(p.name)]
     standard = [p for p in found if p.name.startswith("pytorch_model")]
-    return standard or found
+    return standard or found, None
 
 
 def is_pickle(path: Path) -> bool:

@@ -19,7 +19,8 @@ from geomerge.checkpoint.header import HEADER_LIMIT
 from geomerge.errors import UsageError
 
 DEFAULT_SHARD_SIZE = 5_000_000_000
-INDEX_NAME = "model.safetensors.index.json"
+MODEL = "model"
+"""How weight files are called, before any number and suffix."""
 
 _UNITS = {
     "": 1,
@@ -60,11 +61,18 @@ class Layout:
         files: The shards.
         place: Every tensor's place, in the order of the files and of the bytes in them.
         nbytes: The bytes of all tensors together (the index's ``total_size``).
+        stem: How the files are called: ``model``, or ``diffusion_pytorch_model`` for a part of a diffusers pipeline.
     """
 
     files: tuple[LayoutFile, ...]
     place: dict[str, Place]
     nbytes: int
+    stem: str = MODEL
+
+    @property
+    def index_name(self) -> str:
+        """The name of the index, where there are several files."""
+        return f"{self.stem}.safetensors.index.json"
 
     @property
     def size(self) -> int:
@@ -72,7 +80,7 @@ class Layout:
         return sum(file.size for file in self.files)
 
     def index(self) -> dict[str, Any] | None:
-        """The content of ``model.safetensors.index.json``, or ``None`` for a single file."""
+        """The content of the file `index_name`, or ``None`` for a single file."""
         if len(self.files) == 1:
             return None
         weight_map = {name: self.files[place.file].name for name, place in self.place.items()}
@@ -84,6 +92,7 @@ def plan_layout(
     tensors: Sequence[tuple[str, str, tuple[int, ...]]],
     shard_size: int = DEFAULT_SHARD_SIZE,
     metadata: Mapping[str, str] | None = None,
+    stem: str = MODEL,
 ) -> Layout:
     """Lay tensors out in shards.
 
@@ -95,6 +104,7 @@ def plan_layout(
         tensors: Name, safetensors dtype and shape of each.
         shard_size: The most tensor bytes in one file; a single larger tensor has a file of its own.
         metadata: Strings for the header beside ``{"format": "pt"}``.
+        stem: How the files are called.
 
     Raises:
         UsageError: A name twice, no tensors at all, or a shard size below 1.
@@ -106,9 +116,9 @@ def plan_layout(
     shards = _split(tensors, shard_size)
     count = len(shards)
     names = (
-        ["model.safetensors"]
+        [f"{stem}.safetensors"]
         if count == 1
-        else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+        else [f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     )
     files = []
     place: dict[str, Place] = {}
@@ -126,7 +136,7 @@ def plan_layout(
         seen: set[str] = set()
         twice = next(t[0] for t in tensors if t[0] in seen or seen.add(t[0]))  # type: ignore[func-returns-value]
         raise UsageError(f"the tensor {twice!r} would be written twice")
-    return Layout(tuple(files), place, total)
+    return Layout(tuple(files), place, total, stem)
 
 
 _Sized = tuple[str, str, tuple[int, ...], int]

@@ -66,8 +66,9 @@ def _load(path: Path) -> dict[str, Tensor]:
             where=where,
             hint="convert it to safetensors where you trust it",
         ) from None
-    if isinstance(found, dict):
-        found = next((found[w] for w in _WRAPPERS if isinstance(found.get(w), dict)), found)
+    for _ in range(2):  # a trainer's checkpoint may hold a model's
+        if isinstance(found, dict):
+            found = next((found[w] for w in _WRAPPERS if isinstance(found.get(w), dict)), found)
     if not isinstance(found, dict) or not found:
         raise DamagedCheckpoint(f"holds {type(found).__name__}, not a state dict", where=where)
     for name, value in found.items():

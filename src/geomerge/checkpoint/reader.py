@@ -20,6 +20,7 @@ from geomerge.checkpoint.folder import (
     read_index,
     weight_files,
 )
+from geomerge.checkpoint.gguf import gguf_files, read_gguf
 from geomerge.checkpoint.header import FileInfo, TensorInfo, read_header
 from geomerge.checkpoint.hub import Located, locate
 from geomerge.checkpoint.strict_json import read_json
@@ -33,7 +34,7 @@ __all__ = ["Checkpoint", "FileInfo", "TensorInfo", "from_state_dict", "open_chec
 
 @collector_paused()
 def open_checkpoint(ref: str, revision: str | None = None, *, allow_pickle: bool = False) -> Checkpoint:
-    """Open a model: a directory, a single ``.safetensors`` file, an index, or a hub id.
+    """Open a model: a directory, a single ``.safetensors`` or ``.gguf`` file, an index, or a hub id.
 
     A single file brings its directory's config and side files along only when it is that directory's
     ``model.safetensors``; for any other name they might belong to another model.
@@ -57,12 +58,17 @@ def open_checkpoint(ref: str, revision: str | None = None, *, allow_pickle: bool
             folder = path
             files, weight_map = weight_files(path)
             if not files and allow_pickle:
-                files = pickled_files(path)
+                files, weight_map = pickled_files(path)
             if not files:
-                raise no_weights(path)
+                ggufs = gguf_files(path)
+                if not ggufs:
+                    raise no_weights(path)
+                return _open_gguf(ref, located, path, ggufs)
         elif path.name.endswith(INDEX_SUFFIX):
             folder = path.parent
             files, weight_map = read_index(path)
+        elif path.suffix == ".gguf":
+            return _open_gguf(ref, located, None, gguf_files(path))
         else:
             folder = path.parent if path.name in ("model.safetensors", "pytorch_model.bin") else None
             files = [path]
@@ -71,7 +77,7 @@ def open_checkpoint(ref: str, revision: str | None = None, *, allow_pickle: bool
         raise ModelError(f"cannot be read: {error.strerror}", where=error.filename or ref) from None
     pickles = [file for file in files if is_pickle(file)]
     if pickles:
-        return _open_pickles(ref, located, folder, config, files, allow_pickle=allow_pickle)
+        return _open_pickles(ref, located, folder, config, files, weight_map, allow_pickle=allow_pickle)
     tensors, infos, metadata = _read_headers(files)
     if weight_map is not None:
         _check_index(path if path.is_file() else files[0].parent, tensors, weight_map)
@@ -106,6 +112,8 @@ def resident(checkpoint: Checkpoint) -> Checkpoint:
         {name: load(checkpoint, info) for name, info in checkpoint.tensors.items()},
         config=checkpoint.config,
         folder=checkpoint.folder,
+        quantization=checkpoint.quantization,
+        decoding=checkpoint.decoding,
     )
     factors = {name: load(checkpoint, info) for name, info in checkpoint.factors.items()}
     checkpoint.close()
@@ -118,6 +126,8 @@ def resident(checkpoint: Checkpoint) -> Checkpoint:
         config=checkpoint.config,
         tensors=held.tensors,
         memory={**held.memory, **factors},
+        quantization=checkpoint.quantization,
+        decoding=checkpoint.decoding,
         changes=checkpoint.changes,
         factors={name: replace(info, file=None, offset=0) for name, info in checkpoint.factors.items()},
         adapter=checkpoint.adapter,
@@ -149,6 +159,7 @@ def _in_memory(
     located: Located | None = None,
     folder: Path | None = None,
     files: tuple[FileInfo, ...] = (),
+    **coding: Any,
 ) -> Checkpoint:
     infos = {}
     for name, tensor in tensors.items():
@@ -156,7 +167,7 @@ def _in_memory(
             raise ModelError("is not an ordinary dense tensor", where=f"{ref}: {name}")
         dtype = from_torch(tensor.dtype)
         infos[name] = TensorInfo(name, dtype, tuple(tensor.shape), None, 0, tensor.numel() * tensor.element_size())
-    return Checkpoint(ref, located, folder=folder, config=config, tensors=infos, files=files, memory=tensors)
+    return Checkpoint(ref, located, folder=folder, config=config, tensors=infos, files=files, memory=tensors, **coding)
 
 
 def _open_pickles(
@@ -165,6 +176,7 @@ def _open_pickles(
     folder: Path | None,
     config: dict[str, Any] | None,
     files: list[Path],
+    weight_map: dict[str, str] | None,
     *,
     allow_pickle: bool,
 ) -> Checkpoint:
@@ -180,7 +192,30 @@ def _open_pickles(
         if folder is not None:
             check_contained(file, folder)
     infos, tensors = read_pickles(files)
+    astray = next(iter(tensors.keys() ^ weight_map.keys()), None) if weight_map is not None else None
+    if astray is not None:
+        place = "in the index and in no file" if astray not in tensors else "in a file and not in the index"
+        raise DamagedCheckpoint(f"tensor {astray!r} is {place}", where=str(files[0].parent))
     return _in_memory(ref, tensors, config=config, located=located, folder=folder, files=infos)
+
+
+def _open_gguf(ref: str, located: Located, folder: Path | None, files: list[Path]) -> Checkpoint:
+    if folder is not None:
+        for file in files:
+            check_contained(file, folder)
+    model = read_gguf(files)
+    config = _read_config(folder) if folder is not None and (folder / "config.json").exists() else model.config
+    return Checkpoint(
+        ref,
+        located,
+        folder=folder,
+        config=config,
+        tensors=model.tensors,
+        files=model.files,
+        quantization=model.quantization,
+        decoding=model.decoding,
+        notes=model.notes,
+    )
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from geomerge.checkpoint.strict_json import parse_json, read_json
 from geomerge.errors import DamagedCheckpoint, UsageError
 
 Kind = Literal["tokenizer", "chat_template", "generation", "processor", "licence", "code", "other"]
-"""``code`` is custom Python that ``auto_map`` names; ``other`` is what sentence-transformers needs."""
+"""``code`` is custom Python that ``auto_map`` names; ``other`` is what sentence-transformers and open_clip need."""
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
@@ -41,6 +41,7 @@ _PATTERNS: dict[Kind, tuple[str, ...]] = {
         "sentence_bert_config.json",
         "sentence_*_config.json",
         "config_sentence_transformers.json",
+        "open_clip_config.json",
     ),
 }
 _RELATIVE_IMPORT = re.compile(r"^[ \t]*from[ \t]+\.([\w.]*)[ \t]+import[ \t]+(.+)", re.MULTILINE)

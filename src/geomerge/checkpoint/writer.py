@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from geomerge.checkpoint.folder import check_name
-from geomerge.checkpoint.layout import INDEX_NAME, Layout, LayoutFile, Place, parse_size, plan_layout
+from geomerge.checkpoint.layout import Layout, LayoutFile, Place, parse_size, plan_layout
 from geomerge.checkpoint.output_lock import LOCK, sign_lock, take_lock
 from geomerge.checkpoint.output_place import check_place, replaceable
 from geomerge.errors import GeomergeError, RunError, UsageError
@@ -149,7 +149,7 @@ class OutputDirectory:
                 raise disk_error(error, path, layout.size) from None
         index = layout.index()
         if index is not None:
-            self.write_json(INDEX_NAME, index)
+            self.write_json(layout.index_name, index)
 
     def write_json(self, name: str, content: Any) -> None:
         """Write a JSON file, indented by two as the ecosystem does."""

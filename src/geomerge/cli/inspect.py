@@ -61,7 +61,7 @@ def inspect(
     if bad:
         first = next(iter(bad))
         raise NotFiniteError(
-            f"{len(bad)} of {len(checkpoint.tensors)} tensors hold NaN or Inf, the first is {first}",
+            f"{len(bad)} of {len(checkpoint.logical)} tensors hold NaN or Inf, the first is {first}",
             where=model,
             hint="a merge with this model would be refused",
         )
@@ -74,15 +74,13 @@ def _describe(checkpoint: Checkpoint, found: Anatomy) -> dict[str, Any]:
     from geomerge.cli.patterns import grouped
     from geomerge.engine.adapted import describe
 
-    dtypes = {
-        name: recipe_name(checkpoint.changes[name].dtype if name in checkpoint.changes else info.dtype)
-        for name, info in checkpoint.tensors.items()
-    }
+    shapes = checkpoint.shapes
+    dtypes = {name: recipe_name(dtype) for name, dtype in checkpoint.dtypes.items()}
 
     def alike(name: str) -> tuple[Any, ...]:
-        return checkpoint.tensors[name].shape, dtypes[name], found.parts[name].role
+        return shapes[name], dtypes[name], found.parts[name].role
 
-    groups = grouped(checkpoint.tensors, lambda name: name, alike)
+    groups = grouped(shapes, lambda name: name, alike)
     config = checkpoint.config or {}
     return {
         "model": checkpoint.ref,
@@ -93,12 +91,12 @@ def _describe(checkpoint: Checkpoint, found: Anatomy) -> dict[str, Any]:
         "model_type": config.get("model_type"),
         "files": [{"name": f.path.name, "bytes": f.size} for f in checkpoint.files],
         "bytes": checkpoint.nbytes,
-        **summary(found, checkpoint.shapes, dtypes),
+        **summary(found, shapes, dtypes),
         "shapes": [
             {
                 "pattern": group.pattern,
                 "tensors": len(group.items),
-                "shape": list(checkpoint.tensors[group.items[0]].shape),
+                "shape": list(shapes[group.items[0]]),
                 "dtype": dtypes[group.items[0]],
                 "role": found.parts[group.items[0]].role,
             }
@@ -106,6 +104,7 @@ def _describe(checkpoint: Checkpoint, found: Anatomy) -> dict[str, Any]:
         ],
         "quantization": checkpoint.quantization,
         "adapter": describe(checkpoint),
+        "undecodable": checkpoint.decoding.refusal,
         "fingerprint": checkpoint.fingerprint(),
         "sha256": None,
         "not_finite": None,

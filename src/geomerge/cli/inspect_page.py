@@ -41,7 +41,9 @@ def _header(model: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("buffers", f"{count(len(model['buffers']), 'tensor')} never merged: {clean(model['buffers'][0])}"))
     if model["quantization"]:
         method = clean(model["quantization"].get("quant_method", "unknown"))
-        rows.append(("quantised", f"{method}: the stored numbers are codes"))
+        why = model["undecodable"]
+        what = "its codes are decoded for a merge" if why is None else f"it cannot be merged: {clean(why)}"
+        rows.append(("quantised", f"{method}: {what}"))
     if model["adapter"]:
         rows.append(("adapter", _adapter(model["adapter"])))
         rows += [("note", clean(note)) for note in model["adapter"]["notes"]]

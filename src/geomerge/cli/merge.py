@@ -97,6 +97,7 @@ def _as_json(plan: Plan, report: Report, progress: Silent) -> dict[str, Any]:
         "seconds": round(report.seconds, 3),
         "bytes_per_second": round(_rate(report, progress)),
         "rounding_loss": report.rounding_loss,
+        "codes": [{"tensor": name, "error": error, "parents": parents} for name, error, parents in report.codes],
         "notes": list(report.notes),
     }
 
@@ -104,6 +105,19 @@ def _as_json(plan: Plan, report: Report, progress: Silent) -> dict[str, Any]:
 def _rate(report: Report, progress: Silent) -> float:
     """Bytes of the output written in a second by this run."""
     return (report.nbytes - progress.before) / max(report.seconds, 1e-9)
+
+
+def _codes(report: Report) -> str:
+    """What writing tensors as codes cost."""
+    from geomerge.cli.console import clean, count
+    from geomerge.engine.codes import ALLOWED
+
+    errors = [error for _, error, _ in report.codes]
+    worst = max(report.codes, key=lambda each: each[1])
+    mean = sum(errors) / len(errors)
+    text = f"{count(len(errors), 'tensor')}, error {mean:.2%} on average, {worst[1]:.2%} in {clean(worst[0])}"
+    beyond = [name for name, error, parents in report.codes if error > ALLOWED * parents]
+    return text if not beyond else f"{text}; {len(beyond)} lose more than {ALLOWED} times what their parents lose"
 
 
 def _show(plan: Plan, report: Report, progress: Silent) -> None:
@@ -119,5 +133,7 @@ def _show(plan: Plan, report: Report, progress: Silent) -> None:
     loss = rounding(plan, report.rounding_loss)
     if loss is not None:
         rows.append(("loss", loss))
+    if report.codes:
+        rows.append(("codes", _codes(report)))
     rows += [("note", clean(note)) for note in report.notes]
     show(facts(rows))

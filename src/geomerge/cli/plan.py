@@ -90,7 +90,7 @@ def planned(
         raise UsageError(
             "a saved plan's profile cannot be changed", where=recipe, hint="give --compat when the plan is made"
         )
-    return made, open_inputs(made) if reopen else []
+    return made, open_inputs(made, allow_pickle=allow_pickle) if reopen else []
 
 
 def _is_saved(path: Path) -> bool:

@@ -119,7 +119,16 @@ def extract(
     finally:
         for checkpoint in opened:
             checkpoint.close()
-    return Report(final, time.perf_counter() - begun, plan.nbytes, len(nodes), 0, None, plan.notes)
+    return Report(
+        out=final,
+        seconds=time.perf_counter() - begun,
+        nbytes=plan.nbytes,
+        tensors=len(nodes),
+        resumed=0,
+        rounding_loss=None,
+        codes=(),
+        notes=plan.notes,
+    )
 
 
 def _check(held: Checkpoint, nodes: list[Node], number: int, place: Path) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from geomerge.checkpoint.checkpoint import Checkpoint
 from geomerge.checkpoint.dtypes import DTYPES
-from geomerge.checkpoint.layout import INDEX_NAME, plan_layout
+from geomerge.checkpoint.layout import plan_layout
 from geomerge.checkpoint.writer import OutputDirectory, disk_error
 from geomerge.continual.rules import Rule
 from geomerge.continual.state import FOLDER
@@ -57,7 +57,7 @@ class SumFile:
                 raise disk_error(error, path, self._layout.size) from None
         index = self._layout.index()
         if index is not None:
-            output.write_json(f"{FOLDER}/{INDEX_NAME}", index)
+            output.write_json(f"{FOLDER}/{self._layout.index_name}", index)
 
     def write(self, name: str, start: int, values: Tensor) -> None:
         """Write a tensor's elements from `start` on: flat float64."""

@@ -296,6 +296,6 @@ def _lacking(parents: Parents, names: tuple[str, str]) -> list[Difference]:
 
 
 def _quantised(a: Model, b: Model, names: tuple[str, str]) -> list[Difference]:
-    coded = [n for m, n in zip((a, b), names, strict=True) if m.checkpoint is not None and m.checkpoint.scaled]
+    coded = [n for m, n in zip((a, b), names, strict=True) if m.checkpoint is not None and m.checkpoint.coded]
     advice = "codes are decoded for the merge; the original 16-bit model gives a better one"
-    return [Difference("note", "quantisation", f"{name} is stored as 8-bit codes", advice) for name in coded]
+    return [Difference("note", "quantisation", f"{name} is stored as codes", advice) for name in coded]

@@ -15,6 +15,7 @@ from geomerge import anatomy
 from geomerge.anatomy import Anatomy
 from geomerge.checkpoint.change import Change
 from geomerge.checkpoint.checkpoint import Checkpoint
+from geomerge.checkpoint.coded import Coded, Decoding
 from geomerge.checkpoint.config import edit_config
 from geomerge.checkpoint.dtypes import DTYPES
 from geomerge.checkpoint.folder import LoneAdapter
@@ -22,7 +23,6 @@ from geomerge.checkpoint.header import TensorInfo
 from geomerge.checkpoint.hub import Located
 from geomerge.checkpoint.lora import Adapter, LowRank, open_adapter
 from geomerge.checkpoint.reader import load, open_checkpoint
-from geomerge.checkpoint.scaled import SCALE
 from geomerge.engine.adapter_names import base_names
 from geomerge.errors import IncompatibleModels, ModelError
 from geomerge.recipe.values import ModelRef
@@ -87,7 +87,7 @@ class _Fit:
     def __init__(self, base: Checkpoint, adapter: Adapter, ref: str) -> None:
         self.base, self.adapter, self.ref = base, adapter, ref
         self.anatomy: Anatomy = anatomy.read(base.shapes, base.config)
-        self.tensors: dict[str, TensorInfo] = dict(base.tensors)
+        self.tensors: dict[str, Coded | TensorInfo] = dict(base.logical)
         self.memory = dict(base.memory)
         self.changes: dict[str, Change] = {}
         self.config = base.config
@@ -117,12 +117,15 @@ class _Fit:
             self.memory |= {name: load(adapter.weights, info) for name, info in wanted.items()}
             wanted = {name: replace(info, file=None, offset=0) for name, info in wanted.items()}
         adapter.weights.close()
+        tensors, decoding = self._stored()
         return Checkpoint(
             self.ref,
             None if base.path is None else Located(base.path, base.hub_id, base.revision),
             folder=base.folder,
             config=self.config,
-            tensors=self.tensors,
+            tensors=tensors,
+            quantization=base.quantization,
+            decoding=decoding,
             files=(*base.files, *adapter.weights.files),
             metadata=base.metadata,
             memory=self.memory,
@@ -132,6 +135,21 @@ class _Fit:
             tokenizer_folder=self._tokenizer(rows),
             notes=tuple(self.notes),
         )
+
+    def _stored(self) -> tuple[dict[str, TensorInfo], Decoding]:
+        """What lies in the files, and what of it is decoded: the base's, but for tensors that are replaced or untied."""
+        tensors, coded = dict(self.base.tensors), dict(self.base.coded)
+        for name, each in self.tensors.items():
+            if each is self.base.logical.get(name):
+                continue
+            if name in coded:
+                for part in coded.pop(name).stored:
+                    tensors.pop(part, None)
+            if isinstance(each, TensorInfo):
+                tensors[name] = each
+            else:
+                coded[name] = each
+        return tensors, replace(self.base.decoding, coded=coded)
 
     def _known(self) -> set[str]:
         """Names that an adapter may speak of: the base's tensors, and other names of its tied ones."""
@@ -201,12 +219,12 @@ class _Fit:
                 if axis is None or len(new.shape) != len(old.shape) or cut != old.shape[:axis] + old.shape[axis + 1 :]:
                     raise self._shapes(name, f"{list(new.shape)}", old)
                 rows.add(new.shape[axis])
-            dtype = self.base.dtype(name) if name in self.base.tensors else old.dtype
-            self.tensors[name] = replace(new, name=name)
-            self.tensors.pop(name + SCALE, None)
+            dtype = self._dtype(name)
+            placed = replace(new, name=name)
             if self.base.memory:
                 self.memory[name] = load(self.adapter.weights, new)
-                self.tensors[name] = replace(self.tensors[name], file=None, offset=0)
+                placed = replace(placed, file=None, offset=0)
+            self.tensors[name] = placed
             if new.dtype != dtype:
                 self.changes[name] = Change(dtype)
         if not rows:
@@ -259,9 +277,9 @@ class _Fit:
         self.changes[name] = Change(self._dtype(name), low.bias, scale=low.scale)
 
     def _dtype(self, name: str) -> str:
-        return self.base.dtype(name) if name in self.base.tensors else self.tensors[name].dtype
+        return self.tensors[name].dtype
 
-    def _shapes(self, name: str, has: str, info: TensorInfo) -> IncompatibleModels:
+    def _shapes(self, name: str, has: str, info: Coded | TensorInfo) -> IncompatibleModels:
         return IncompatibleModels(
             f"the adapter has {has} for {name}, which has the shape {list(info.shape)} in the base",
             where=self.ref,

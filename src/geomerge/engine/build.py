@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 
 from geomerge.checkpoint.checkpoint import Checkpoint
+from geomerge.checkpoint.coded.scaled import Scaled
 from geomerge.checkpoint.dtypes import to_torch
 from geomerge.engine import rounding
+from geomerge.engine.codes import own_error
 from geomerge.engine.lora import LoraSource
 from geomerge.engine.matrices import ROOM
 from geomerge.engine.plan import Node, Operand, Plan
-from geomerge.engine.sources import FileSource, HeldSource, RowSource, StageSource
-from geomerge.engine.stored import raw_source, stored_source
+from geomerge.engine.sources import FileSource, HeldSource, RowSource, StageSource, StoredParts
+from geomerge.engine.stored import stored_source
 from geomerge.engine.transforms import Transforms
 from geomerge.methods import gram
 from geomerge.methods.base import Matrix, Span
@@ -159,16 +161,18 @@ class Builder:
             self._named.update((n.name, n) for n in self.plan.output_nodes())
         return self._named[name]
 
-    def scales(self, node: Node) -> list[Tensor]:
-        """The scales of those of a node's operands that are codes."""
-        found = []
+    def parents_as_codes(self, node: Node) -> list[Tensor | float]:
+        """The scales of those of a node's operands that are codes; if none is, what each would lose in the node's scheme."""
+        found: list[Tensor | float] = []
         for operand in node.operands:
-            scaled = (self.inputs[operand.input].scaled or {}).get(operand.tensor) if operand.input >= 0 else None
-            if scaled is not None:
-                info = self.inputs[operand.input].tensors[scaled.scale]
-                values = torch.empty(math.prod(info.shape), dtype=torch.float64)
-                raw_source(self.inputs[operand.input], info, self._label(operand)).read(0, values)
-                found.append(values)
+            coded = self.inputs[operand.input].coded.get(operand.tensor) if operand.input >= 0 else None
+            if isinstance(coded, Scaled) and coded.encodable:
+                parts = StoredParts(self.inputs[operand.input], self._label(operand))
+                found.append(parts.whole(coded.scale).reshape(-1).double())
+        if not found:
+            rows = max(self.node(node.scales).numel, 1)
+            sources = [self.source(operand, node) for operand in node.operands]
+            found += [own_error(source, rows, node.numel // rows, node.dtype) for source in sources]
         return found
 
     def rounding(self, node: Node) -> Callable[[int, Tensor], Tensor]:

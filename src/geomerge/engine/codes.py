@@ -1,15 +1,16 @@
-"""Writing a merge back as 8-bit codes with scales, the scheme of the model that it came from.
+"""Writing a merge as 8-bit codes with scales: the scheme of the model that it came from, or one that the recipe asks for.
 
 A row's scale is its largest magnitude over the largest code, rounded to the scales' dtype; a code is the element over the
 scale, rounded to nearest. The error ‖decoded − θ‖/‖θ‖ of each tensor is compared with what the parents' own codes cost them,
-which their scales tell: rounding to a grid of step s costs s²/12 for an element. Where the merge would lose more than
+which their scales tell: rounding to a grid of step s costs s²/12 for an element (for parents that are no codes: with what they
+would lose in this scheme). Where the merge would lose more than
 `ALLOWED` times as much, smaller scales are tried (a few outliers are then clipped for the sake of all others).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from geomerge.checkpoint.dtypes import to_torch
+from geomerge.methods.tile import TILE, Source
 
 if TYPE_CHECKING:
     from geomerge.methods.kernel import Prepared
@@ -57,7 +59,7 @@ def encode(
     *,
     codes: str,
     scale: str,
-    parents: Sequence[Tensor],
+    parents: Sequence[Tensor | float],
     write: Callable[[int, Tensor], None],
 ) -> tuple[Tensor, Coded]:
     """Compute a tensor and write its codes.
@@ -67,7 +69,7 @@ def encode(
         rows, columns: How many scales it has, and how many elements share one.
         codes: The codes' dtype by safetensors name.
         scale: The scales' dtype.
-        parents: The scales of each parent that has some.
+        parents: The scales of each parent that is stored as codes, or what one that is not would lose.
         write: Takes the start and the codes of each tile.
 
     Returns:
@@ -84,7 +86,8 @@ def encode(
 
     _walk(prepared, look)
     # What the grid costs an element is s²/12 for whole numbers; a float's step grows with it, on average as computed here.
-    own = max((_grid(s, columns, codes, squared) for s in parents), default=math.inf)
+    losses = [p if isinstance(p, float) else _grid(p, columns, codes, squared) for p in parents]
+    own = max(losses, default=math.inf)
     chosen, best = None, math.inf
     for shrink in SHRINK:
         scales = (largest * (shrink / LARGEST[codes])).to(to_torch(scale)).double()
@@ -112,6 +115,29 @@ def encode(
     _walk(prepared, store)
     norm = math.sqrt(squared) or 1.0
     return scales.to(to_torch(scale)), Coded(math.sqrt(best) / norm, own, shrink)
+
+
+def own_error(source: Source, rows: int, columns: int, codes: str) -> float:
+    """‖decoded − θ‖/‖θ‖ of a tensor that would be stored in this scheme, clipping nothing."""
+    largest = torch.zeros(rows, dtype=torch.float64)
+    for start, values in _read(source, rows * columns):
+        for row, piece in _by_row(start, values, columns):
+            largest[row : row + len(piece)] = torch.maximum(largest[row : row + len(piece)], piece.abs().amax(1))
+    scales = largest / LARGEST[codes]
+    error = squared = 0.0
+    for start, values in _read(source, rows * columns):
+        squared += float(torch.dot(values, values))
+        for row, piece in _by_row(start, values, columns):
+            step = scales[row : row + len(piece), None]
+            error += float(((_code(piece, step, codes).double() * step - piece) ** 2).sum())
+    return math.sqrt(error / squared) if squared else 0.0
+
+
+def _read(source: Source, numel: int) -> Iterator[tuple[int, Tensor]]:
+    for start in range(0, numel, TILE):
+        values = torch.empty(min(TILE, numel - start), dtype=torch.float64)
+        source.read(start, values)
+        yield start, values
 
 
 def _walk(prepared: Prepared, look: Callable[[int, Tensor], None]) -> None:

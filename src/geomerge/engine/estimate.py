@@ -175,7 +175,7 @@ def _bytes_read(plan: Plan, node: Node, inputs: Sequence[Checkpoint]) -> int:
         if operand.node >= 0:
             total += passes * _bytes_read(plan, plan.nodes[operand.node], inputs)
         else:
-            total += passes * inputs[operand.input].tensors[operand.tensor].nbytes
+            total += passes * inputs[operand.input].stored_bytes(operand.tensor)
     return total
 
 

@@ -128,7 +128,7 @@ class Work:
             node.numel // rows,
             codes=node.dtype,
             scale=scales.dtype,
-            parents=self.builder.scales(node),
+            parents=self.builder.parents_as_codes(node),
             write=write,
         )
         self.sink.write(scales, 0, found)

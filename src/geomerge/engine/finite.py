@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from geomerge.checkpoint.checkpoint import Checkpoint
+from geomerge.checkpoint.coded import Coded
 from geomerge.checkpoint.dtypes import DTYPES
 from geomerge.checkpoint.header import TensorInfo
 from geomerge.engine.execute import cores
@@ -19,7 +20,9 @@ from geomerge.engine.sources import FileSource
 from geomerge.engine.stored import stored_source
 from geomerge.methods.tile import SEGMENT, TILE, Source, TensorSource
 
-_Piece = tuple[TensorInfo, int, int]
+_Stored = TensorInfo | Coded
+
+_Piece = tuple[_Stored, int, int]
 """A tensor, the first of its elements and how many of them."""
 
 
@@ -39,8 +42,8 @@ class NotFinite:
 
 
 def floating_bytes(checkpoint: Checkpoint) -> int:
-    """The bytes that `find_not_finite` reads."""
-    return sum(info.nbytes for info in checkpoint.tensors.values() if _can_be_bad(info))
+    """The bytes that `find_not_finite` reads, or that what it decodes would have."""
+    return sum(math.prod(t.shape) * DTYPES[t.dtype].itemsize for t in checkpoint.logical.values() if _can_be_bad(t))
 
 
 def find_not_finite(
@@ -80,7 +83,7 @@ def find_not_finite(
         stop.set()
         pool.shutdown(wait=True, cancel_futures=True)
         torch.set_num_threads(before)
-    return {name: found[name] for name in checkpoint.tensors if name in found}
+    return {name: found[name] for name in checkpoint.logical if name in found}
 
 
 def _settle(futures: list[Future[None]]) -> None:
@@ -89,7 +92,7 @@ def _settle(futures: list[Future[None]]) -> None:
         future.result()
 
 
-def _can_be_bad(info: TensorInfo) -> bool:
+def _can_be_bad(info: _Stored) -> bool:
     return DTYPES[info.dtype].kind in ("float", "float8", "complex")
 
 
@@ -97,12 +100,13 @@ def _bundles(checkpoint: Checkpoint) -> Iterator[list[_Piece]]:
     """Work for one thread at a time: about a segment of elements, from one tensor or from many small ones."""
     bundle: list[_Piece] = []
     elements = 0
-    for stored in checkpoint.tensors.values():
+    for stored in checkpoint.logical.values():
         if not _can_be_bad(stored):
             continue
-        # A complex number is not finite when one of its two halves is not.
-        info = stored if stored.dtype != "C64" else replace(stored, dtype="F32")
-        numel = info.nbytes // DTYPES[info.dtype].itemsize
+        info, numel = stored, math.prod(stored.shape)
+        if isinstance(stored, TensorInfo) and stored.dtype == "C64":
+            # A complex number is not finite when one of its two halves is not.
+            info, numel = replace(stored, dtype="F32"), 2 * numel
         for start in range(0, numel, SEGMENT):
             count = min(SEGMENT, numel - start)
             bundle.append((info, start, count))
@@ -114,9 +118,9 @@ def _bundles(checkpoint: Checkpoint) -> Iterator[list[_Piece]]:
         yield bundle
 
 
-def _source(checkpoint: Checkpoint, info: TensorInfo) -> Source:
+def _source(checkpoint: Checkpoint, info: _Stored) -> Source:
     label = f"{checkpoint.ref}: {info.name}"
-    if info.name in checkpoint.changes:
+    if info.name in checkpoint.changes or not isinstance(info, TensorInfo):
         return stored_source(checkpoint, info.name, label)
     if info.file is not None:
         return FileSource(checkpoint.descriptor(info.file), info, label)

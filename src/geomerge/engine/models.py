@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 from geomerge import anatomy
 from geomerge.anatomy import Anatomy
 from geomerge.checkpoint.checkpoint import Checkpoint
-from geomerge.checkpoint.scaled import companions
 from geomerge.engine.adapted import open_model
 from geomerge.engine.plan import Operand
 from geomerge.errors import IncompatibleModels, RecipeError
@@ -71,6 +70,14 @@ class Model:
             self._vocabulary.append(Vocabulary.load(self.tokenizer_folder) if self.tokenizer_folder else None)
         return self._vocabulary[0]
 
+    @property
+    def codes(self) -> str | None:
+        """What a user should know of a model that is stored as codes."""
+        if self.checkpoint is None or not self.checkpoint.coded or self.checkpoint.quantization is None:
+            return None
+        scheme = _scheme(self.checkpoint.quantization)
+        return f"{self} is quantised ({scheme}) and decoded for the merge; its original 16-bit model makes a better one"
+
     def embedding_rows(self) -> int | None:
         """Rows of the largest matrix over the vocabulary."""
         sizes = [
@@ -122,27 +129,22 @@ class Models:
 
     def _open(self, ref: ModelRef) -> Model:
         checkpoint = open_model(ref, given=self._given, allow_pickle=self._allow_pickle)
-        if checkpoint.scaled is None:
+        if checkpoint.decoding.refusal is not None:
             assert checkpoint.quantization is not None
             raise IncompatibleModels(
-                f"the model is quantised ({_scheme(checkpoint.quantization)}); merging its codes would destroy it",
+                f"the model is quantised ({_scheme(checkpoint.quantization)}) and cannot be decoded: "
+                f"{checkpoint.decoding.refusal}; merging its codes would destroy it",
                 where=str(ref),
                 hint="name the original 16-bit model, or dequantise it first",
             )
         index = len(self.inputs)
         self.inputs.append(checkpoint)
-        scaled = checkpoint.scaled
-        hidden = companions(checkpoint.tensors, scaled)
-        tensors = {
-            name: Kind(checkpoint.dtype(name), info.shape)
-            for name, info in checkpoint.tensors.items()
-            if name not in hidden
-        }
+        tensors = {name: Kind(checkpoint.dtype(name), each.shape) for name, each in checkpoint.logical.items()}
         return Model(
             ref=ref,
             tensors=tensors,
             anatomy=self.anatomy(tensors, checkpoint.config),
-            config=plain_config(checkpoint.config) if scaled else checkpoint.config,
+            config=plain_config(checkpoint.config) if checkpoint.coded else checkpoint.config,
             operand=lambda name: Operand(index, name),
             checkpoint=checkpoint,
             folder=checkpoint.folder,

@@ -20,11 +20,12 @@ from geomerge.checkpoint.checkpoint import Checkpoint
 from geomerge.checkpoint.collector import collector_paused
 from geomerge.checkpoint.dtypes import DTYPES, parse_dtype
 from geomerge.engine.alignment import FOLDED, Alignment
+from geomerge.engine.encoding import Encoding
 from geomerge.engine.lineup import Entrant, Lineup
 from geomerge.engine.matrices import rest, weighs
 from geomerge.engine.models import Kind, Model, Models
 from geomerge.engine.output import describe_output, licence_of
-from geomerge.engine.plan import BUFFER, SCALES, InputModel, Node, Operand, Plan, Rotation, Rows, Stage, Transform
+from geomerge.engine.plan import BUFFER, InputModel, Node, Operand, Plan, Rotation, Rows, Stage, Transform
 from geomerge.engine.schedule import Schedule
 from geomerge.engine.vocabularies import Vocabularies
 from geomerge.errors import IncompatibleModels, RecipeError
@@ -162,11 +163,14 @@ class _Recipe:
                 hint="methods that do: "
                 + ", ".join(sorted(n for n, m in registry.all_methods().items() if _informed(m))),
             )
-        if recipe.requantize and not (self.donor.checkpoint and self.donor.checkpoint.scaled):
+        if recipe.requantize and recipe is not planner.pipeline.output:
             raise RecipeError(
-                f"`requantize: same` needs a base (or first) model that is stored as codes; {self.donor} is not",
+                "`requantize` is for the last recipe of a file: a later one would merge codes",
                 where=str(recipe.at("requantize")),
             )
+        self.encoding = Encoding(recipe, self.donor)
+        planner.notes += () if self.donor.checkpoint is None else self.donor.checkpoint.notes
+        planner.notes += [note for m in self.members if (note := m.codes) is not None]
         self.vocabularies = Vocabularies(recipe, self.members, base, planner.rows)
         self.alignment = Alignment(
             recipe,
@@ -200,7 +204,7 @@ class _Recipe:
         for module, lineups in zip(self.recipe.modules, self.lineups, strict=True):
             for part, lineup, entered, t in self._tensors(module, lineups):
                 node = self._node(part, lineup, entered, t)
-                for each in () if node is None else self._encoded(node):
+                for each in () if node is None else self.encoding.nodes(node, part):
                     self.parts[part.name] = part
                     made.append(len(self.planner.nodes))
                     self.planner.nodes.append(each)
@@ -392,19 +396,6 @@ class _Recipe:
             stage=self.stage,
             group=_group(part) if isinstance(method, Span) and method.grouped else "",
             statistics=self._statistics(names[0], shape),
-        )
-
-    def _encoded(self, node: Node) -> tuple[Node, ...]:
-        """The node; or, where the recipe asks for it and the donor has codes, one for the codes and one for their scales."""
-        checkpoint = self.donor.checkpoint
-        scaled = (checkpoint.scaled or {}).get(node.name) if checkpoint is not None and self.recipe.requantize else None
-        if scaled is None or node.method is None:
-            return (node,)
-        assert checkpoint is not None
-        shape = checkpoint.tensors[scaled.scale].shape
-        return (
-            replace(node, dtype=checkpoint.tensors[node.name].dtype, scales=scaled.scale),
-            Node(scaled.scale, shape, scaled.dtype, (), None, rule=SCALES, stage=self.stage),
         )
 
     def _statistics(self, name: str, shape: tuple[int, ...]) -> tuple[Operand, ...]:
@@ -637,8 +628,7 @@ class _Recipe:
             aligned=bool(self.alignment.untied),
         )
         if config is not None and any(self.planner.nodes[i].scales for i in made):
-            assert self.donor.checkpoint is not None
-            config["quantization_config"] = (self.donor.checkpoint.config or {}).get("quantization_config", {})
+            config["quantization_config"] = self.encoding.statement([self.planner.nodes[i] for i in made])
         # What an earlier stage laid out is gone when the plan is carried out: name its originals.
         real = {name: self.planner.laid_out.get(path, path) for name, path in copies.items()}
         texts |= {name: content for name, content in real.items() if isinstance(content, str)}

@@ -16,6 +16,7 @@ from torch import Tensor
 from geomerge.checkpoint.card import Parent, model_card
 from geomerge.checkpoint.checkpoint import Checkpoint
 from geomerge.checkpoint.collector import collector_paused
+from geomerge.checkpoint.config import library_of, weights_stem
 from geomerge.checkpoint.layout import DEFAULT_SHARD_SIZE, plan_layout
 from geomerge.checkpoint.lora import open_adapter
 from geomerge.checkpoint.reader import open_checkpoint
@@ -61,6 +62,8 @@ class Report:
         seconds: From opening the output to its name, measured by a monotonic clock.
         nbytes: Bytes of tensors in the output.
         tensors, resumed: How many tensors it has, and how many of them an earlier run had written.
+        codes: For each tensor that was written as codes: its name, their error, and what its parents' codes lose, as shares
+            of the tensor's norm.
         rounding_loss: The share of the task vectors' norm that rounding took, estimated on a sample.
         notes: What the user should know.
     """
@@ -71,6 +74,7 @@ class Report:
     tensors: int
     resumed: int
     rounding_loss: float | None
+    codes: tuple[tuple[str, float, float], ...]
     notes: tuple[str, ...]
 
 
@@ -117,7 +121,9 @@ def run_plan(
         builder = _builder(plan, opened, device, tile)
         nodes = list(plan.output_nodes())
         looking = survey_bytes(plan)
-        layout = plan_layout([(n.name, n.dtype, n.shape) for n in nodes], shard_size, {"geomerge": __version__})
+        kinds = [(n.name, n.dtype, n.shape) for n in nodes]
+        shard_size = _shard_size(plan, shard_size)
+        layout = plan_layout(kinds, shard_size, {"geomerge": __version__}, weights_stem(plan.config))
         places = [Path(p) for i in plan.inputs for p in (i.path, i.adapter) if p]
         with OutputDirectory(out, force, resume, inputs=places, durable=durable) as output:
             output.create(layout)
@@ -189,6 +195,7 @@ def run_plan(
         tensors=len(nodes),
         resumed=len(nodes) - len(left),
         rounding_loss=total_loss(facts).share,
+        codes=tuple((nodes[i].name, *f["codes"][:2]) for i, f in sorted(facts.items()) if "codes" in f),
         notes=plan.notes,
     )
 
@@ -214,15 +221,20 @@ def run_in_memory(
             checkpoint.close()
 
 
-def open_inputs(plan: Plan) -> list[Checkpoint]:
+def open_inputs(plan: Plan, *, allow_pickle: bool = False) -> list[Checkpoint]:
     """Open a saved plan's inputs.
+
+    Args:
+        plan: The plan.
+        allow_pickle: Read pickled weights (weights only).
 
     Raises:
         RunError: An input is not the one that the plan was made for.
     """
     opened: list[Checkpoint] = []
     try:
-        opened.extend(map(_open_input, plan.inputs))
+        for model in plan.inputs:
+            opened.append(_open_input(model, allow_pickle=allow_pickle))  # noqa: PERF401 - what is open is to be closed
     except BaseException:
         for checkpoint in opened:
             checkpoint.close()
@@ -230,10 +242,10 @@ def open_inputs(plan: Plan) -> list[Checkpoint]:
     return opened
 
 
-def _open_input(model: InputModel) -> Checkpoint:
+def _open_input(model: InputModel, *, allow_pickle: bool) -> Checkpoint:
     if not model.path:
         raise UsageError(f"the model {model.ref} was in memory when the plan was made; it cannot be opened again")
-    checkpoint = open_checkpoint(model.path)
+    checkpoint = open_checkpoint(model.path, allow_pickle=allow_pickle)
     if model.adapter:
         checkpoint = adapt(checkpoint, open_adapter(model.adapter), model.ref)
     files = tuple((f.path.name, f.size, f.header_sha256) for f in checkpoint.files)
@@ -277,6 +289,12 @@ def _builder(plan: Plan, opened: Sequence[Checkpoint], device: str, tile: int | 
     )
 
 
+def _shard_size(plan: Plan, asked: int) -> int:
+    """Without a config there is nobody who would read several files (Stable Diffusion's single files, bare state dicts), so
+    the usual size does not cut such a model."""
+    return max(plan.nbytes, 1) if plan.config is None and asked == DEFAULT_SHARD_SIZE else asked
+
+
 def _identity(plan: Plan, shard_size: int, device: torch.device) -> str:
     return f"{plan.hash}/{shard_size}/{device.type}/{__version__}"
 
@@ -313,7 +331,7 @@ def _card(plan: Plan, name: str) -> str:
         )
         for k, i in enumerate(plan.inputs)
     ]
-    library = "transformers" if plan.config is not None else "safetensors"
+    library = library_of(plan.config) or "safetensors"
     return model_card(
         name=name,
         method=method.name,

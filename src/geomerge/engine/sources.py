@@ -7,6 +7,7 @@ is read gives an error instead of a bus error.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -19,11 +20,13 @@ from torch import Tensor
 from geomerge.checkpoint.dtypes import DTYPES, to_torch
 from geomerge.errors import RunError
 from geomerge.methods.kernel import Prepared
-from geomerge.methods.tile import empty
+from geomerge.methods.tile import TensorSource, empty
 from geomerge.tokens.rows import MEAN, PAD
 
 if TYPE_CHECKING:
-    from geomerge.checkpoint.reader import TensorInfo
+    from geomerge.checkpoint.checkpoint import Checkpoint
+    from geomerge.checkpoint.coded import Coded
+    from geomerge.checkpoint.header import TensorInfo
     from geomerge.methods.tile import Segment, Source
     from geomerge.tokens.rows import RowPlan
 
@@ -102,41 +105,52 @@ class HeldSource:
         out.copy_(self._held[start : start + out.numel()])
 
 
-class ScaledSource:
-    """8-bit codes times a scale for each row (or one for all), exact in the dtype that it names.
+class StoredParts:
+    """The stored tensors of a checkpoint that one tensor is decoded from: see `geomerge.checkpoint.coded.Parts`."""
 
-    Args:
-        codes: The codes.
-        scale: The scales.
-        rows, columns: How many scales there are, and how many elements share one.
-    """
-
-    def __init__(self, codes: Source, scale: Source, rows: int, columns: int) -> None:
-        self.label = codes.label
-        # A code has at most 8 significant bits; with those of a 16-bit scale the product fits into float32.
-        self.dtype = torch.float32 if scale.dtype in (torch.bfloat16, torch.float16) else torch.float64
-        self._codes, self._scale, self._rows, self._columns = codes, scale, rows, columns
+    def __init__(self, checkpoint: Checkpoint, label: str) -> None:
+        self._checkpoint, self._label = checkpoint, label
         self._lock = threading.Lock()
-        self._scales: Tensor | None = None
+        self._held: dict[str, Tensor] = {}
+
+    def elements(self, name: str, start: int, stop: int) -> Tensor:
+        info = self._checkpoint.tensors[name]
+        if info.file is None:
+            return self._checkpoint.memory[name].reshape(-1)[start:stop]
+        itemsize = DTYPES[info.dtype].itemsize
+        raw = torch.empty((stop - start) * itemsize, dtype=torch.uint8)
+        read_into(self._checkpoint.descriptor(info.file), raw, info.offset + start * itemsize, self._label)
+        return raw.view(to_torch(info.dtype))
+
+    def whole(self, name: str) -> Tensor:
+        with self._lock:
+            if name not in self._held:
+                shape = self._checkpoint.tensors[name].shape
+                self._held[name] = self.elements(name, 0, math.prod(shape)).view(shape)
+            return self._held[name]
+
+
+class CodedSource:
+    """A tensor that is stored as codes, decoded as it is read."""
+
+    def __init__(self, checkpoint: Checkpoint, coded: Coded, label: str) -> None:
+        self.label = label
+        self.dtype = to_torch(coded.exact)
+        self._coded, self._parts = coded, StoredParts(checkpoint, label)
 
     def read(self, start: int, out: Tensor) -> None:
-        self._codes.read(start, out)
-        with self._lock:
-            if self._scales is None:
-                self._scales = empty(self._rows, torch.float64)
-                self._scale.read(0, self._scales)
-        stop, at = start + out.numel(), start
-        while at < stop:
-            row = at // self._columns
-            end = min((row + 1) * self._columns, stop)
-            whole = (stop - at) // self._columns if at % self._columns == 0 else 0
-            if whole > 1:
-                end = at + whole * self._columns
-                scales = self._scales[row : row + whole].to(out.device, out.dtype)
-                out[at - start : end - start].view(whole, self._columns).mul_(scales.unsqueeze(1))
-            else:
-                out[at - start : end - start].mul_(self._scales[row].item())
-            at = end
+        out.copy_(self._coded.decode(self._parts, start, start + out.numel()))
+
+
+def decoded_source(checkpoint: Checkpoint, name: str, label: str) -> Source:
+    """A tensor of a checkpoint, decoded where it is stored as codes."""
+    coded = checkpoint.coded.get(name)
+    if coded is not None:
+        return CodedSource(checkpoint, coded, label)
+    info = checkpoint.tensors[name]
+    if info.file is None:
+        return TensorSource(checkpoint.memory[name], label)
+    return FileSource(checkpoint.descriptor(info.file), info, label)
 
 
 class StageSource:

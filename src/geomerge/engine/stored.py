@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 from geomerge.checkpoint.checkpoint import Checkpoint
 from geomerge.checkpoint.header import TensorInfo
-from geomerge.checkpoint.scaled import SCALE
 from geomerge.engine.lora import LoraSource, whole
-from geomerge.engine.sources import FileSource, ScaledSource
+from geomerge.engine.sources import FileSource, decoded_source
 from geomerge.methods.tile import Source, TensorSource
 
 
@@ -27,13 +24,7 @@ def stored_source(checkpoint: Checkpoint, name: str, label: str) -> Source:
         name: The tensor.
         label: Model and tensor, for messages.
     """
-    info = checkpoint.tensors[name]
-    found = raw_source(checkpoint, info, label)
-    scaled = (checkpoint.scaled or {}).get(name)
-    if scaled is not None:
-        height = info.shape[0] if scaled.rowwise else 1
-        scales = raw_source(checkpoint, checkpoint.tensors[scaled.scale], f"{label}{SCALE}")
-        found = ScaledSource(found, scales, height, math.prod(info.shape) // max(height, 1))
+    found = decoded_source(checkpoint, name, label)
     change = checkpoint.changes.get(name)
     if change is None or not change.b:
         return found
@@ -44,4 +35,4 @@ def stored_source(checkpoint: Checkpoint, name: str, label: str) -> Source:
         for n in (change.b, change.a, change.magnitude)
     ]
     assert made[0] is not None
-    return LoraSource(found, info.shape, change, made[0], made[1], made[2])
+    return LoraSource(found, checkpoint.logical[name].shape, change, made[0], made[1], made[2])

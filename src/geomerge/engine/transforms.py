@@ -39,7 +39,7 @@ class Transforms:
 
     def shape(self, operand: Operand) -> tuple[int, ...]:
         """The shape of an input's tensor."""
-        return self._inputs[operand.input].tensors[operand.tensor].shape
+        return self._inputs[operand.input].logical[operand.tensor].shape
 
     def source(self, operand: Operand) -> Source:
         """An input's tensor as its transform makes it."""
@@ -63,7 +63,7 @@ class Transforms:
         key = (model, name, offset)
         with self._lock:
             if key not in self._gains:
-                size = self._inputs[model].tensors[name].shape[0]
+                size = self._inputs[model].logical[name].shape[0]
                 label = f"{self._inputs[model].ref}: {name}"
                 self._gains[key] = vector(stored_source(self._inputs[model], name, label), size, offset)
             return self._gains[key]

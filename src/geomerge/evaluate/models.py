@@ -323,7 +323,7 @@ def _identify(reference: str) -> tuple[str, int, Path]:
         config = {k: v for k, v in (checkpoint.config or {}).items() if not k.startswith("_")}
         digest.update(json.dumps(config, sort_keys=True).encode())
         _digest_tokenizer(digest, checkpoint.folder)
-        parameters = sum(math.prod(info.shape) for info in checkpoint.tensors.values())
+        parameters = sum(map(math.prod, checkpoint.shapes.values()))
         return digest.hexdigest()[:32], parameters, checkpoint.folder
 
 

@@ -95,8 +95,8 @@ RECIPE = Shape(
         Key(
             "requantize",
             "choice",
-            "Store what the base (or first) model stores as codes in the same scheme.",
-            choices=("same",),
+            "Store linear layers as 8-bit codes; `same`: what the base (or first) model stores so, in its scheme.",
+            choices=("same", "int8", "fp8"),
         ),
         Key("unmatched", "choice", "What happens to tensors that only some models have.", choices=("refuse", "copy")),
     ),

@@ -277,7 +277,7 @@ class Recipe:
     rounding: Literal["nearest", "stochastic"] = "nearest"
     extrapolate: bool = False
     unmatched: Literal["refuse", "copy"] = "refuse"
-    requantize: Literal["same"] | None = None
+    requantize: Literal["same", "int8", "fp8"] | None = None
     text: str = ""
     where: Where = NOWHERE
     notes: tuple[str, ...] = ()

@@ -10,6 +10,7 @@ from geomerge.checkpoint.header import TensorInfo
 
 _SCALE_SUFFIXES = ("_scale", "_scale_inv", "_scales", ".scale", ".scales")
 _PACKED = {".qweight": "gptq or awq", ".weight_packed": "compressed-tensors", ".weight.absmax": "bitsandbytes"}
+_PACKED |= {".SCB": "bitsandbytes"}
 
 
 def quantisation(config: Mapping[str, Any] | None, tensors: Mapping[str, TensorInfo]) -> dict[str, Any] | None:
