@@ -90,7 +90,7 @@ class _Planner:
         config, copies, texts, notes = stage.describe(made)
         self.notes += notes
         return Plan(
-            inputs=tuple(_input(c) for c in self.models.inputs),
+            inputs=tuple(input_model(c) for c in self.models.inputs),
             stages=tuple(stages),
             nodes=tuple(self.nodes),
             outputs=tuple(made),
@@ -167,7 +167,12 @@ class _Recipe:
                 f"`requantize: same` needs a base (or first) model that is stored as codes; {self.donor} is not",
                 where=str(recipe.at("requantize")),
             )
-        self.vocabularies = Vocabularies(recipe, self.members, base, planner.rows)
+        self.vocabularies = Vocabularies(recipe, self.members, base, planner.rows, planner.models)
+        for model in self.vocabularies.outsiders:
+            for name in model.tensors:
+                used = name in model.anatomy.vocabulary and recipe.tokenizer and recipe.tokenizer.missing == "omp"
+                why = "only shows how tokens are made of others" if used else "it only gives its tokenizer"
+                planner.left_out[f"{model}: {name}"] = why
         self.alignment = Alignment(
             recipe,
             self.members,
@@ -673,7 +678,8 @@ def _number(part: Part) -> int:
     return int(numbers[part.slot or 0])
 
 
-def _input(checkpoint: Checkpoint) -> InputModel:
+def input_model(checkpoint: Checkpoint) -> InputModel:
+    """What a plan says of an opened model."""
     return InputModel(
         ref=checkpoint.ref,
         path=str(checkpoint.path.resolve()) if checkpoint.path else "",
