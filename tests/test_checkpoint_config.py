@@ -198,6 +198,20 @@ def test_rules_that_no_config_can_spell_out() -> None:
         edit_config(jamba, block_maps={"": [0, 1, 1, 2]})
 
 
+@pytest.mark.parametrize("family", ["glm_moe_dsa", "deepseek_v32"])
+@pytest.mark.parametrize("written_out", [True, False], ids=["with mlp_layer_types", "without"])
+def test_dense_blocks_anywhere_where_the_config_can_list_them(family: str, written_out: bool) -> None:
+    """`mlp_layer_types` says which blocks are dense, so they need not come first."""
+    parent = AutoConfig.for_model(family, num_hidden_layers=4, first_k_dense_replace=1)
+    types = parent.mlp_layer_types
+    assert types == ["dense", "sparse", "sparse", "sparse"]
+    config = parent.to_dict()
+    if not written_out:
+        del config["mlp_layer_types"]
+    new = edit_config(config, block_maps={"": [0, 1, 0, 2, 3]})
+    assert AutoConfig.for_model(**new).mlp_layer_types == ["dense", "sparse", "dense", "sparse", "sparse"]
+
+
 def test_block_beyond_the_config() -> None:
     """A deeper model's block cannot be described by a shallower one's config."""
     with pytest.raises(IncompatibleModels, match="block 5, but the config describes 4"):
@@ -222,6 +236,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "olmo3": {},
     "qwen3_next": {"full_attention_interval": 2},
     "smollm3": {"no_rope_layer_interval": 2, "pad_token_id": 0},
+    "afmoe": {"global_attn_every_n_layers": 2},
+    "cwm": {"pad_token_id": 0},
+    "exaone4": {"sliding_window_pattern": 3, "sliding_window": 8},
+    "gpt_oss": {},
+    "minimax": {},
+    "modernbert": {"global_attn_every_n_layers": 2, "pad_token_id": 0},
+    "qwen3_5_text": {"full_attention_interval": 2},
+    "vaultgemma": {},
     "llama": {},
 }
 

@@ -12,6 +12,7 @@ import pytest
 
 import geomerge
 from geomerge.methods import registry
+from geomerge.moe.spec import read_spec
 from geomerge.recipe import loads
 from geomerge.recipe.grammar import RECIPE, STEPS
 
@@ -52,8 +53,11 @@ def test_there_are_examples() -> None:
 
 @pytest.mark.parametrize(("place", "text"), yaml_blocks(), ids=[place for place, _ in yaml_blocks()])
 def test_examples_parse(place: str, text: str) -> None:
-    """Every YAML block is a recipe."""
-    assert loads(text, place).recipes
+    """Every YAML block is a recipe, or a mixture of experts."""
+    if "source_model" in text:
+        assert read_spec(text).experts
+    else:
+        assert loads(text, place).recipes
 
 
 def test_method_examples_are_of_that_method() -> None:

@@ -249,6 +249,28 @@ def test_depth_change_loads_and_generates(family: str, tmp_path: Path) -> None:
     output(merged, family)
 
 
+def test_scaled_copies_of_blocks(tmp_path: Path) -> None:
+    """Blocks in any order, scaled tensor by tensor: copies that write nothing into the stream leave the model as it was."""
+    model = make(tmp_path / "a", "llama", 1)
+    silent = "parameters: {scale: [{filter: o_proj, value: 0}, {filter: down_proj, value: 0}, {value: 1}]}"
+    text = f"""\
+merge_method: passthrough
+slices:
+- sources: [{{model: {tmp_path}/a, layer_range: [0, 2]}}]
+- sources: [{{model: {tmp_path}/a, layer_range: [2, 4], {silent}}}]
+- sources: [{{model: {tmp_path}/a, layer_range: [0, 1], {silent}}}]
+- sources: [{{model: {tmp_path}/a, layer_range: [2, 4]}}]
+"""
+    gm.merge(text, tmp_path / "out")
+    merged = load(tmp_path / "out", "llama")
+    assert len(merged.model.layers) == 7
+    assert not merged.model.layers[3].self_attn.o_proj.weight.any()
+    ids = torch.arange(12).unsqueeze(0)
+    with torch.inference_mode():
+        assert torch.allclose(merged(ids).logits, model.eval()(ids).logits, rtol=1e-5, atol=1e-6)
+    output(merged, "llama")
+
+
 def test_depth_change_down_to_one_block(tmp_path: Path) -> None:
     """Fewer blocks work like more."""
     make(tmp_path / "a", "gemma2", 1)

@@ -147,7 +147,7 @@ def test_missing_tokens_base_then_owner_then_mean() -> None:
     assert plan.fallback_row.tolist() == [0, 1, -1, -1, 2]
     assert plan.rows_for(0).donors == (0, 1, 2)
     assert plan.rows_for(1).donors == (0, 1, 2)
-    assert plan.counts()["m0"] == {"own": 2, "borrowed": 1, "mean": 2, "zero": 0, "padding": 0}
+    assert plan.counts()["m0"] == {"own": 2, "borrowed": 1, "mean": 2, "zero": 0, "sum": 0, "padding": 0}
     weights = matrices(models)
     expected = (weights[1][1] + weights[2][1]) / 2
     np.testing.assert_allclose(plan.rows_for(0).apply(weights)[2], expected, rtol=1e-15)

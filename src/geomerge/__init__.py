@@ -29,8 +29,8 @@ from geomerge.errors import (
 from geomerge.version import __version__
 
 if TYPE_CHECKING:
-    from geomerge import diagnose, evaluate, methods, search
-    from geomerge.api import continue_merge, inspect, load_recipe, merge, merge_state_dicts, plan
+    from geomerge import diagnose, evaluate, methods, moe, search
+    from geomerge.api import continue_merge, inspect, load_recipe, merge, merge_state_dicts, plan, transplant
 
 __all__ = [
     "DamagedCheckpoint",
@@ -52,12 +52,14 @@ __all__ = [
     "merge",
     "merge_state_dicts",
     "methods",
+    "moe",
     "plan",
     "search",
+    "transplant",
 ]
 
-_PACKAGES = ("diagnose", "evaluate", "methods", "search")
-_FROM_API = ("continue_merge", "inspect", "load_recipe", "merge", "merge_state_dicts", "plan")
+_PACKAGES = ("diagnose", "evaluate", "methods", "moe", "search")
+_FROM_API = ("continue_merge", "inspect", "load_recipe", "merge", "merge_state_dicts", "plan", "transplant")
 
 
 def __getattr__(name: str) -> Any:

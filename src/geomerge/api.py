@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -126,6 +127,51 @@ def merge_state_dicts(
     """
     made, opened = _planned(recipe, compat, models)
     return run_in_memory(made, opened, threads=threads)
+
+
+def transplant(
+    model: str | Path,
+    donor: str | Path,
+    out: str | Path,
+    *,
+    missing: str = "omp",
+    sparsity: int = 64,
+    pad_to: int | None = None,
+    **options: Any,
+) -> Report:
+    """Give a model another one's tokenizer.
+
+    Args:
+        model: The model whose weights the output has.
+        donor: The model whose tokenizer it gets.
+        out: The directory to make.
+        missing: What tokens that `model` lacks become: ``omp``, ``mean`` or ``zero``.
+        sparsity: For ``omp``: the most of the model's own rows in a token's sum.
+        pad_to: Pad the vocabulary to a multiple of this number.
+        options: As for `merge`.
+
+    Raises:
+        GeomergeError: See `geomerge.errors`.
+    """
+    return merge(transplant_recipe(model, donor, missing=missing, sparsity=sparsity, pad_to=pad_to), out, **options)
+
+
+def transplant_recipe(
+    model: str | Path, donor: str | Path, *, missing: str = "omp", sparsity: int = 64, pad_to: int | None = None
+) -> str:
+    """The recipe of `transplant`, as YAML text."""
+    lines = [
+        "merge_method: passthrough",
+        f"models: [{{model: {json.dumps(str(model))}}}]",
+        "tokens:",
+        f"  policy: {json.dumps(f'model:{donor}')}",
+        f"  missing: {missing}",
+    ]
+    if missing == "omp":
+        lines.append(f"  sparsity: {sparsity}")
+    if pad_to is not None:
+        lines.append(f"  pad_to: {pad_to}")
+    return "\n".join(lines) + "\n"
 
 
 def inspect(model: str | Path, revision: str | None = None) -> dict[str, Any]:

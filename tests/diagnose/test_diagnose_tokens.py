@@ -11,8 +11,8 @@ from diagnose_samples import vocabulary
 import tiny
 import token_samples
 from geomerge.diagnose import diagnose
-from geomerge.diagnose.tokens import canonical
 from geomerge.errors import IncompatibleModels
+from geomerge.tokens.canonical import canonical
 from geomerge.tokens.vocabulary import AddedToken, Vocabulary
 
 WORDS = ["[UNK]", *(f"word{i}" for i in range(39))]

@@ -25,15 +25,32 @@ _NEVER = re.compile(
     r"|depths|hidden_sizes|out_features|stage_\w+|\w*channel_indices|sliding_window_pattern|attention_types"
 )
 
-# Attention types by position where the config gives none: the period's key and default, the type of its first layers
-# and that of its last one.
-_PERIODS: dict[str, tuple[str | None, int, str, str]] = {
-    "gemma2": (None, 2, "sliding_attention", "full_attention"),
-    "gemma3_text": ("sliding_window_pattern", 6, "sliding_attention", "full_attention"),
-    "cohere2": ("sliding_window_pattern", 4, "sliding_attention", "full_attention"),
-    "olmo3": (None, 4, "sliding_attention", "full_attention"),
-    "qwen3_next": ("full_attention_interval", 4, "linear_attention", "full_attention"),
+# Attention types by position where the config gives none: the period's key and default, the type of most layers, that of one
+# layer in each period, and whether this one is the period's first.
+_PERIODS: dict[str, tuple[str | None, int, str, str, bool]] = {
+    "afmoe": ("global_attn_every_n_layers", 4, "sliding_attention", "full_attention", False),
+    "cohere2": ("sliding_window_pattern", 4, "sliding_attention", "full_attention", False),
+    "cwm": (None, 4, "sliding_attention", "full_attention", True),
+    "exaone4": ("sliding_window_pattern", 4, "sliding_attention", "full_attention", False),
+    "exaone_moe": ("sliding_window_pattern", 4, "sliding_attention", "full_attention", False),
+    "gemma2": (None, 2, "sliding_attention", "full_attention", False),
+    "gemma3_text": ("sliding_window_pattern", 6, "sliding_attention", "full_attention", False),
+    "gemma3n_text": (None, 5, "sliding_attention", "full_attention", False),
+    "gpt_oss": (None, 2, "sliding_attention", "full_attention", False),
+    "granite_swa": (None, 4, "sliding_attention", "full_attention", True),
+    "granitemoe_swa": (None, 4, "sliding_attention", "full_attention", True),
+    "minimax": (None, 2, "full_attention", "linear_attention", False),
+    "modernbert": ("global_attn_every_n_layers", 3, "sliding_attention", "full_attention", True),
+    "modernbert-decoder": ("global_attn_every_n_layers", 3, "sliding_attention", "full_attention", True),
+    "olmo3": (None, 4, "sliding_attention", "full_attention", False),
+    "qwen3_5_moe_text": ("full_attention_interval", 4, "linear_attention", "full_attention", False),
+    "qwen3_5_text": ("full_attention_interval", 4, "linear_attention", "full_attention", False),
+    "qwen3_next": ("full_attention_interval", 4, "linear_attention", "full_attention", False),
+    "vaultgemma": (None, 2, "sliding_attention", "full_attention", False),
 }
+_MLP_TYPES = ("cohere2_moe", "deepseek_v32", "exaone_moe", "glm4_moe_lite", "glm_moe_dsa")
+"""Families that have ``mlp_layer_types``, which then decides which blocks are dense."""
+
 _NOPE_FAMILIES = ("smollm3", "llama4_text")
 
 
@@ -112,8 +129,11 @@ def _spell_out_rules(scope: dict[str, Any], model_type: str, old: int, blocks: S
     dense_first = scope.get("first_k_dense_replace")  # DeepSeek: the first k blocks are dense, which no list can say
     if isinstance(dense_first, int):
         count = sum(source < dense_first for source in blocks)
-        if any(source < dense_first for source in blocks[count:]):
-            raise _unspeakable("first_k_dense_replace", dense_first)
+        listed = isinstance(scope.get("mlp_layer_types"), list)
+        if not listed and any(source < dense_first for source in blocks[count:]):
+            if model_type not in _MLP_TYPES:
+                raise _unspeakable("first_k_dense_replace", dense_first)
+            new["mlp_layer_types"] = ["dense" if source < dense_first else "sparse" for source in blocks]
         new["first_k_dense_replace"] = count
     for key in ("attn_layer_period", "expert_layer_period", "moe_layer_freq"):
         period = scope.get(key)
@@ -132,11 +152,11 @@ def _implied_types(scope: dict[str, Any], model_type: str, count: int) -> list[s
         return ["sliding_attention" if i >= first else "full_attention" for i in range(count)]
     if model_type not in _PERIODS:
         return None
-    key, default, others, last = _PERIODS[model_type]
+    key, default, others, one, first = _PERIODS[model_type]
     period = scope.get(key, default) if key else default
     if not isinstance(period, int) or period < 1:
         return None
-    return [others if (i + 1) % period else last for i in range(count)]
+    return [others if (i if first else i + 1) % period else one for i in range(count)]
 
 
 def _unspeakable(key: str, value: int) -> IncompatibleModels:

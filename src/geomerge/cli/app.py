@@ -30,11 +30,14 @@ from geomerge.cli.inspect import inspect
 from geomerge.cli.lab import lab_app
 from geomerge.cli.merge import merge
 from geomerge.cli.methods import methods
+from geomerge.cli.moe import moe
 from geomerge.cli.plan import plan
 from geomerge.cli.report import report
 from geomerge.cli.schema import schema
 from geomerge.cli.search import search
 from geomerge.cli.soup import soup
+from geomerge.cli.tokens import tokens
+from geomerge.cli.transplant import transplant
 from geomerge.errors import GeomergeError
 from geomerge.version import __version__
 
@@ -83,7 +86,24 @@ def geomerge(
     show_warnings()
 
 
-for verb in (merge, plan, diagnose, evaluate, report, search, soup, compress, extract, inspect, methods, schema, demo):
+for verb in (
+    merge,
+    moe,
+    transplant,
+    plan,
+    diagnose,
+    tokens,
+    evaluate,
+    report,
+    search,
+    soup,
+    compress,
+    extract,
+    inspect,
+    methods,
+    schema,
+    demo,
+):
     app.command()(verb)
 app.command("continue")(continue_)
 app.add_typer(adapter_app, name="adapter")

@@ -69,9 +69,9 @@ def merge(
         options += [name for name, on in flags.items() if on]
         raise Stopped(*_left(recipe, out, options)) from None
     if json:
-        write_json(_as_json(plan, report, progress))
+        write_json(as_json(plan, report, progress))
     else:
-        _show(plan, report, progress)
+        show_report(plan, report, progress)
 
 
 def _left(recipe: str, out: Path, options: list[str]) -> tuple[str, str | None]:
@@ -85,7 +85,8 @@ def _left(recipe: str, out: Path, options: list[str]) -> tuple[str, str | None]:
     return f"what is finished is kept in {partial}", f"continue with: {command}"
 
 
-def _as_json(plan: Plan, report: Report, progress: Silent) -> dict[str, Any]:
+def as_json(plan: Plan, report: Report, progress: Silent) -> dict[str, Any]:
+    """What a run did, as plain data."""
     return {
         "out": str(report.out),
         "plan": plan.hash,
@@ -120,7 +121,8 @@ def _codes(report: Report) -> str:
     return text if not beyond else f"{text}; {len(beyond)} lose more than {ALLOWED} times what their parents lose"
 
 
-def _show(plan: Plan, report: Report, progress: Silent) -> None:
+def show_report(plan: Plan, report: Report, progress: Silent) -> None:
+    """Tell the user what a run did."""
     from geomerge.cli.console import amount, clean, count, duration, facts, show
     from geomerge.cli.plan_page import rounding
 

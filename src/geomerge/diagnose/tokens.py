@@ -1,14 +1,10 @@
 """How far two tokenizers agree: the overlap O of their vocabularies, ids, special tokens, chat templates.
 
-Vocabularies are compared by what their tokens *mean*: a space at a word's start is ``Ġ`` in byte-level BPE, ``▁`` in
-SentencePiece and the absence of ``##`` in WordPiece; a byte is a letter of GPT-2's alphabet or ``<0x0A>``. Canonical tokens
-are byte strings in which all of these are the same.
+Vocabularies are compared by what their tokens *mean*: see `geomerge.tokens.canonical`.
 """
 
 from __future__ import annotations
 
-import functools
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -16,14 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from geomerge.tokens import chat
-from geomerge.tokens.vocabulary import Vocabulary, read_json, special_tokens
+from geomerge.tokens.canonical import canonical, roles
+from geomerge.tokens.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from geomerge.engine.models import Model
-
-_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 @dataclass(frozen=True)
@@ -105,59 +100,6 @@ def _assumed(va: Vocabulary | None, vb: Vocabulary | None, rows_a: int, rows_b: 
     return share, f"{why}: assumed to agree on the rows that both embeddings have ({rows_a:,} and {rows_b:,})"
 
 
-def canonical(vocabulary: Vocabulary, rows: int | None = None) -> dict[bytes, int]:
-    """Canonical token → id (the lowest, where several tokens mean the same).
-
-    Args:
-        vocabulary: Its ids must be known.
-        rows: Only tokens with a row in an embedding of so many.
-    """
-    ids = vocabulary.ids if rows is None else vocabulary.within(rows)
-    decode = _decoder(vocabulary)
-    found: dict[bytes, int] = {}
-    for token, index in ids.items():
-        meaning = token.encode("utf-8", "surrogatepass") if token in vocabulary.added else decode(token)
-        if found.setdefault(meaning, index) > index:
-            found[meaning] = index
-    return found
-
-
-def _decoder(vocabulary: Vocabulary) -> Any:
-    """What turns this kind's tokens into bytes."""
-    if vocabulary.kind == "WordPiece" or any(t.startswith("##") for t in list(vocabulary.ids)[:50_000]):
-        return lambda t: t[2:].encode() if t.startswith("##") else b" " + t.encode("utf-8", "surrogatepass")
-    if "Ġ" in vocabulary.ids or "Ċ" in vocabulary.ids:
-        return _from_bytes
-    return _from_pieces
-
-
-def _from_bytes(token: str) -> bytes:
-    """A byte-level BPE token."""
-    alphabet = _alphabet()
-    try:
-        return bytes(alphabet[c] for c in token)
-    except KeyError:
-        return token.encode("utf-8", "surrogatepass")
-
-
-def _from_pieces(token: str) -> bytes:
-    """A SentencePiece token."""
-    byte = _BYTE.fullmatch(token)
-    if byte:
-        return bytes([int(byte[1], 16)])
-    return token.replace("▁", " ").encode("utf-8", "surrogatepass")
-
-
-@functools.cache
-def _alphabet() -> dict[str, int]:
-    """GPT-2's letters for bytes: printable bytes stand for themselves, the others follow from U+0100 on."""
-    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    alphabet = {chr(b): b for b in plain}
-    others = (b for b in range(256) if b not in set(plain))
-    alphabet.update((chr(0x100 + i), b) for i, b in enumerate(others))
-    return alphabet
-
-
 def shared_rows(vocabularies: Sequence[Vocabulary | None], heights: Sequence[int]) -> NDArray[np.int64] | None:
     """The rows of the tokens that all models have, in the first model's order.
 
@@ -194,14 +136,7 @@ def _compare_specials(a: Model, b: Model) -> tuple[float | None, dict[str, tuple
 
 def _specials(model: Model) -> dict[str, str]:
     """Role → token, of the roles that name exactly one."""
-    if model.folder is None:
-        return {}
-    found: dict[str, str] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        for field, entry in special_tokens(read_json(model.folder / name) or {}):
-            if field.endswith("_token"):
-                found[field.removesuffix("_token")] = str(entry["content"] if isinstance(entry, dict) else entry)
-    return found
+    return {} if model.folder is None else roles(model.folder)
 
 
 def _compare_chat(a: Model, b: Model) -> str:

@@ -19,6 +19,7 @@ from geomerge.engine import rounding
 from geomerge.engine.codes import own_error
 from geomerge.engine.lora import LoraSource
 from geomerge.engine.matrices import ROOM
+from geomerge.engine.mixtures import Mixtures
 from geomerge.engine.plan import Node, Operand, Plan
 from geomerge.engine.sources import FileSource, HeldSource, RowSource, StageSource, StoredParts
 from geomerge.engine.stored import stored_source
@@ -63,7 +64,8 @@ class Builder:
         self.transforms.settle()
         self._groups: dict[tuple[int, str], list[Node]] = {}
         self._measured: dict[tuple[int, str], Gram] = {}
-        self._measuring = threading.Lock()
+        self._measuring = threading.RLock()
+        self._mixtures: dict[int, Mixtures] = {}
         self._named: dict[str, Node] = {}
         for node in plan.nodes:
             if node.group:
@@ -188,13 +190,35 @@ class Builder:
             rows = self.plan.rows[operand.rows]
             columns = node.numel // max(node.shape[0], 1)
             matrices = [None if m is None else self.source(m, node) for m in rows.matrices]
-            return RowSource(matrices, rows.plan, columns, self._label(operand))
+            return RowSource(matrices, rows.plan, columns, self._label(operand), self._sums(operand.rows, matrices))
         if operand.node >= 0:
             made = self.plan.nodes[operand.node]
             if made.method is None:
                 return self.source(made.operands[0], made)
             return StageSource(self.prepare(made), self.rounding(made), to_torch(made.dtype), self._label(operand))
         return stored_source(self.inputs[operand.input], operand.tensor, self._label(operand))
+
+    def _sums(self, index: int, matrices: Sequence[Source | None]) -> Mixtures | None:
+        """The sparse sums among a matrix's rows, found when they are first asked for, once for all who ask."""
+        rows = self.plan.rows[index]
+        if not rows.plan.pursued:
+            return None
+        with self._measuring:
+            if index not in self._mixtures:
+                donors = {}
+                for k in rows.plan.pursued:
+                    source, operand = matrices[k], rows.matrices[k]
+                    assert source is not None
+                    assert operand is not None
+                    donors[k] = source, self._width(operand)
+                self._mixtures[index] = Mixtures(rows.plan, donors, rows.sparsity)
+            return self._mixtures[index]
+
+    def _width(self, operand: Operand) -> int:
+        """Columns of a matrix."""
+        if operand.input >= 0:
+            return self.inputs[operand.input].tensors[operand.tensor].shape[1]
+        return self.plan.nodes[operand.node].shape[1]
 
     def raw(self, node: Node) -> tuple[Checkpoint, str]:
         """Where the bytes of a copied node come from."""

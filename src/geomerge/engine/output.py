@@ -64,7 +64,7 @@ def describe_output(
     notes = list(vocabularies.notes)
     if untied and not aligned:
         notes.append("some parents tie their head to the embedding and others do not: the output stores both")
-    copies, texts = _side_files(donor, without_tokenizer=vocabularies.plan is not None), dict[str, str]()
+    copies, texts = donor_files(donor, without_tokenizer=vocabularies.plan is not None), dict[str, str]()
     template = chat.resolve(
         recipe.chat_template,
         [m.tokenizer_folder for m in members],
@@ -72,7 +72,7 @@ def describe_output(
         folder=Path(recipe.where.file).parent,
     )
     if vocabularies.plan is not None:
-        config = _follow(vocabularies.plan.tokenizer, donor, members, config, copies, texts, notes)
+        config = _follow(vocabularies.plan.tokenizer, donor, vocabularies.inputs, config, copies, texts, notes)
         found: dict[str, Path | str] = dict(write.files(vocabularies.plan.tokenizer, template))
     elif template is not None and donor.tokenizer_folder is not None:
         found = dict(copies)
@@ -85,7 +85,8 @@ def describe_output(
     return config, copies, texts, notes
 
 
-def _side_files(donor: Model, *, without_tokenizer: bool) -> dict[str, Path]:
+def donor_files(donor: Model, *, without_tokenizer: bool) -> dict[str, Path]:
+    """The files beside a model's weights and config: name → path."""
     if donor.folder is None:
         return {}
     copies: dict[str, Path] = {}

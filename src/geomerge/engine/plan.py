@@ -23,7 +23,7 @@ from geomerge.methods.base import Method
 from geomerge.tokens.rows import IntArray, RowPlan
 from geomerge.version import __version__
 
-FORMAT = 3
+FORMAT = 4
 """The version of the saved form. A plan of another version is refused, not guessed at."""
 
 SCALES = "scales of codes"
@@ -317,10 +317,12 @@ class Rows:
     Attributes:
         matrices: Every input's matrix, in the token plan's order; `None` for an input without one.
         plan: The row plan of one of them.
+        sparsity: The most rows in a sparse sum, where there are any.
     """
 
     matrices: tuple[Operand | None, ...]
     plan: RowPlan
+    sparsity: int = 64
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -329,12 +331,14 @@ class Rows:
             "source": self.plan.source.tolist(),
             "row": self.plan.row.tolist(),
             "owners": self.plan.owners.tolist(),
+            "sparsity": self.sparsity,
         }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Rows:
         arrays = [np.array(data[key], dtype=np.int64) for key in ("source", "row", "owners")]
-        return cls(tuple(None if m is None else Operand(*m) for m in data["matrices"]), RowPlan(data["model"], *arrays))
+        matrices = tuple(None if m is None else Operand(*m) for m in data["matrices"])
+        return cls(matrices, RowPlan(data["model"], *arrays), data["sparsity"])
 
 
 class Transform(NamedTuple):

@@ -91,7 +91,7 @@ class _Planner:
         config, copies, texts, notes = stage.describe(made)
         self.notes += notes
         return Plan(
-            inputs=tuple(_input(c) for c in self.models.inputs),
+            inputs=tuple(input_model(c) for c in self.models.inputs),
             stages=tuple(stages),
             nodes=tuple(self.nodes),
             outputs=tuple(made),
@@ -171,7 +171,12 @@ class _Recipe:
         self.encoding = Encoding(recipe, self.donor)
         planner.notes += () if self.donor.checkpoint is None else self.donor.checkpoint.notes
         planner.notes += [note for m in self.members if (note := m.codes) is not None]
-        self.vocabularies = Vocabularies(recipe, self.members, base, planner.rows)
+        self.vocabularies = Vocabularies(recipe, self.members, base, planner.rows, planner.models)
+        for model in self.vocabularies.outsiders:
+            for name in model.tensors:
+                used = name in model.anatomy.vocabulary and recipe.tokenizer and recipe.tokenizer.missing == "omp"
+                why = "only shows how tokens are made of others" if used else "it only gives its tokenizer"
+                planner.left_out[f"{model}: {name}"] = why
         self.alignment = Alignment(
             recipe,
             self.members,
@@ -663,7 +668,8 @@ def _number(part: Part) -> int:
     return int(numbers[part.slot or 0])
 
 
-def _input(checkpoint: Checkpoint) -> InputModel:
+def input_model(checkpoint: Checkpoint) -> InputModel:
+    """What a plan says of an opened model."""
     return InputModel(
         ref=checkpoint.ref,
         path=str(checkpoint.path.resolve()) if checkpoint.path else "",

@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,6 +38,8 @@ from geomerge.version import __version__
 
 RECIPE_NAME = "geomerge.yml"
 MANIFEST_NAME = "geomerge.json"
+MIXTURE = "moe"
+"""What a stage that puts a mixture of experts together has in place of a method."""
 
 
 class Progress(Protocol):
@@ -266,6 +268,8 @@ def _choice(
     # Whole matrices are kept within bounds by one process, and LAPACK does not fight for the interpreter's lock.
     whole = any(whole_matrices(builder.plan, node) for _, node in nodes)
     memory = any(c.memory for c in opened)
+    # Sparse sums are found once, by whoever needs them first; each process would find them again.
+    whole = whole or any(r.plan.pursued for r in builder.plan.rows)
     forks = builder.device.type == "cpu" and not whole and not memory and suitable(nodes, threads)
     return lambda work: Processes(work, threads) if forks else Threads(work, threads)
 
@@ -317,7 +321,9 @@ def _write_side_files(plan: Plan, output: OutputDirectory, facts: Mapping[int, M
 
 
 def _card(plan: Plan, name: str) -> str:
-    method = registry.get(plan.stages[-1].method)
+    mixture = plan.stages[-1].method == MIXTURE
+    method = None if mixture else registry.get(plan.stages[-1].method)
+    based = mixture or (method is not None and method.base_use == "required")
     parents = [
         Parent(
             name=(i.hub_id or (Path(i.path).name if i.path else i.ref))
@@ -326,20 +332,24 @@ def _card(plan: Plan, name: str) -> str:
             hub_id=i.hub_id,
             revision=i.revision,
             licence=i.licence,
-            base=method.base_use == "required"
-            and any(n.operands and n.operands[0].input == k for n in plan.output_nodes()),
+            base=based and any(n.operands and n.operands[0].input == k for n in plan.output_nodes()),
         )
         for k, i in enumerate(plan.inputs)
     ]
     library = library_of(plan.config) or "safetensors"
+    if mixture:  # everything but the experts comes from the first model; the last input are the gates
+        parents = [replace(parent, base=k == 0) for k, parent in enumerate(parents[:-1])]
     return model_card(
         name=name,
-        method=method.name,
-        title=method.title,
-        paper=method.paper,
+        method=plan.stages[-1].method if method is None else method.name,
+        title="Mixture of experts" if method is None else method.title,
+        paper="Sukhbaatar et al. 2024, Branch-Train-MiX, arXiv:2403.07816; mergekit-moe"
+        if method is None
+        else method.paper,
         parents=parents,
         recipe=plan.recipe,
         version=__version__,
         library=library,
         warnings=plan.notes,
+        command=f"geomerge {MIXTURE if mixture else 'merge'} recipe.yml output",
     )

@@ -21,12 +21,13 @@ from geomerge.checkpoint.dtypes import DTYPES, to_torch
 from geomerge.errors import RunError
 from geomerge.methods.kernel import Prepared
 from geomerge.methods.tile import TensorSource, empty
-from geomerge.tokens.rows import MEAN, PAD
+from geomerge.tokens.rows import MEAN, OMP, PAD
 
 if TYPE_CHECKING:
     from geomerge.checkpoint.checkpoint import Checkpoint
     from geomerge.checkpoint.coded import Coded
     from geomerge.checkpoint.header import TensorInfo
+    from geomerge.engine.mixtures import Mixtures
     from geomerge.methods.tile import Segment, Source
     from geomerge.tokens.rows import RowPlan
 
@@ -211,10 +212,19 @@ class RowSource:
         plan: Where each output row of this model comes from.
         columns: Elements in a row.
         label: Model and tensor.
+        sums: Its sparse sums, where the plan has any.
     """
 
-    def __init__(self, models: Sequence[Source | None], plan: RowPlan, columns: int, label: str) -> None:
+    def __init__(
+        self,
+        models: Sequence[Source | None],
+        plan: RowPlan,
+        columns: int,
+        label: str,
+        sums: Mixtures | None = None,
+    ) -> None:
         self.label = label
+        self._sums = sums
         self._models = models
         self._plan = plan
         self._columns = max(columns, 1)
@@ -238,6 +248,9 @@ class RowSource:
             elif source == MEAN:
                 for r in range(begin, end):
                     rows[r] = self._mean(part.owners[:, r])
+            elif source <= OMP:
+                for r in range(begin, end):
+                    rows[r] = self._sum(first + r)
             elif source == PAD and pad:
                 rows[begin:end] = self._pad_row()
         return rows
@@ -247,6 +260,16 @@ class RowSource:
         if source is None:
             raise RunError("a row is to come from a model that has no such matrix", where=self.label)
         return source
+
+    def _sum(self, row: int) -> Tensor:
+        """A sparse sum of the model's own rows."""
+        assert self._sums is not None
+        total = torch.zeros(self._columns, dtype=torch.float64)
+        part = torch.empty(self._columns, dtype=torch.float64)
+        for own, coefficient in self._sums.at(row):
+            self._row_source(self._plan.model).read(own * self._columns, part)
+            total.add_(part, alpha=coefficient)
+        return total
 
     def _mean(self, owners: np.ndarray) -> Tensor:
         total = torch.zeros(self._columns, dtype=torch.float64)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from geomerge.engine.models import Model
+from geomerge.engine.models import Model, Models
 from geomerge.engine.plan import Operand, Rows
 from geomerge.errors import IncompatibleModels
-from geomerge.recipe.values import Recipe
+from geomerge.recipe.values import ModelRef, Recipe, TokenizerSpec
 from geomerge.tokens.compare import without_policy
 from geomerge.tokens.policy import build
-from geomerge.tokens.rows import TokenPlan
+from geomerge.tokens.rows import OMP, TokenPlan
 
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "added_tokens.json")
 
@@ -24,13 +24,18 @@ class Vocabularies:
         members: All models of the recipe.
         base: Its base.
         rows: Where row plans are collected; operands refer to them by index.
+        models: Opens a model that the policy names and the recipe does not merge.
 
     Raises:
         RecipeError, IncompatibleModels: The policy cannot be carried out.
     """
 
-    def __init__(self, recipe: Recipe, members: list[Model], base: Model | None, rows: list[Rows]) -> None:
+    def __init__(
+        self, recipe: Recipe, members: list[Model], base: Model | None, rows: list[Rows], models: Models
+    ) -> None:
         self.members = members
+        self.outsiders = _outsiders(recipe.tokenizer, members, models)
+        self.inputs = [*members, *self.outsiders]
         self.plan: TokenPlan | None = None
         self.notes: list[str] = []
         self._rows = rows
@@ -38,10 +43,17 @@ class Vocabularies:
         self._made: dict[tuple[int, str], Operand] = {}
         self._checked: set[frozenset[int]] = set()
         if recipe.tokenizer is not None:
-            vocabularies = [(m.ref, m.vocabulary, m.embedding_rows() or 0) for m in members]
-            index = None if base is None else members.index(base)
-            self.plan = build(recipe.tokenizer, vocabularies, index, cut_padding=recipe.compat == "mergekit")
+            vocabularies = [(m.ref, m.vocabulary, m.embedding_rows() or 0) for m in self.inputs]
+            self.plan = build(
+                recipe.tokenizer,
+                vocabularies,
+                None if base is None else members.index(base),
+                cut_padding=recipe.compat == "mergekit",
+                outsiders=len(self.outsiders),
+            )
+            self._sparsity = recipe.tokenizer.sparsity
             self.notes.extend(self.plan.notes)
+            self.notes.extend(self._sums())
 
     @property
     def size(self) -> int:
@@ -81,15 +93,39 @@ class Vocabularies:
         key = (id(model), name)
         if key not in self._made:
             k = self.members.index(model)
-            matrices = []
-            for member in self.members:
+            matrices: list[Operand | None] = []
+            for member in self.inputs:
                 stored = member.find(name)
-                matrices.append(None if stored is None else self.operand(member, stored, name))
+                if stored is None:
+                    matrices.append(None)
+                elif member in self.outsiders:
+                    matrices.append(member.operand(stored))
+                else:
+                    matrices.append(self.operand(member, stored, name))
             own = model.find(name)
             assert own is not None
+            plan = self.plan.rows_for(k)
+            for donor in plan.pursued:
+                if matrices[donor] is None:
+                    raise IncompatibleModels(
+                        f"it has no {name}, in which the coefficients of {model}'s missing tokens were to be found",
+                        where=str(self.inputs[donor]),
+                    )
             self._made[key] = model.operand(own)._replace(rows=len(self._rows))
-            self._rows.append(Rows(tuple(matrices), self.plan.rows_for(k)))
+            self._rows.append(Rows(tuple(matrices), plan, self._sparsity))
         return self._made[key]
+
+    def _sums(self) -> Iterator[str]:
+        """Notes on sparse sums."""
+        assert self.plan is not None
+        for k, model in enumerate(self.members):
+            rows = self.plan.rows_for(k)
+            for donor in rows.pursued:
+                count, shared = int((rows.source == OMP - donor).sum()), len(rows.anchors(donor))
+                yield (
+                    f"{count:,} tokens that {model} lacks are sums of at most {self._sparsity} of its own rows, the "
+                    f"coefficients found among {shared:,} shared tokens in {self.inputs[donor]}"
+                )
 
     def check(self, models: list[Model]) -> None:
         """Refuse to merge rows that mean different tokens, when no policy says what to do.
@@ -114,6 +150,17 @@ class Vocabularies:
         error, warnings = without_policy([(m.ref, m.vocabulary, n) for m, n in zip(models, rows, strict=True)])
         self.notes.extend(warnings)
         return error
+
+
+def _outsiders(spec: TokenizerSpec | None, members: list[Model], models: Models) -> list[Model]:
+    """The model whose tokenizer the output gets, where the recipe does not merge it.
+
+    Only with a policy that says what to do for tokens that no merged model has; otherwise it is left to be refused.
+    """
+    if spec is None or not isinstance(spec.source, ModelRef) or spec.missing not in ("omp", "zero", "mean"):
+        return []
+    known = any(m.ref == spec.source or str(m.ref) == str(spec.source) for m in members)
+    return [] if known else [models.get(spec.source, spec.where)]
 
 
 def _same_tokenizer(a: Path | None, b: Path | None) -> bool:

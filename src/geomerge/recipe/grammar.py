@@ -183,8 +183,16 @@ TOKENIZER = Shape(
 TOKENS = Shape(
     "the vocabulary",
     (
-        Key("policy", "vocabulary", "base, union, intersection, or a model.", required=True),
+        Key("policy", "vocabulary", "base, union, intersection, or a model (also as model:<model>).", required=True),
+        Key(
+            "missing",
+            "missing",
+            "What a model gets for a token that it lacks: mean (of its own rows), zero, average (of the models that have "
+            "it), copy:<model>, or omp (a sparse sum of its own rows). Without it: the base's row, else the average.",
+        ),
+        Key("sparsity", "positive", "For omp: the most rows in a sum (64)."),
         Key("pad_to", "positive", "Pad the vocabulary to a multiple of this number."),
+        Key("chat_template", "template", "As chat_template beside tokens."),
         Key("rules", "tokens", "For single tokens: where their embedding comes from."),
     ),
 )
@@ -230,6 +238,10 @@ TOKEN_SOURCE = Shape(
 UNIMPLEMENTED: Mapping[str, str] = {
     "embed_slerp": "mergekit ignores it; remove it",
     "input_model_parameters": "no tool implements it; write the parameters beside each model",
+    **dict.fromkeys(
+        ("experts", "shared_experts", "gate_mode", "experts_per_token"),
+        "this is a mixture of experts: `geomerge moe CONFIG OUT` builds it",
+    ),
     "out_path": "the output's place is given on the command line; remove it",
 }
 """Keys found in recipes on the web that no version of mergekit in use obeys, and what to say about them."""

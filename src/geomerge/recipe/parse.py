@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -122,7 +123,12 @@ class _Reader:
             if "tokenizer" in found:
                 at = self.document.entries["tokens"][0]
                 raise _refuse(at, "'tokens' excludes 'tokenizer' and 'tokenizer_source'", "keep one of them")
-            found["tokenizer"] = policy
+            found["tokenizer"], template = policy
+            if template is not None and "chat_template" in found:
+                at = self.document.entries["chat_template"][0]
+                raise _refuse(at, "'chat_template' is given twice, also within 'tokens'", "keep one of them")
+            if template is not None:
+                found["chat_template"] = template
         found["compat"] = self.compat
         return Recipe(
             name=found.pop("name", None),
@@ -352,16 +358,36 @@ class _Reader:
             found.get("source", "union"), found.get("tokens", ()), found.get("pad_to_multiple_of"), node.where
         )
 
-    def read_tokens_policy(self, node: Node, _: Key) -> TokenizerSpec:
+    def read_tokens_policy(self, node: Node, key: Key) -> tuple[TokenizerSpec, str | None]:
+        """The policy, and the chat template that it names."""
         if isinstance(node, Text):
-            return TokenizerSpec(self.read_vocabulary(node, _), where=node.where)
+            return TokenizerSpec(self.read_vocabulary(node, key), where=node.where), None
         found = self._table(node, grammar.TOKENS)
-        return TokenizerSpec(found["policy"], found.get("rules", ()), found.get("pad_to"), node.where)
+        missing = found.get("missing", "default")
+        if "sparsity" in found and missing != "omp":
+            at = cast("Table", node).entries["sparsity"][0]
+            raise _refuse(at, "'sparsity' is for `missing: omp`", "remove it, or add `missing: omp`")
+        spec = TokenizerSpec(
+            found["policy"],
+            found.get("rules", ()),
+            found.get("pad_to"),
+            node.where,
+            missing,
+            found.get("sparsity", 64),
+        )
+        return spec, found.get("chat_template")
 
     def read_vocabulary(self, node: Node, key: Key) -> Literal["union", "base", "intersection"] | ModelRef:
         if isinstance(node, Text) and node.text == "intersection":
             return "intersection"
-        return self.read_tokenizer_source(node, key)
+        return self.read_tokenizer_source(_after(node, "model:"), key)
+
+    def read_missing(self, node: Node, key: Key) -> Literal["mean", "zero", "average", "omp"] | ModelRef:
+        if isinstance(node, Text) and node.text in ("mean", "zero", "average", "omp"):
+            return cast('Literal["mean", "zero", "average", "omp"]', node.text)
+        if isinstance(node, Text) and node.text.startswith("copy:"):
+            return self.read_model(_after(node, "copy:"), key)
+        raise _refuse(node.where, "'missing' is mean, zero, average, omp or copy:<model>", None)
 
     def read_align(self, node: Node, key: Key) -> AlignSpec:
         if isinstance(node, Text):
@@ -457,6 +483,13 @@ class _Reader:
 
     def read_positive(self, node: Node, key: Key) -> int:
         return self._whole(node, key, 1)
+
+
+def _after(node: Node, prefix: str) -> Node:
+    """A text without its prefix."""
+    if isinstance(node, Text) and node.text.startswith(prefix):
+        return replace(node, text=node.text.removeprefix(prefix).strip())
+    return node
 
 
 def _value(node: Node) -> Scalar | tuple[Scalar, ...]:

@@ -99,4 +99,6 @@ def _references(recipe: Recipe) -> Iterator[ModelRef]:
     if recipe.tokenizer is not None:
         if isinstance(recipe.tokenizer.source, ModelRef):
             yield recipe.tokenizer.source
+        if isinstance(recipe.tokenizer.missing, ModelRef):
+            yield recipe.tokenizer.missing
         yield from (rule.model for rule in recipe.tokenizer.tokens if rule.model is not None)

@@ -152,6 +152,7 @@ def _definitions() -> dict[str, _Schema]:
         "tokenizer_source": {"anyOf": [{"enum": ["union", "base"]}, {"$ref": "#/$defs/model"}]},
         "tokenizer": _object(grammar.TOKENIZER),
         "vocabulary": {"anyOf": [{"enum": ["union", "base", "intersection"]}, {"$ref": "#/$defs/model"}]},
+        "missing": {"anyOf": [{"enum": ["mean", "zero", "average", "omp"]}, {"type": "string", "pattern": "^copy:."}]},
         "tokens_policy": {"anyOf": [{"$ref": "#/$defs/vocabulary"}, _object(grammar.TOKENS)]},
         "align": {"anyOf": [{"enum": ["embedding", "residual"]}, _object(grammar.ALIGN)]},
         "tokens": {"type": "object", "additionalProperties": _object(grammar.TOKEN)},

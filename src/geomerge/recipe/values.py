@@ -204,12 +204,25 @@ class TokenRule:
 
 @dataclass(frozen=True, slots=True)
 class TokenizerSpec:
-    """The output's vocabulary: of all models, of the base, common to all, or one model's; and rules for single tokens."""
+    """The output's vocabulary: of all models, of the base, common to all, or one model's; and rules for single tokens.
+
+    Attributes:
+        source: Whose tokens.
+        tokens: Rules for single tokens.
+        pad_to_multiple_of: What the number of rows is made a multiple of.
+        where: Where the recipe says so.
+        missing: What a model gets for a token that it lacks: by default the base's row, or the mean over the models that have
+            it; ``average``: that mean in any case; ``mean``: of its own rows; a model: that model's row where it has one;
+            ``omp``: a sparse sum of its own rows.
+        sparsity: The most rows in such a sum.
+    """
 
     source: Literal["union", "base", "intersection"] | ModelRef
     tokens: tuple[TokenRule, ...] = ()
     pad_to_multiple_of: int | None = None
     where: Where = NOWHERE
+    missing: Literal["default", "mean", "zero", "average", "omp"] | ModelRef = "default"
+    sparsity: int = 64
 
 
 @dataclass(frozen=True, slots=True)

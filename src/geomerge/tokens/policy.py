@@ -1,22 +1,24 @@
 """From a recipe's tokenizer policy to row maps: which row of which parent becomes which row of the output's embedding.
 
 Every embedding (and head) of every input is re-indexed to the output's vocabulary before the merge. Where a model
-lacks a token, the row comes from, in this order: the token's rule in the recipe; the base model, if it has the token;
-the only model that has it; the mean of the models that have it. The maps are arrays, so that an engine can stream them.
+lacks a token, the row comes from, in this order: the token's rule in the recipe; what the policy's ``missing`` says; the base
+model, if it has the token; the only model that has it; the mean of the models that have it. The maps are arrays, so that an
+engine can stream them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import repeat
+from dataclasses import dataclass, replace
+from itertools import islice, repeat
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
 from geomerge.errors import IncompatibleModels, RecipeError, did_you_mean
-from geomerge.tokens.rows import MEAN, PAD, ZERO, IntArray, TokenPlan
+from geomerge.tokens.canonical import canonical, meanings, roles
+from geomerge.tokens.rows import MEAN, OMP, PAD, ZERO, IntArray, TokenPlan
 from geomerge.tokens.vocabulary import AddedToken, Vocabulary
 from geomerge.tokens.write import OutputTokenizer, check_editable, check_removable
 
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from geomerge.recipe.values import ModelRef, TokenizerSpec, TokenRule
 
 _MAKE_TOKENIZER = "Make a tokenizer.json: `AutoTokenizer.from_pretrained(model).save_pretrained(model)`."
+_ENDS = ("bos", "eos", "unk", "sep", "cls", "mask", "pad")
+"""The roles whose tokens stand for each other in different tokenizers."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,6 +40,8 @@ class _Inputs:
     ids: tuple[Mapping[str, int], ...]
     rows: tuple[int, ...]
     where: str | None
+    inside: int
+    """How many of them are merged; those after give their tokenizer only."""
 
     def index(self, model: object, what: str, where: str | None) -> int:
         """The position of `model` among the inputs, by value or as written.
@@ -56,6 +62,19 @@ class _Inputs:
     def same_ids(self) -> bool:
         return all(self.vocabularies[0].same_ids(other) for other in self.vocabularies[1:])
 
+    def merged(self, model: object, what: str, where: str | None) -> int:
+        """The position of a model that is merged.
+
+        Raises:
+            RecipeError: It is not.
+        """
+        found = self.index(model, what, where)
+        if found >= self.inside:
+            raise RecipeError(
+                f"{what} names {self.names[found]}, whose rows are of another space: it is not merged", where=where
+            )
+        return found
+
 
 def build(
     spec: TokenizerSpec,
@@ -63,6 +82,7 @@ def build(
     base_index: int | None,
     *,
     cut_padding: bool = False,
+    outsiders: int = 0,
 ) -> TokenPlan:
     """Plan the output's vocabulary.
 
@@ -72,6 +92,8 @@ def build(
         base_index: Which of them is the base model; None without one.
         cut_padding: Cut the embedding to the tokenizer's length even when all inputs agree in vocabulary and rows, as
             mergekit does. Otherwise such inputs keep their padding rows. Inputs that differ are always cut.
+        outsiders: How many of the models, the last ones, are not merged: they give their tokenizer, and for ``missing: omp`` a
+            space to find coefficients in, but no rows.
 
     Raises:
         RecipeError: A rule names an unknown model or token, or a row out of range; "base" without a base model.
@@ -81,8 +103,10 @@ def build(
         raise RecipeError(
             f"pad_to_multiple_of is {spec.pad_to_multiple_of}; it must be a positive number", where=str(spec.where)
         )
-    inputs = _inputs(vocabularies, str(spec.where))
+    inputs = _inputs(vocabularies, str(spec.where), outsiders)
     source = _source_index(spec, inputs, base_index)
+    if spec.missing == "omp" or outsiders:
+        inputs = _by_meaning(inputs, source)
     if any(vocabulary.kind == "opaque" for vocabulary in inputs.vocabularies):
         return _opaque_plan(spec, inputs, source)
 
@@ -107,7 +131,7 @@ def build(
     if keep:
         # holes and padding: every model has a row of its own there
         owned[:, nameless] = nameless
-    fallback, fallback_row = _default_fallback(owned, base_index)
+    fallback, fallback_row = _fallback(spec, inputs, owned, base_index, source)
     own = owned.copy()
     for rule in spec.tokens:
         row = ids[rule.token]
@@ -116,7 +140,7 @@ def build(
             own[:, row] = -1
     return TokenPlan(
         size=size,
-        identity=_is_identity(own, inputs.rows),
+        identity=_is_identity(own[: inputs.inside], inputs.rows[: inputs.inside]),
         models=inputs.names,
         names=tuple(names.tolist()),
         row_maps=_frozen(own),
@@ -128,7 +152,9 @@ def build(
     )
 
 
-def _inputs(vocabularies: Sequence[tuple[ModelRef, Vocabulary | None, int]], where: str | None) -> _Inputs:
+def _inputs(
+    vocabularies: Sequence[tuple[ModelRef, Vocabulary | None, int]], where: str | None, outsiders: int
+) -> _Inputs:
     if not vocabularies:
         raise IncompatibleModels("a tokenizer policy needs at least one model", where=where)
     found: list[Vocabulary] = []
@@ -150,7 +176,32 @@ def _inputs(vocabularies: Sequence[tuple[ModelRef, Vocabulary | None, int]], whe
         ids=tuple(vocabulary.within(rows) for vocabulary, (_, _, rows) in zip(found, vocabularies, strict=True)),
         rows=tuple(rows for _, _, rows in vocabularies),
         where=where,
+        inside=len(found) - outsiders,
     )
+
+
+def _by_meaning(inputs: _Inputs, source: int) -> _Inputs:
+    """The same inputs; those that write the source's tokens in another alphabet (``▁the`` for ``Ġthe``), or have another token
+    for the same role (``<|end|>`` for ``</s>``), have them too."""
+    mine = roles(inputs.vocabularies[source].directory)
+    ids = list(inputs.ids)
+    tokens: dict[bytes, list[str]] | None = None
+    for k, vocabulary in enumerate(inputs.vocabularies):
+        if k == source or vocabulary.kind == "opaque" or inputs.vocabularies[source].kind == "opaque":
+            continue
+        if tokens is None:
+            tokens, means = {}, meanings(inputs.vocabularies[source])
+            for token in inputs.ids[source]:
+                tokens.setdefault(means(token), []).append(token)
+        known = dict(inputs.ids[k])
+        for same, index in canonical(vocabulary, inputs.rows[k]).items():
+            for token in tokens.get(same, ()):
+                known.setdefault(token, index)
+        for role, token in roles(vocabulary.directory).items():
+            if role in _ENDS and role in mine and token in known and mine[role] in inputs.ids[source]:
+                known.setdefault(mine[role], known[token])
+        ids[k] = known
+    return replace(inputs, ids=tuple(ids))
 
 
 def _source_index(spec: TokenizerSpec, inputs: _Inputs, base_index: int | None) -> int:
@@ -306,7 +357,7 @@ def _rule_source(rule: TokenRule, inputs: _Inputs) -> tuple[int, int]:
     """
     if rule.kind == "zero":
         return ZERO, -1
-    model = inputs.index(rule.model, f"the rule for the token {rule.token!r}", str(rule.where))
+    model = inputs.merged(rule.model, f"the rule for the token {rule.token!r}", str(rule.where))
     token = rule.token if rule.kind == "model" else rule.source_token
     if token is not None:
         row = inputs.ids[model].get(token)
@@ -333,6 +384,47 @@ def _refuse_rule(rule: TokenRule, what: str, hint: str | None) -> NoReturn:
 
 def _padded(length: int, multiple: int | None) -> int:
     return length if multiple is None else -(-length // multiple) * multiple
+
+
+def _fallback(
+    spec: TokenizerSpec, inputs: _Inputs, owned: IntArray, base_index: int | None, source: int
+) -> tuple[IntArray, IntArray]:
+    """For every output row what models without the token use, as the policy's ``missing`` says; see `_default_fallback`.
+
+    Raises:
+        RecipeError: It names a model that is not merged.
+        IncompatibleModels: ``omp`` has no shared tokens to make sums of.
+    """
+    inside = owned[: inputs.inside]
+    fallback, row = _default_fallback(inside, None if spec.missing == "average" else base_index)
+    known: npt.NDArray[np.bool_] = np.any(owned >= 0, axis=0)
+    if spec.missing in ("mean", "zero"):
+        fallback[known], row[known] = (PAD if spec.missing == "mean" else ZERO), -1
+    elif spec.missing == "omp":
+        donor = (owned >= 0).argmax(axis=0)
+        for first in (base_index, source):
+            if first is not None:
+                donor[owned[first] >= 0] = first
+        fallback[known] = OMP - donor[known]
+        row[known] = np.take_along_axis(owned, donor[None], axis=0)[0][known]
+        _check_anchors(inputs, owned, donor, known)
+    elif not isinstance(spec.missing, str):
+        model = inputs.merged(spec.missing, "`missing: copy`", inputs.where)
+        has = owned[model] >= 0
+        fallback[has], row[has] = model, owned[model][has]
+    return fallback, row
+
+
+def _check_anchors(inputs: _Inputs, owned: IntArray, donor: IntArray, known: npt.NDArray[np.bool_]) -> None:
+    for k in range(inputs.inside):
+        lacking = known & (owned[k] < 0)
+        for j in np.unique(donor[lacking]).tolist():
+            if not ((owned[k] >= 0) & (owned[j] >= 0)).any():
+                raise IncompatibleModels(
+                    f"{inputs.names[k]} and {inputs.names[j]} share no token of the output, from which sums could be made",
+                    where=inputs.where,
+                    hint="`missing: mean` needs none",
+                )
 
 
 def _default_fallback(owned: IntArray, base_index: int | None) -> tuple[IntArray, IntArray]:
@@ -364,7 +456,8 @@ def _note_lengths(notes: list[str], inputs: _Inputs, length: int, size: int, kee
             "rows beyond the tokenizer are kept"
         )
         return
-    for name, vocabulary, rows in zip(inputs.names, inputs.vocabularies, inputs.rows, strict=True):
+    merged = zip(inputs.names, inputs.vocabularies, inputs.rows, strict=True)
+    for name, vocabulary, rows in islice(merged, inputs.inside):
         if rows > vocabulary.size:
             notes.append(
                 f"{name}: the {rows - vocabulary.size:,} embedding rows beyond its tokenizer's {vocabulary.size:,} ids "

@@ -20,6 +20,9 @@ ZERO = -3
 PAD = -4
 """Padding, or an id without a token: the float64 mean of all rows of the model's re-indexed matrix that are not PAD."""
 
+OMP = -5
+"""A sparse sum of the model's own rows, its coefficients found in a donor's matrix: the donor j has the code OMP − j."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowPlan:
@@ -27,8 +30,8 @@ class RowPlan:
 
     Attributes:
         model: Which input this is.
-        source: int64, shape (rows,): the input to read each row from (`model` itself or another), or MEAN, ZERO or PAD.
-        row: int64, shape (rows,): the row in that input's matrix; -1 where `source` is a code.
+        source: int64, shape (rows,): the input to read each row from (`model` itself or another), or a code above.
+        row: int64, shape (rows,): the row in that input's matrix; for OMP the row in the donor's; -1 for the other codes.
         owners: int64, shape (inputs, rows): each input's own row for the token, -1 where it lacks it. MEAN rows are the
             mean over the inputs with a row here.
     """
@@ -49,9 +52,25 @@ class RowPlan:
     @property
     def donors(self) -> tuple[int, ...]:
         """The inputs that must be read, `model` itself included where it gives rows."""
+        if self.pursued:
+            return tuple(sorted({self.model, *self.pursued, *self._without_pursuit().donors}))
         plain = set(np.unique(self.source[self.source >= 0]).tolist())
         means = self.owners[:, self.source == MEAN]
         return tuple(sorted(plain | set(np.flatnonzero((means >= 0).any(axis=1)).tolist())))
+
+    @property
+    def pursued(self) -> tuple[int, ...]:
+        """The donors in whose matrices sparse sums are found."""
+        return tuple(sorted((OMP - np.unique(self.source[self.source <= OMP])).tolist()))
+
+    def _without_pursuit(self) -> RowPlan:
+        keep = self.source > OMP
+        return RowPlan(self.model, self.source[keep], self.row[keep], self.owners[:, keep])
+
+    def anchors(self, donor: int) -> IntArray:
+        """The tokens that this model and a donor share: int64, shape (tokens, 2), their rows in the two matrices."""
+        both = self.owners[[self.model, donor]]
+        return both[:, (both >= 0).all(axis=0)].T.copy()
 
     def tile(self, start: int, stop: int) -> RowPlan:
         """The same for the rows `start` to `stop` (views, nothing is copied)."""
@@ -80,7 +99,12 @@ class RowPlan:
 
         Returns:
             Shape (len(self), ...) in the dtype of the model's own matrix.
+
+        Raises:
+            ValueError: Rows are sparse sums, which `geomerge.engine.mixtures` finds.
         """
+        if self.pursued:
+            raise ValueError("sparse sums of rows are not made here")
         own = matrices[self.model]
         out = np.zeros((len(self), *own.shape[1:]), own.dtype)
         for k in np.unique(self.source[self.source >= 0]).tolist():
@@ -115,8 +139,8 @@ class TokenPlan:
         names: Shape (size,): each row's token; None for padding and for ids without a token.
         row_maps: int64, shape (inputs, size): each input's own row, -1 where the fallback is used.
         owner_rows: The same before rules with `force`: -1 only where the input lacks the token.
-        fallback: int64, shape (size,): what an input without the token uses: another input's index, MEAN, ZERO or PAD.
-        fallback_row: int64, shape (size,): the row in that input; -1 for the codes.
+        fallback: int64, shape (size,): what an input without the token uses: another input's index, MEAN, ZERO, PAD or OMP − j.
+        fallback_row: int64, shape (size,): the row in that input, or in OMP's donor; -1 for the other codes.
         tokenizer: The output's tokenizer, for `geomerge.tokens.write`.
         notes: What the user should know: rows cut or kept, tokens added or removed.
     """
@@ -144,12 +168,19 @@ class TokenPlan:
         )
 
     def counts(self) -> dict[str, dict[str, int]]:
-        """Per input: how many rows are its own, borrowed from another input, means, zeros and padding."""
+        """Per input: how many rows are its own, borrowed from another input, means, zeros, sparse sums and padding."""
         table = {}
+        nameless = np.array([name is None for name in self.names], dtype=bool)
         for k, name in enumerate(self.models):
             source = self.rows_for(k).source
-            named = {"mean": MEAN, "zero": ZERO, "padding": PAD}
             own = int((source == k).sum())
-            table[name] = {"own": own, "borrowed": int((source >= 0).sum()) - own}
-            table[name] |= {word: int((source == code).sum()) for word, code in named.items()}
+            pad = source == PAD
+            table[name] = {
+                "own": own,
+                "borrowed": int((source >= 0).sum()) - own,
+                "mean": int((source == MEAN).sum()) + int((pad & ~nameless).sum()),
+                "zero": int((source == ZERO).sum()),
+                "sum": int((source <= OMP).sum()),
+                "padding": int((pad & nameless).sum()),
+            }
         return table

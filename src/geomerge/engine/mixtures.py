@@ -1,0 +1,80 @@
+"""Rows that a model lacks as sparse sums of rows that it has: the coefficients are found in a donor's matrix."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from geomerge.align.pursuit import pursue
+from geomerge.errors import NotFiniteError
+from geomerge.tokens.rows import OMP, IntArray, RowPlan
+
+if TYPE_CHECKING:
+    from geomerge.methods.tile import Source
+
+
+class Mixtures:
+    """The sparse sums of one re-ordered matrix.
+
+    Only the coefficients are kept (k numbers a token) and, while they are found, the donor's rows of shared tokens in the dtype
+    in which they are stored.
+
+    Args:
+        plan: The matrix's rows.
+        donors: Each donor's matrix and its width.
+        sparsity: The most rows in a sum.
+    """
+
+    def __init__(self, plan: RowPlan, donors: Mapping[int, tuple[Source, int]], sparsity: int) -> None:
+        self._plan, self._donors, self._sparsity = plan, donors, sparsity
+        self._lock = threading.Lock()
+        self._found: dict[int, tuple[IntArray, list[float]]] | None = None
+
+    def at(self, row: int) -> Iterator[tuple[int, float]]:
+        """(row of the model's own matrix, coefficient) of an output row's sum.
+
+        Raises:
+            NotFiniteError: The donor holds NaN or Inf.
+        """
+        with self._lock:
+            if self._found is None:
+                self._found = {}
+                for donor, (source, width) in self._donors.items():
+                    self._found.update(self._find(donor, source, width))
+        rows, coefficients = self._found[row]
+        return zip(rows.tolist(), coefficients, strict=True)
+
+    def _find(self, donor: int, source: Source, width: int) -> Iterator[tuple[int, tuple[IntArray, list[float]]]]:
+        wanted = np.flatnonzero(self._plan.source == OMP - donor)
+        theirs = self._plan.row[wanted]
+        anchors = self._plan.anchors(donor)
+        atoms = _rows(source, width, anchors[:, 1], source.dtype)
+        sums = pursue(
+            lambda first, last: _rows(source, width, theirs[first:last], torch.float64),
+            len(wanted),
+            atoms,
+            self._sparsity,
+        )
+        for i, out in enumerate(wanted.tolist()):
+            used = torch.nonzero(sums.coefficients[i]).flatten()
+            yield out, (anchors[sums.rows[i, used].numpy(), 0], sums.coefficients[i, used].tolist())
+
+
+def _rows(source: Source, width: int, which: IntArray, dtype: torch.dtype) -> Tensor:
+    """Some rows of a matrix, runs of them at once.
+
+    Raises:
+        NotFiniteError: One holds NaN or Inf.
+    """
+    out = torch.empty(len(which), width, dtype=dtype)
+    starts = [0, *(np.flatnonzero(np.diff(which) != 1) + 1).tolist()] if len(which) else []
+    for start, stop in zip(starts, [*starts[1:], len(which)], strict=True):
+        source.read(int(which[start]) * width, out[start:stop].view(-1))
+    if not bool(torch.isfinite(out).all()):
+        raise NotFiniteError("holds NaN or Inf", where=source.label)
+    return out
