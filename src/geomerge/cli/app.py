@@ -26,6 +26,7 @@ from geomerge.cli.continual import continue_
 from geomerge.cli.demo import demo
 from geomerge.cli.diagnose import diagnose
 from geomerge.cli.evaluate import evaluate
+from geomerge.cli.finalize import finalize
 from geomerge.cli.inspect import inspect
 from geomerge.cli.lab import lab_app
 from geomerge.cli.merge import merge
@@ -83,7 +84,22 @@ def geomerge(
     show_warnings()
 
 
-for verb in (merge, plan, diagnose, evaluate, report, search, soup, compress, extract, inspect, methods, schema, demo):
+for verb in (
+    merge,
+    finalize,
+    plan,
+    diagnose,
+    evaluate,
+    report,
+    search,
+    soup,
+    compress,
+    extract,
+    inspect,
+    methods,
+    schema,
+    demo,
+):
     app.command()(verb)
 app.command("continue")(continue_)
 app.add_typer(adapter_app, name="adapter")
