@@ -4,6 +4,8 @@
 #   make test    lint, types, tests
 #   make bench   the measurements of docs/benchmarks.md
 #   make claims  every method on the lab's suites, for docs/claims.md
+#   make scale   the arithmetic of very large merges, for docs/scale.md
+#   make fault   kills, full disks, damaged and hostile files by the thousand; a few minutes
 #   make docs    the generated pages of docs/methods/
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
@@ -18,7 +20,7 @@ WORKERS ?= 2
 
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: env demo test lint bench claims docs clean
+.PHONY: env demo test lint bench claims scale fault docs clean
 
 env: $(STAMP)
 
@@ -47,6 +49,12 @@ bench: env
 
 claims: env
 	$(BIN)/python benchmarks/claims.py
+
+scale: env
+	$(BIN)/python benchmarks/scale.py
+
+fault: env
+	GEOMERGE_FAULTS=many $(BIN)/python -m pytest -n $(WORKERS) tests/test_faults.py tests/test_faults_mutated.py
 
 docs: env
 	$(BIN)/python docs/generate.py

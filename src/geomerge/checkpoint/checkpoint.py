@@ -207,7 +207,8 @@ class Checkpoint:
                 raise _changed(known)
 
     def fingerprint(self) -> str:
-        """A quick identity: sha256 over the headers, the sizes and 256 evenly spaced 4 KiB blocks of each file.
+        """A quick identity: sha256 over the headers, the sizes and 256 evenly spaced 4 KiB blocks of each file
+        (fewer, but 16 or more, of each file of a model in more than 32 files).
 
         It does not depend on where the files lie. A change between the blocks is not seen: see `content_hash`.
         """

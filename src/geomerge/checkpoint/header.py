@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+import sys
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -199,6 +200,8 @@ def _tensors(entries: dict[str, Any], path: Path, *, start: int, room: int) -> l
     spans.sort()
     tensors: list[TensorInfo] = []
     position, before = 0, None
+    # The parents have the same names and few shapes: each is held once, not once a model.
+    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
     for begin, end, name, dtype, shape in spans:
         if begin != position:
             if begin < position:
@@ -206,7 +209,8 @@ def _tensors(entries: dict[str, Any], path: Path, *, start: int, room: int) -> l
             else:
                 problem = f"bytes {position:,} to {begin:,} before tensor {name!r} belong to no tensor"
             raise DamagedCheckpoint(problem, where=str(path), hint="the file was not written by safetensors")
-        tensors.append(TensorInfo(name, dtype, shape, path, start + begin, end - begin))
+        known = shapes.setdefault(shape, shape)
+        tensors.append(TensorInfo(sys.intern(name), sys.intern(dtype), known, path, start + begin, end - begin))
         position, before = end, name
     if position != room:
         raise DamagedCheckpoint(

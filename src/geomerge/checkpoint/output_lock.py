@@ -1,7 +1,7 @@
 """One run for one output: the lock in ``OUT.partial/``.
 
 The lock is the kernel's (``flock``), so it vanishes with its process however that ends; the file's text is the process
-id, for the message to whoever comes second.
+id, for the message to whoever comes second. Shards of one merge hold it together (shared), and each a lock of its own.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ LOCK = ".lock"
 logger = logging.getLogger(__name__)
 
 
-def take_lock(partial: Path, out: Path) -> tuple[int, str]:
+def take_lock(partial: Path, out: Path, *, shared: bool = False) -> tuple[int, str]:
     """Make the directory if it is not there and lock it.
 
     Args:
         partial: ``OUT.partial``.
         out: The output, for the error.
+        shared: Together with others that ask for the same.
 
     Returns:
         The lock's descriptor, to be kept open as long as the lock is wanted, and what the run before left in it: its
@@ -47,12 +48,12 @@ def take_lock(partial: Path, out: Path) -> tuple[int, str]:
         except OSError as error:
             raise RunError(f"the output cannot be made: {error.strerror}", where=str(partial)) from None
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
-            pid = _read(lock) or "unknown"
+            pid = _read(lock)
             os.close(lock)
             raise UsageError(
-                f"another run (process {pid}) is writing this output",
+                f"another run ({f'process {pid}' if pid else 'perhaps on another machine'}) is writing this output",
                 where=str(out),
                 hint="wait for it, or choose another output",
             ) from None
@@ -66,6 +67,36 @@ def take_lock(partial: Path, out: Path) -> tuple[int, str]:
         except FileNotFoundError:
             pass
         os.close(lock)
+
+
+def own_lock(path: Path, *, wait: bool = False) -> int | None:
+    """A lock for this process alone, in a file of its own.
+
+    Args:
+        path: The file; made when it is not there.
+        wait: Until it is free.
+
+    Returns:
+        The descriptor to keep open, or `None` when another process has the lock.
+    """
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        os.close(lock)
+        return None
+    except OSError as error:
+        logger.warning("%s cannot be locked (%s): do not run a shard twice at the same time", path, error.strerror)
+    return lock
+
+
+def alone(lock: int) -> bool:
+    """Turn a shared lock into one for this process alone, if nobody else holds it."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def sign_lock(lock: int) -> None:

@@ -242,9 +242,12 @@ def _read_headers(files: list[Path]) -> tuple[dict[str, TensorInfo], tuple[FileI
 
 def _check_index(where: Path, tensors: dict[str, TensorInfo], weight_map: dict[str, str]) -> None:
     """Every tensor must be where the index says, and no shard may hold one that the index does not know."""
+    # A path's name is found once for each file, not for each of 100,000 tensors.
+    said = {file: Path(file).name for file in set(weight_map.values())}
+    found = {id(info.file): info.file.name for info in tensors.values() if info.file is not None}
     for name, file in weight_map.items():
         info = tensors.get(name)
-        if info is None or info.file is None or info.file.name != Path(file).name:
+        if info is None or info.file is None or found[id(info.file)] != said[file]:
             place = "in no shard" if info is None or info.file is None else f"in {info.file.name}"
             raise DamagedCheckpoint(f"the index places tensor {name!r} in {file}, but it is {place}", where=str(where))
     if len(tensors) != len(weight_map):

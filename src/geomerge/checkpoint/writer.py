@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, Self
 
@@ -23,12 +23,31 @@ from geomerge.checkpoint.output_lock import LOCK, sign_lock, take_lock
 from geomerge.checkpoint.output_place import check_place, replaceable
 from geomerge.errors import GeomergeError, RunError, UsageError
 
-__all__ = ["JOURNAL", "Layout", "LayoutFile", "OutputDirectory", "Place", "disk_error", "parse_size", "plan_layout"]
+__all__ = [
+    "JOURNAL",
+    "SHARDS",
+    "WORK",
+    "Layout",
+    "LayoutFile",
+    "OutputDirectory",
+    "Place",
+    "disk_error",
+    "fits",
+    "parse_size",
+    "plan_layout",
+    "prepare_file",
+]
 
 JOURNAL = "journal.jsonl"
 """The engine's journal of finished tensors in ``OUT.partial/``; removed when the output is complete."""
 
-_OWN = (LOCK, JOURNAL)
+WORK = ".geomerge"
+"""A directory in ``OUT.partial/`` for what several machines or processes share; removed when the output is complete."""
+
+SHARDS = "shards.json"
+"""In `WORK`: what is being made in shards. While it is there, the output is theirs."""
+
+_OWN = (LOCK, JOURNAL, WORK)
 
 
 class OutputDirectory:
@@ -99,6 +118,12 @@ class OutputDirectory:
     def _settle(self, *, resume: bool) -> bool:
         """Decide what becomes of what an earlier run left, and sign the lock."""
         left = [p for p in self.partial.iterdir() if p.name != LOCK]
+        if (self.partial / WORK / SHARDS).exists() and not self.force:
+            raise UsageError(
+                f"{self.partial.name} is being made in shards",
+                where=str(self.out),
+                hint="make the missing ones with `merge --shard i/n`, then `geomerge finalize`; or start anew with --force",
+            )
         resumed = resume and (self.partial / JOURNAL).is_file()
         if left and not (resume or self.force):
             raise UsageError(
@@ -124,7 +149,7 @@ class OutputDirectory:
         paths = [self.partial / file.name for file in layout.files]
         if self.resumed:
             for file, path in zip(layout.files, paths, strict=True):
-                if not _fits(file, path):
+                if not fits(file, path):
                     raise UsageError(
                         f"{file.name} of the interrupted run does not fit this merge",
                         where=str(self.partial),
@@ -133,14 +158,13 @@ class OutputDirectory:
         else:
             free = shutil.disk_usage(self.partial).free
             if layout.size > free:
-                raise _full(self.partial, layout.size, f"{free:,} are free")
+                raise full_error(self.partial, layout.size, f"{free:,} are free")
         for file, path in zip(layout.files, paths, strict=True):
             try:
                 descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
                 self.descriptors.append(descriptor)
                 if not self.resumed:
-                    _allocate(descriptor, file.size)
-                    os.pwrite(descriptor, file.header, 0)
+                    prepare_file(descriptor, file)
             except OSError as error:
                 self._close_files()
                 if not self.resumed:
@@ -150,6 +174,18 @@ class OutputDirectory:
         index = layout.index()
         if index is not None:
             self.write_json(layout.index_name, index)
+
+    def flush(self) -> None:
+        """Wait until the tensor bytes that were written are on the disk.
+
+        Raises:
+            RunError: Something could not be written after all.
+        """
+        for descriptor in self.descriptors:
+            try:
+                os.fdatasync(descriptor)
+            except OSError as error:
+                raise disk_error(error, self.partial, os.fstat(descriptor).st_size) from None
 
     def write_json(self, name: str, content: Any) -> None:
         """Write a JSON file, indented by two as the ecosystem does."""
@@ -189,7 +225,7 @@ class OutputDirectory:
 
     def _path(self, name: str) -> Path:
         check_name(name, str(self.partial), what="the output")
-        if name in _OWN:
+        if PurePosixPath(name).parts[0] in _OWN:
             raise UsageError(f"{name} is a name that the run needs for itself", where=str(self.partial))
         return self.partial / name
 
@@ -205,8 +241,7 @@ class OutputDirectory:
             RunError: Something else appeared there meanwhile; ``OUT.partial`` is kept, complete.
         """
         if self.durable:
-            for descriptor in self.descriptors:
-                os.fsync(descriptor)
+            self.flush()
         self._close_files()
         aside = self.out.with_name(f".{self.out.name}.replaced-{os.getpid()}")
         moved = False
@@ -225,6 +260,7 @@ class OutputDirectory:
                 where=str(self.out),
                 hint=f"it is complete in {self.partial}: rename it yourself",
             ) from None
+        shutil.rmtree(self.out / WORK, ignore_errors=True)
         # The lock goes last: before the rename, a second run could have taken a fresh one in the same directory.
         (self.out / LOCK).unlink(missing_ok=True)
         self._release()
@@ -266,11 +302,12 @@ def disk_error(error: OSError, path: Path, needed: int) -> GeomergeError:
         needed: The bytes that the output needs.
     """
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return _full(path, needed, os.strerror(error.errno))
+        return full_error(path, needed, os.strerror(error.errno))
     return RunError(f"cannot be written: {error.strerror}", where=str(path))
 
 
-def _full(path: Path, needed: int, why: str) -> RunError:
+def full_error(path: Path, needed: int, why: str) -> RunError:
+    """The error for a disk that cannot hold the output."""
     return RunError(
         f"the disk has not enough room: {needed:,} bytes are needed ({why})",
         where=str(path),
@@ -278,17 +315,23 @@ def _full(path: Path, needed: int, why: str) -> RunError:
     )
 
 
-def _allocate(descriptor: int, size: int) -> None:
-    os.ftruncate(descriptor, 0)
+def prepare_file(descriptor: int, file: LayoutFile) -> None:
+    """Give a file all of its room, and its header. What is in it stays, up to the file's size."""
+    if os.fstat(descriptor).st_size > file.size:
+        os.ftruncate(descriptor, file.size)
     try:
-        os.posix_fallocate(descriptor, 0, size)
+        os.posix_fallocate(descriptor, 0, file.size)
     except OSError as error:
         if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
             raise
-        os.ftruncate(descriptor, size)  # no allocation on this file system: at least the size is right
+        os.ftruncate(descriptor, file.size)  # no allocation on this file system: at least the size is right
+    written = 0
+    while written < len(file.header):
+        written += os.pwrite(descriptor, file.header[written:], written)
 
 
-def _fits(file: LayoutFile, path: Path) -> bool:
+def fits(file: LayoutFile, path: Path) -> bool:
+    """Whether a file has the size and the header that the layout gives it."""
     try:
         if path.is_symlink() or path.stat().st_size != file.size:
             return False

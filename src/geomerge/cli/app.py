@@ -26,6 +26,7 @@ from geomerge.cli.continual import continue_
 from geomerge.cli.demo import demo
 from geomerge.cli.diagnose import diagnose
 from geomerge.cli.evaluate import evaluate
+from geomerge.cli.finalize import finalize
 from geomerge.cli.inspect import inspect
 from geomerge.cli.lab import lab_app
 from geomerge.cli.merge import merge
@@ -90,6 +91,7 @@ for verb in (
     merge,
     moe,
     transplant,
+    finalize,
     plan,
     diagnose,
     tokens,

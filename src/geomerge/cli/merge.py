@@ -31,47 +31,72 @@ def merge(
     durable: Annotated[
         bool, typer.Option("--durable", help="Flush to the disk as it goes: even a power cut can be resumed from.")
     ] = False,
+    shard: Annotated[
+        str | None,
+        typer.Option(metavar="I/N", help="Make the I-th of N shards, in a shared folder; `geomerge finalize` ends it."),
+    ] = None,
+    executor: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="threads, processes or ray (a cluster); by default what suits this machine."),
+    ] = None,
     quiet: Quiet = False,
     json: AsJson = False,
 ) -> None:
     """Merge the models of a recipe into a model directory.
 
     The result is written into OUT.partial and gets its name when it is complete. Interrupted at any moment, the same
-    command with --resume continues, and the bytes are the same.
+    command with --resume continues, and the bytes are the same. With --shard the same command, on as many machines as
+    there are shards, makes one output; a shard that is repeated continues by itself.
     """
     from geomerge.checkpoint.layout import parse_size
     from geomerge.cli.console import Stopped, write_json
     from geomerge.cli.plan import planned
     from geomerge.cli.progress import watch
     from geomerge.engine.run import run_plan
+    from geomerge.engine.shards import parse_shard, run_shard
+    from geomerge.errors import UsageError
 
     size = parse_size(shard_size)
+    piece = None if shard is None else parse_shard(shard)
+    if shard is not None and executor is not None:
+        raise UsageError("a shard is made by one machine: give either --shard or --executor")
     try:
         plan, opened = planned(recipe, compat=compat, allow_pickle=allow_pickle)
         with watch("merging", quiet=quiet) as progress:
-            report = run_plan(
-                plan,
-                out,
-                inputs=opened,
-                threads=threads,
-                device=device,
-                shard_size=size,
-                resume=resume,
-                force=force,
-                durable=durable,
-                progress=progress,
-            )
+            options: dict[str, Any] = {
+                "inputs": opened,
+                "threads": threads,
+                "device": device,
+                "shard_size": size,
+                "force": force,
+                "durable": durable,
+                "progress": progress,
+            }
+            if piece is not None:
+                report = run_shard(plan, out, *piece, **options)
+            else:
+                report = run_plan(plan, out, resume=resume, executor=executor, **options)
     except KeyboardInterrupt:
-        given = {"--threads": threads, "--device": device, "--shard-size": shard_size, "--compat": compat}
+        given = {
+            "--threads": threads,
+            "--device": device,
+            "--shard-size": shard_size,
+            "--compat": compat,
+            "--executor": executor,
+        }
         usual = {"--device": "cpu", "--shard-size": "5GB"}
-        options = [str(w) for name, v in given.items() if v != usual.get(name) for w in (name, v)]
+        if piece is not None:
+            raise Stopped(
+                f"what shard {shard} has finished is kept", "run the same command again to continue"
+            ) from None
+        words = [str(w) for name, v in given.items() if v != usual.get(name) for w in (name, v)]
         flags = {"--force": force, "--allow-pickle": allow_pickle, "--durable": durable}
-        options += [name for name, on in flags.items() if on]
-        raise Stopped(*_left(recipe, out, options)) from None
+        words += [name for name, on in flags.items() if on]
+        raise Stopped(*_left(recipe, out, words)) from None
     if json:
         write_json(as_json(plan, report, progress))
     else:
-        show_report(plan, report, progress)
+        show_report(plan, report, progress, shard)
 
 
 def _left(recipe: str, out: Path, options: list[str]) -> tuple[str, str | None]:
@@ -121,13 +146,19 @@ def _codes(report: Report) -> str:
     return text if not beyond else f"{text}; {len(beyond)} lose more than {ALLOWED} times what their parents lose"
 
 
-def show_report(plan: Plan, report: Report, progress: Silent) -> None:
+def show_report(plan: Plan, report: Report, progress: Silent, shard: str | None = None) -> None:
     """Tell the user what a run did."""
     from geomerge.cli.console import amount, clean, count, duration, facts, show
     from geomerge.cli.plan_page import rounding
 
     speed = f"{amount(report.nbytes)} in {duration(report.seconds)} ({amount(_rate(report, progress))}/s)"
-    rows = [("merged", clean(report.out)), ("output", f"{count(report.tensors, 'tensor')}, {speed}")]
+    where = clean(report.out)
+    rows = [
+        ("merged", where) if shard is None else ("shard", f"{shard} in {where}"),
+        ("output", f"{count(report.tensors, 'tensor')}, {speed}"),
+    ]
+    if shard is not None:
+        rows.append(("next", "when all shards are made: geomerge finalize OUT"))
     if report.resumed:
         rows.append(("resumed", f"{count(report.resumed, 'tensor')} were finished before"))
     if plan.stages[-1].compat is not None:

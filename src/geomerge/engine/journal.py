@@ -12,11 +12,15 @@ import json
 import os
 import threading
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from geomerge.checkpoint.writer import disk_error
 from geomerge.errors import UsageError
+
+COMPLETE = "complete"
+"""The key of a concluded journal's last line."""
 
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
@@ -42,6 +46,11 @@ class Journal:
     Raises:
         UsageError: The journal belongs to another plan.
         RunError: It cannot be written.
+
+    Attributes:
+        finished: For each finished tensor what the manifest shall say of it.
+        complete: The journal was concluded.
+        durable: Each line is flushed.
     """
 
     def __init__(
@@ -54,7 +63,8 @@ class Journal:
         durable: bool = False,
     ) -> None:
         self.finished: dict[int, dict[str, Any]] = {}
-        self._durable = durable
+        self.complete = False
+        self.durable = durable
         self._path = path
         self._lock = threading.Lock()
         head = {"plan": plan_hash, "boot": boot_id(), "durable": durable, "inputs": [list(i) for i in inputs]}
@@ -68,13 +78,12 @@ class Journal:
         believed = (
             bool(lines)
             and lines[0].get("inputs") == head["inputs"]
-            and (lines[0].get("durable") or lines[0].get("boot") == head["boot"])
+            and (lines[0].get("durable") or lines[0].get("boot") == head["boot"] or COMPLETE in lines[-1])
         )
         if believed:
-            for line in lines[1:]:
-                self.finished[line.pop("tensor")] = line
+            self.finished, self.complete = _sorted(lines)
         # What this run does not flush, a journal that promises flushed files must not record.
-        weaker = believed and bool(lines[0].get("durable")) and not durable
+        weaker = believed and bool(lines[0].get("durable")) and not durable and not self.complete
         flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_APPEND
         self._file = os.open(path, flags if believed and not weaker else flags | os.O_TRUNC, 0o666)
         if not believed:
@@ -90,13 +99,22 @@ class Journal:
         """Tensors are finished: their indices and what the manifest shall say of them."""
         self._write([{"tensor": index, **facts} for index, facts in entries])
 
+    def conclude(self) -> None:
+        """All that this journal is for is finished, and has reached the disk: it is believed after any power cut."""
+        self._write([{COMPLETE: True}])
+        try:
+            os.fsync(self._file)
+        except OSError as error:
+            raise disk_error(error, self._path, 0) from None
+        self.complete = True
+
     def _write(self, lines: list[dict[str, Any]]) -> None:
         text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines).encode()
         with self._lock:
             try:
                 while text:
                     text = text[os.write(self._file, text) :]
-                if self._durable:
+                if self.durable:
                     os.fdatasync(self._file)
             except OSError as error:
                 raise disk_error(error, self._path, len(text)) from None
@@ -104,6 +122,33 @@ class Journal:
     def close(self) -> None:
         """Close the file; it stays."""
         os.close(self._file)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a journal says.
+
+    Attributes:
+        head: Its first line.
+        finished: For each finished tensor what the manifest shall say of it.
+        complete: It was concluded.
+    """
+
+    head: dict[str, Any]
+    finished: dict[int, dict[str, Any]]
+    complete: bool
+
+
+def read_journal(path: Path) -> Reading | None:
+    """Read a journal that others wrote; `None` when there is none."""
+    lines = _lines(path)
+    return Reading(lines[0], *_sorted(lines)) if lines else None
+
+
+def _sorted(lines: list[dict[str, Any]]) -> tuple[dict[int, dict[str, Any]], bool]:
+    """The finished tensors, and whether the journal was concluded."""
+    finished = {line["tensor"]: {k: v for k, v in line.items() if k != "tensor"} for line in lines if "tensor" in line}
+    return finished, any(COMPLETE in line for line in lines)
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -118,6 +163,6 @@ def _lines(path: Path) -> list[dict[str, Any]]:
             line = json.loads(raw)
         except ValueError:
             continue
-        if isinstance(line, dict) and (not found or "tensor" in line):
+        if isinstance(line, dict) and (not found or "tensor" in line or COMPLETE in line):
             found.append(line)
     return found

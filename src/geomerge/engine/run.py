@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +16,7 @@ from geomerge.checkpoint.card import Parent, model_card
 from geomerge.checkpoint.checkpoint import Checkpoint
 from geomerge.checkpoint.collector import collector_paused
 from geomerge.checkpoint.config import library_of, weights_stem
-from geomerge.checkpoint.layout import DEFAULT_SHARD_SIZE, plan_layout
+from geomerge.checkpoint.layout import DEFAULT_SHARD_SIZE, Layout, plan_layout
 from geomerge.checkpoint.lora import open_adapter
 from geomerge.checkpoint.reader import open_checkpoint
 from geomerge.checkpoint.writer import OutputDirectory
@@ -31,7 +30,7 @@ from geomerge.engine.plan import InputModel, Node, Plan
 from geomerge.engine.processes import Processes, suitable
 from geomerge.engine.sinks import FileSink, MemorySink
 from geomerge.engine.survey import survey_bytes, surveyed
-from geomerge.errors import ModelError, RunError, UsageError
+from geomerge.errors import ModelError, RunError, UsageError, did_you_mean
 from geomerge.methods import registry
 from geomerge.methods.tile import TILE
 from geomerge.version import __version__
@@ -40,6 +39,7 @@ RECIPE_NAME = "geomerge.yml"
 MANIFEST_NAME = "geomerge.json"
 MIXTURE = "moe"
 """What a stage that puts a mixture of experts together has in place of a method."""
+EXECUTORS = ("threads", "processes", "ray")
 
 
 class Progress(Protocol):
@@ -94,7 +94,7 @@ def run_plan(
     force: bool = False,
     durable: bool = False,
     progress: Progress | None = None,
-    executor: Callable[[Work], Executor] | None = None,
+    executor: str | Callable[[Work], Executor] | None = None,
 ) -> Report:
     """Write the output of a plan as a model directory.
 
@@ -110,7 +110,8 @@ def run_plan(
         force: Replace an existing model directory.
         durable: Flush to the disk before a tensor counts as finished, so that even a power cut can be resumed from.
         progress: Told how far the run is.
-        executor: Makes what carries out the work, in place of this module's own choice.
+        executor: ``threads``, ``processes`` or ``ray`` (a cluster: see `geomerge.engine.ray_tasks`), in place of this
+            module's own choice; or what makes one.
 
     Raises:
         UsageError: The output's place is taken or unsafe.
@@ -120,72 +121,42 @@ def run_plan(
     begun = time.perf_counter()
     opened = list(inputs) if inputs is not None else open_inputs(plan)
     try:
-        builder = _builder(plan, opened, device, tile)
+        if isinstance(executor, str):
+            executor = named(executor, threads, shard_size)
+        builder = make_builder(plan, opened, device, tile)
         nodes = list(plan.output_nodes())
-        looking = survey_bytes(plan)
-        kinds = [(n.name, n.dtype, n.shape) for n in nodes]
-        shard_size = _shard_size(plan, shard_size)
-        layout = plan_layout(kinds, shard_size, {"geomerge": __version__}, weights_stem(plan.config))
+        layout = layout_of(plan, shard_size)
         places = [Path(p) for i in plan.inputs for p in (i.path, i.adapter) if p]
         with OutputDirectory(out, force, resume, inputs=places, durable=durable) as output:
             output.create(layout)
             journal = Journal(
                 output.journal,
                 _identity(plan, shard_size, builder.device),
-                inputs=[[f.size, f.mtime_ns, f.inode, f.ctime_ns] for checkpoint in opened for f in checkpoint.files],
+                inputs=file_identities(opened),
                 resume=output.resumed,
                 durable=durable,
             )
-            damaged = False
             try:
-                facts: dict[int, Mapping[str, Any]] = dict(journal.finished)
-                left = [(i, node) for i, node in enumerate(nodes) if i not in facts]
-                lock = threading.Lock()
-                written = sum(nodes[i].nbytes for i in facts)
-
-                def begin() -> None:
-                    if progress is not None and not looking:
-                        progress.start(plan.nbytes, written)
-
-                def advance(nbytes: int) -> None:
-                    if progress is not None:
-                        with lock:
-                            progress.advance(nbytes)
-
-                if looking and left:
-                    if progress is not None:
-                        progress.start(plan.nbytes + looking, written)
-                    known = surveyed(
-                        plan, lambda p: _builder(p, opened, device, tile), threads=threads, advance=advance
-                    )
-                    builder = _builder(known, opened, device, tile)
-                    made = list(known.output_nodes())
-                    left = [(i, made[i]) for i, _ in left]
-
-                def done(entries: list[tuple[int, dict[str, Any]]]) -> None:
-                    if durable:
-                        for descriptor in output.descriptors:
-                            _flush(descriptor)
-                    journal.record(entries)
-                    with lock:
-                        facts.update(entries)
-
-                work = Work(builder, FileSink(output, layout), advance, threading.Event())
-                make = executor or _choice(builder, opened, left, threads)
-                make(work).run(left, done, begin)
-                if progress is not None:
-                    progress.finish()
+                facts = carry_out(
+                    plan,
+                    range(len(nodes)),
+                    lambda p: builder if p is plan else make_builder(p, opened, device, tile),
+                    FileSink(output, layout),
+                    journal,
+                    progress,
+                    threads=threads,
+                    executor=executor,
+                    flush=output.flush,
+                )
             except ModelError:
-                damaged = True
+                # Nothing that a resumed run could go on with: the parent has to be another one first.
+                output.abandon()
                 raise
             finally:
                 journal.close()
-                if damaged:
-                    # Nothing that a resumed run could go on with: the parent has to be another one first.
-                    output.abandon()
             for checkpoint in opened:
                 checkpoint.verify_unchanged()
-            _write_side_files(plan, output, facts)
+            write_side_files(plan, output, facts)
             final = output.finish()
     finally:
         for checkpoint in opened:
@@ -195,11 +166,92 @@ def run_plan(
         seconds=time.perf_counter() - begun,
         nbytes=plan.nbytes,
         tensors=len(nodes),
-        resumed=len(nodes) - len(left),
+        resumed=len(journal.finished),
         rounding_loss=total_loss(facts).share,
-        codes=tuple((nodes[i].name, *f["codes"][:2]) for i, f in sorted(facts.items()) if "codes" in f),
+        codes=codes_of(dict(enumerate(nodes)), facts),
         notes=plan.notes,
     )
+
+
+def carry_out(
+    plan: Plan,
+    positions: Sequence[int],
+    build: Callable[[Plan], Builder],
+    sink: FileSink,
+    journal: Journal,
+    progress: Progress | None,
+    *,
+    threads: int | None,
+    executor: Callable[[Work], Executor] | None = None,
+    flush: Callable[[], None],
+) -> dict[int, Mapping[str, Any]]:
+    """Make those of an output's tensors that the journal does not list.
+
+    Args:
+        plan: The plan.
+        positions: Which tensors of its output.
+        build: Makes a builder.
+        sink: Takes their elements.
+        journal: Told of each finished tensor.
+        progress: Told how far the run is.
+        threads: See `run_plan`.
+        executor: Makes the executor; by default what suits the work.
+        flush: Brings to the disk what was written; called before a tensor counts as finished where the journal is durable.
+
+    Returns:
+        What the manifest shall say of each tensor.
+    """
+    facts: dict[int, Mapping[str, Any]] = dict(journal.finished)
+    lock = threading.Lock()
+    nodes = list(plan.output_nodes())
+    total, written = sum(nodes[i].nbytes for i in positions), sum(nodes[i].nbytes for i in positions if i in facts)
+    left = [i for i in positions if i not in facts]
+    looking = survey_bytes(plan) if left else 0
+
+    def begin() -> None:
+        if progress is not None and not looking:
+            progress.start(total, written)
+
+    def advance(nbytes: int) -> None:
+        if progress is not None:
+            with lock:
+                progress.advance(nbytes)
+
+    def done(entries: list[tuple[int, dict[str, Any]]]) -> None:
+        if journal.durable:
+            flush()
+        journal.record(entries)
+        with lock:
+            facts.update(entries)
+
+    if looking:
+        if progress is not None:
+            progress.start(total + looking, written)
+        plan = surveyed(plan, build, threads=threads, advance=advance)
+        nodes = list(plan.output_nodes())
+    work = Work(build(plan), sink, advance, threading.Event())
+    items = [(i, nodes[i]) for i in left]
+    make = executor or _choice(work.builder, items, threads)
+    make(work).run(items, done, begin)
+    if progress is not None:
+        progress.finish()
+    return facts
+
+
+def codes_of(nodes: Mapping[int, Node], facts: Mapping[int, Mapping[str, Any]]) -> tuple[tuple[str, float, float], ...]:
+    """What writing tensors as codes cost: see `Report`."""
+    return tuple((nodes[i].name, *f["codes"][:2]) for i, f in sorted(facts.items()) if "codes" in f and i in nodes)
+
+
+def layout_of(plan: Plan, shard_size: int) -> Layout:
+    """Where the plan's output tensors will lie."""
+    kinds = [(n.name, n.dtype, n.shape) for n in plan.output_nodes()]
+    return plan_layout(kinds, _shard_size(plan, shard_size), {"geomerge": __version__}, weights_stem(plan.config))
+
+
+def file_identities(opened: Sequence[Checkpoint]) -> list[list[int]]:
+    """What a journal remembers of the inputs' files: size, modification time, inode, change time."""
+    return [[f.size, f.mtime_ns, f.inode, f.ctime_ns] for checkpoint in opened for f in checkpoint.files]
 
 
 def run_in_memory(
@@ -214,8 +266,8 @@ def run_in_memory(
     opened = list(inputs) if inputs is not None else open_inputs(plan)
     try:
         sink = MemorySink(plan)
-        known = surveyed(plan, lambda p: _builder(p, opened, device, tile), threads=threads)
-        work = Work(_builder(known, opened, device, tile), sink, lambda nbytes: None, threading.Event())
+        known = surveyed(plan, lambda p: make_builder(p, opened, device, tile), threads=threads)
+        work = Work(make_builder(known, opened, device, tile), sink, lambda nbytes: None, threading.Event())
         Threads(work, threads).run(list(enumerate(known.output_nodes())), lambda entries: None)
         return sink.tensors
     finally:
@@ -261,20 +313,36 @@ def _open_input(model: InputModel, *, allow_pickle: bool) -> Checkpoint:
     return checkpoint
 
 
-def _choice(
-    builder: Builder, opened: Sequence[Checkpoint], nodes: Sequence[tuple[int, Node]], threads: int | None
-) -> Callable[[Work], Executor]:
+def _choice(builder: Builder, nodes: Sequence[tuple[int, Node]], threads: int | None) -> Callable[[Work], Executor]:
     """Processes where they are safe and worth it, else threads."""
     # Whole matrices are kept within bounds by one process, and LAPACK does not fight for the interpreter's lock.
     whole = any(whole_matrices(builder.plan, node) for _, node in nodes)
-    memory = any(c.memory for c in opened)
     # Sparse sums are found once, by whoever needs them first; each process would find them again.
     whole = whole or any(r.plan.pursued for r in builder.plan.rows)
+    memory = any(c.memory for c in builder.inputs)
     forks = builder.device.type == "cpu" and not whole and not memory and suitable(nodes, threads)
     return lambda work: Processes(work, threads) if forks else Threads(work, threads)
 
 
-def _builder(plan: Plan, opened: Sequence[Checkpoint], device: str, tile: int | None) -> Builder:
+def named(executor: str, threads: int | None, shard_size: int) -> Callable[[Work], Executor]:
+    """An executor by its name.
+
+    Raises:
+        UsageError: There is none of this name.
+    """
+    if executor == "threads":
+        return lambda work: Threads(work, threads)
+    if executor == "processes":
+        return lambda work: Processes(work, threads)
+    if executor == "ray":
+        from geomerge.engine.ray_tasks import RayTasks, check_installed
+
+        check_installed()
+        return lambda work: RayTasks(work, shard_size)
+    raise UsageError(f"there is no executor {executor!r}", hint=did_you_mean(executor, EXECUTORS))
+
+
+def make_builder(plan: Plan, opened: Sequence[Checkpoint], device: str, tile: int | None) -> Builder:
     try:
         place = torch.device(device)
         if place.type != "cpu":
@@ -303,12 +371,7 @@ def _identity(plan: Plan, shard_size: int, device: torch.device) -> str:
     return f"{plan.hash}/{shard_size}/{device.type}/{__version__}"
 
 
-def _flush(descriptor: int) -> None:
-
-    os.fdatasync(descriptor)
-
-
-def _write_side_files(plan: Plan, output: OutputDirectory, facts: Mapping[int, Mapping[str, Any]]) -> None:
+def write_side_files(plan: Plan, output: OutputDirectory, facts: Mapping[int, Mapping[str, Any]]) -> None:
     if plan.config is not None:
         output.write_json("config.json", plan.config)
     for name, path in plan.copies.items():

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from geomerge.checkpoint.dtypes import DTYPES, to_torch
-from geomerge.checkpoint.writer import Layout, OutputDirectory, disk_error
+from geomerge.checkpoint.writer import Layout, disk_error
 from geomerge.engine.plan import Node, Plan
 
 
@@ -21,24 +22,31 @@ class Sink(Protocol):
         """`values` (in the node's dtype) are its elements from `start` on."""
 
 
+class Files(Protocol):
+    """The output's files, open for writing."""
+
+    partial: Path
+    descriptors: list[int]
+
+
 class FileSink:
     """Writes every tile to its final place in the output's files."""
 
-    def __init__(self, output: OutputDirectory, layout: Layout) -> None:
-        self._output, self._layout = output, layout
+    def __init__(self, files: Files, layout: Layout) -> None:
+        self.files, self.layout = files, layout
 
     def write(self, node: Node, start: int, values: Tensor) -> None:
-        place = self._layout.place[node.name]
+        place = self.layout.place[node.name]
         offset = place.offset + start * DTYPES[node.dtype].itemsize
         view = memoryview(values.detach().contiguous().cpu().view(torch.uint8).numpy().data)
-        descriptor = self._output.descriptors[place.file]
+        descriptor = self.files.descriptors[place.file]
         try:
             while view:
                 done = os.pwrite(descriptor, view, offset)
                 view, offset = view[done:], offset + done
         except OSError as error:
-            path = self._output.partial / self._layout.files[place.file].name
-            raise disk_error(error, path, self._layout.size) from None
+            path = self.files.partial / self.layout.files[place.file].name
+            raise disk_error(error, path, self.layout.size) from None
 
 
 class MemorySink:

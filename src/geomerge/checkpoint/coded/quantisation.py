@@ -28,11 +28,12 @@ def quantisation(config: Mapping[str, Any] | None, tensors: Mapping[str, TensorI
             found = place.get(key)
             if isinstance(found, dict) and found:
                 return {"quant_method": "unknown", **found}
+    packed = tuple(_PACKED)
+    codes = {"I8", "U8", *(name for name, dtype in DTYPES.items() if dtype.kind == "float8")}
     for name, info in tensors.items():
-        for suffix, method in _PACKED.items():
-            if name.endswith(suffix):
-                return {"quant_method": method, "evidence": name}
-        if DTYPES[info.dtype].kind == "float8" or info.dtype in ("I8", "U8"):
+        if name.endswith(packed):
+            return {"quant_method": next(m for s, m in _PACKED.items() if name.endswith(s)), "evidence": name}
+        if info.dtype in codes:
             stem = name.removesuffix(".weight")
             candidates = [name + s for s in _SCALE_SUFFIXES] + [stem + s for s in (".scale_weight", *_SCALE_SUFFIXES)]
             scale = next((c for c in candidates if c in tensors), None)
