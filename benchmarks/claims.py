@@ -45,6 +45,29 @@ GRID: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "multislerp": {"weight": (1.0,)},
     "linear": {"weight": (1.0,)},
     "passthrough": {"scale": (1.0,)},
+    "pcb": {"lambda": (1.0, 1.5), "density": (0.2, 0.05, 0.6)},
+    "emr": {},
+    "widen": {"score_calibration": (1.0, 0.5, 0.125)},
+    "consensus": {"lambda": (0.3, 0.6, 1.0), "threshold": (0.4, 0.2)},
+    "consensus_ties": {"lambda": (0.3, 0.6, 1.0), "density": (0.2, 0.6)},
+    "wudi": {"lr": (1e-5, 1e-3), "lambda": (1.0, 0.5)},
+    "optmerge": {"mode": ("full", "lora")},
+    **{
+        name: {"lambda": (1.0, 0.3, 0.5, 1.5)}
+        for name in (
+            "tsvm",
+            "iso_c",
+            "iso_cts",
+            "resm",
+            "twin",
+            "knots",
+            "iwudi",
+            "swudi",
+            "aswudi",
+            "doge_ta",
+            "lore",
+        )
+    },
 }
 """What each method's grid varies: the first value is its default. Others vary weight (λ) and density where they have them."""
 
@@ -53,7 +76,12 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 }  # fmt: skip
 """Settings where a method's own default does not exist."""
 
-LEFT_OUT = {"passthrough": "takes one model"}
+LEFT_OUT = {
+    "passthrough": "takes one model",
+    "chat_vector": "is for a base that was pre-trained further",
+    "tall_mask": "gives one expert back (docs/compress.md)",
+    "svd_compress": "prepares task vectors for other methods",
+}
 
 
 def settings(name: str) -> list[dict[str, Any]]:
