@@ -363,3 +363,24 @@ def test_experts_equal_to_the_base(method: str) -> None:
     base, *_ = models(1)
     merged = getattr(gm.methods, method)(base, [base, base, base])
     assert all(torch.equal(merged[n], base[n]) for n in base)
+
+
+@pytest.mark.parametrize("grid", [False, True], ids=["dense", "grid"])
+def test_a_model_larger_than_the_sample(grid: bool) -> None:
+    """Where thresholds are predicted from a sample, small tensors beside large ones have their share in it."""
+    shapes = {"a": (400, 500), "b": (96,), "c": (3,), "d": (5000,), "e": (300, 300)}
+    random = np.random.default_rng(5)
+    base = {n: random.integers(-64, 65, s) / 64 for n, s in shapes.items()}
+    experts = [
+        {
+            n: base[n] + (random.integers(-3, 4, s) / 64 if grid else 0.1 * random.standard_normal(s))
+            for n, s in shapes.items()
+        }
+        for _ in range(2)
+    ]
+    tensors = [{n: torch.from_numpy(w) for n, w in m.items()} for m in (base, *experts)]
+    taus = [flat(t) - flat(tensors[0]) for t in tensors[1:]]
+    merged = gm.methods.ties(tensors[0], tensors[1:], weight=1, density=0.1, scope="global")
+    np.testing.assert_allclose(flat(merged), flat(tensors[0]) + ties(taus, 0.1), rtol=0, atol=1e-12)
+    merged = gm.methods.pcb(tensors[0], tensors[1:])
+    np.testing.assert_allclose(flat(merged), flat(tensors[0]) + pcb(taus, 0.2, 0.01, "raw"), rtol=0, atol=1e-12)

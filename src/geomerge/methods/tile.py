@@ -277,7 +277,7 @@ class Scan:
             for segment in self.segments:
                 yield from self.tiles(segment)
             return
-        piece = min(self.columns or 4096, self.tile)
+        piece = min(self.columns or 4096, self.tile, self.numel)
         number = max(limit // piece, 1)
         last = (self.numel - piece) // piece
         for i in range(number):
