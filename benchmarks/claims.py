@@ -50,7 +50,9 @@ GRID: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "widen": {"score_calibration": (1.0, 0.5, 0.125)},
     "consensus": {"lambda": (0.3, 0.6, 1.0), "threshold": (0.4, 0.2)},
     "consensus_ties": {"lambda": (0.3, 0.6, 1.0), "density": (0.2, 0.6)},
-    "wudi": {"lr": (1e-5, 1e-3), "lambda": (1.0, 0.5)},
+    "doge_ta": {"lambda": (1.0, 2.0)},
+    "lore": {},
+    "wudi": {"lr": (1e-5, 1e-3)},
     "optmerge": {"mode": ("full", "lora")},
     **{
         name: {"lambda": (1.0, 0.3, 0.5, 1.5)}
@@ -64,8 +66,6 @@ GRID: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
             "iwudi",
             "swudi",
             "aswudi",
-            "doge_ta",
-            "lore",
         )
     },
 }
@@ -272,6 +272,8 @@ def main() -> None:
             two = [[experts[i], experts[(i + 1) % len(experts)]] for i in range(0, len(experts), 2)][:2]
             pairs.append(measure(suite, two, args.methods))
             print(f"{name} seed {seed}: {time.perf_counter() - begun:.0f} s", flush=True)
+        # Another run may have written meanwhile: what it measured stays.
+        results = json.loads(file.read_text()) if file.exists() else {}
         for key, parts in ((f"{title}: all {len(experts)} experts", whole), (f"{title}: pairs of experts", pairs)):
             results[key] = (results.get(key, {}) if args.methods else {}) | joined(parts)
         file.write_text(json.dumps(results, indent=1) + "\n")

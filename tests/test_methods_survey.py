@@ -384,3 +384,57 @@ def test_a_model_larger_than_the_sample(grid: bool) -> None:
     np.testing.assert_allclose(flat(merged), flat(tensors[0]) + ties(taus, 0.1), rtol=0, atol=1e-12)
     merged = gm.methods.pcb(tensors[0], tensors[1:])
     np.testing.assert_allclose(flat(merged), flat(tensors[0]) + pcb(taus, 0.2, 0.01, "raw"), rtol=0, atol=1e-12)
+
+
+class TestLines:
+    """LiNeS whose alpha is found from the model."""
+
+    def depths(self, names: list[str]) -> dict[str, float]:
+        return {n: int(n.split(".")[2]) / 2 if ".layers." in n else 0.0 for n in names}
+
+    @pytest.mark.parametrize("weight", [1.0, 0.4])
+    def test_of_task_arithmetic_it_is_one_in_t(self, root: Path, weight: float) -> None:
+        """α is 1/T of the sum, whatever the weights."""
+        experts = ", ".join(f"{{model: {root}/{n}, parameters: {{weight: {weight}}}}}" for n in "abc")
+        text = f"merge_method: task_arithmetic\nbase_model: {root}/base\nmodels: [{experts}]\ndtype: float32\n"
+        auto = gm.merge_state_dicts(text + "steps: [{lines: {alpha: auto, beta: 0.5}}]\n")
+        said = gm.merge_state_dicts(text + f"steps: [{{lines: {{alpha: {1 / 3 / weight}, beta: 0.5}}}}]\n")
+        for name, w in said.items():
+            torch.testing.assert_close(auto[name], w, rtol=0, atol=1e-6)
+
+    def test_of_ties(self, root: Path, tmp_path: Path) -> None:
+        """Against the norms of the whole model, computed directly; the manifest says what was used."""
+        plain = recipe(root, "ties").replace("bfloat16", "float32")
+        gm.merge(plain + "steps: [{lines: {beta: 0.7}}, {scale: 0.9}]\n", tmp_path / "out")
+        out, merged = tiny.read(tmp_path / "out"), gm.merge_state_dicts(plain)
+        base, *experts = [{n: w.double() for n, w in tiny.read(root / n).items()} for n in ("base", "a", "b", "c")]
+        summed = sum(float(sum(e[n] - base[n] for e in experts).abs().sum()) for n in base)
+        size = sum(float((merged[n].double() - base[n]).abs().sum()) for n in base)
+        alpha = summed / size / 3
+        manifest = tiny.manifest(tmp_path / "out")["tensors"]
+        for name, depth in self.depths(list(out)).items():
+            scale = 0.9 * (alpha + 0.7 * depth)
+            assert manifest[name]["scale"] == pytest.approx(scale, rel=1e-5)
+            wanted = base[name] + scale * (merged[name].double() - base[name])
+            torch.testing.assert_close(out[name].double(), wanted, rtol=0, atol=1e-5)
+
+    def test_nothing_learned(self, root: Path) -> None:
+        """Experts equal to the base: the base, no division by zero."""
+        text = (
+            f"merge_method: task_arithmetic\nbase_model: {root}/base\n"
+            f"models: [{{model: {root}/copy, parameters: {{weight: 1}}}}]\nsteps: [{{lines: {{beta: 1}}}}]\n"
+        )
+        tiny.save(root / "copy", tiny.read(root / "base"), tiny.config(root / "base"))
+        assert tiny.same(gm.merge_state_dicts(text), tiny.read(root / "base"))
+
+    @pytest.mark.parametrize(
+        ("steps", "says"),
+        [
+            ("[{lines: {alpha: auto}}]", "needs beta"),
+            ("[{lines: {alpha: later, beta: 1}}]", "takes numbers"),
+            ("[{lines: {beta: 1}}, {lines: {beta: 1}}]", "cannot follow each other"),
+        ],
+    )
+    def test_wrong_steps(self, root: Path, steps: str, says: str) -> None:
+        with pytest.raises(gm.RecipeError, match=says):
+            gm.plan(recipe(root, "ties") + f"steps: {steps}\n")

@@ -169,7 +169,7 @@ def _bytes_read(plan: Plan, node: Node, inputs: Sequence[Checkpoint]) -> int:
     if node.method is not None and (getattr(node.method, "needs_gram", False) or node.method.family == "elementwise"):
         passes = 2
     if node.method is not None:
-        passes += node.method.surveys
+        passes += node.method.surveys + (node.lift is not None)
     total = 0
     for operand in node.operands:
         if operand.node >= 0:

@@ -104,6 +104,8 @@ class Work:
             return self._encode(node, prepared)
         losses = list(run(lambda segment: self._segment(node, prepared, segment), prepared.scan.segments))
         facts: Facts = {}
+        if node.lift is not None:
+            facts["scale"] = node.scale
         if prepared.coefficients is not None:
             facts["coefficients"] = list(prepared.coefficients)
         loss = sum(losses, RoundingLoss())

@@ -33,9 +33,10 @@ def manifest(plan: Plan, facts: Mapping[int, Mapping[str, Any]]) -> dict[str, An
             if index == len(methods):
                 methods.append({"name": node.method.name, "parameters": node.method.values()})
             entry["method"] = index
-        if node.scale != 1.0:
-            entry["scale"] = node.scale
         found = facts.get(position, {})
+        scale = found.get("scale", node.scale)
+        if scale != 1.0:
+            entry["scale"] = scale
         if "coefficients" in found:
             entry["coefficients"] = found["coefficients"]
         if "codes" in found:

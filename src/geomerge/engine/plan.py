@@ -23,7 +23,7 @@ from geomerge.methods.base import Method
 from geomerge.tokens.rows import IntArray, RowPlan
 from geomerge.version import __version__
 
-FORMAT = 4
+FORMAT = 5
 """The version of the saved form. A plan of another version is refused, not guessed at."""
 
 SCALES = "scales of codes"
@@ -63,6 +63,7 @@ class Node:
         operands: Its inputs, base first.
         method: The method with its parameters; `None` copies the first operand's bytes.
         scale: What the steps after the method multiply the merged task vector by.
+        lift: Of LiNeS with `alpha: auto`: β·depth; the survey finds α and multiplies `scale` by α + β·depth.
         rule: In words why it is done so: ``"merge"``, ``"copy: integer buffer"``, …
         stage: Which recipe of the pipeline makes it.
         group: Nodes of one stage with the same group share one Gram matrix, the sum of theirs.
@@ -81,6 +82,7 @@ class Node:
     group: str = ""
     statistics: tuple[Operand, ...] = ()
     scales: str = ""
+    lift: float | None = None
 
     @property
     def numel(self) -> int:
@@ -205,6 +207,7 @@ class Plan:
                     n.group,
                     statistics,
                     n.scales,
+                    n.lift,
                 ]
             )
         return {
@@ -266,8 +269,11 @@ class Plan:
                     group,
                     tuple(Operand(*o) for o in statistics),
                     scales,
+                    lift,
                 )
-                for name, shape, dtype, operands, m, scale, rule, stage, group, statistics, scales in data["nodes"]
+                for name, shape, dtype, operands, m, scale, rule, stage, group, statistics, scales, lift in data[
+                    "nodes"
+                ]
             )
             return cls(
                 inputs=tuple(

@@ -390,17 +390,19 @@ class _Recipe:
         rule = "merge"
         if isinstance(method, Matrix) and not weighs(method, part, shape):
             rule, method, operands = rest(method, operands)
+        scale, lift = self._scale(part, t)
         return Node(
             part.name,
             shape,
             dtype,
             tuple(operands),
             method,
-            self._scale(part, t),
+            scale,
             rule=rule,
             stage=self.stage,
             group=_group(part) if isinstance(method, Span) and method.grouped else "",
             statistics=self._statistics(names[0], shape),
+            lift=lift,
         )
 
     def _statistics(self, name: str, shape: tuple[int, ...]) -> tuple[Operand, ...]:
@@ -443,24 +445,29 @@ class _Recipe:
                 widest = _WIDER.get(both) or max(both, key=lambda d: (DTYPES[d].itemsize, DTYPES[d].kind == "float", d))
         return widest
 
-    def _scale(self, part: Part, t: float) -> float:
-        """The product of the steps after the method for one tensor."""
-        scale = 1.0
+    def _scale(self, part: Part, t: float) -> tuple[float, float | None]:
+        """The product of the steps after the method for one tensor; and β·depth of LiNeS whose α is found from the model."""
+        scale, lift = 1.0, None
         for name, lookups, where in self.steps:
             values = {k: found.value for k, lookup in lookups.items() if (found := lookup.at(part, t)) is not None}
+            auto = name == "lines" and values.get("alpha", "auto") == "auto"
             try:
-                numbers = {k: float(v) for k, v in values.items()}
+                numbers = {k: float(v) for k, v in values.items() if not (auto and k == "alpha")}
             except ValueError:
                 raise RecipeError(f"the step {name!r} takes numbers, not {values}", where=str(where)) from None
             if name == "scale":
                 scale *= numbers.get("value", 1.0)
             else:
                 depth = part.depth or 0.0 if part.position == "block" else 0.0
-                missing = {"alpha", "beta"} - set(numbers)
-                if missing:
-                    raise RecipeError(f"the step {name!r} needs {' and '.join(sorted(missing))}", where=str(where))
-                scale *= numbers["alpha"] + numbers["beta"] * depth
-        return scale
+                if "beta" not in numbers:
+                    raise RecipeError(f"the step {name!r} needs beta", where=str(where))
+                if not auto:
+                    scale *= numbers["alpha"] + numbers["beta"] * depth
+                elif lift is not None:
+                    raise RecipeError("two steps with `alpha: auto` cannot follow each other", where=str(where))
+                else:
+                    lift = numbers["beta"] * depth
+        return scale, lift
 
     # -- accounting ----------------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ same as for any other method. An interrupted run makes it again, with the same b
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,13 +21,15 @@ from geomerge.engine.execute import cores
 from geomerge.engine.plan import Node, Plan
 from geomerge.methods.base import Elementwise
 from geomerge.methods.kernel import elementwise_scan
-from geomerge.methods.tile import Scan
+from geomerge.methods.tile import Scan, block_sums
 from geomerge.methods.walk import Walk
 
 
 def survey_bytes(plan: Plan) -> int:
     """Bytes that the progress counts for the surveys of a plan: those of the output, once for each pass."""
-    return sum(node.nbytes * node.method.surveys for node in plan.nodes if node.method is not None)
+    return sum(
+        node.nbytes * (node.method.surveys + (node.lift is not None)) for node in plan.nodes if node.method is not None
+    )
 
 
 def surveyed(
@@ -52,6 +55,7 @@ def surveyed(
         with ThreadPoolExecutor(threads or cores(), thread_name_prefix="geomerge-survey") as pool:
             for stage in range(len(plan.stages)):
                 plan = _stage(plan, stage, make(plan), pool, advance)
+                plan = _lifted(plan, stage, make, pool, advance)
     finally:
         torch.set_num_threads(before)
     return plan
@@ -110,3 +114,46 @@ def _counted(
         return [futures[i].result() for i in range(len(listed))]
 
     return run
+
+
+def _lifted(
+    plan: Plan, stage: int, make: Callable[[Plan], Builder], pool: ThreadPoolExecutor, advance: Callable[[int], None]
+) -> Plan:
+    """LiNeS with `alpha: auto` (Wang et al. 2024): α = ‖Σ τₜ‖₁ / (T·‖τ_merged‖₁), 1/T for the sum of task vectors."""
+    members = [i for i, n in enumerate(plan.nodes) if n.stage == stage and n.lift is not None]
+    if not members:
+        return plan
+    builder = make(plan)
+    mine = [replace(plan.nodes[i], scale=1.0) for i in members]
+    run = _counted(mine, pool, 1, advance)
+    found = list(run(lambda node: _norms(builder, node), mine))
+    summed, merged = (math.fsum(column) for column in zip(*found, strict=True))
+    count = max(len(mine[0].operands) - 1, 1)
+    alpha = summed / (count * merged) if merged > 0 else 1 / count
+    nodes = list(plan.nodes)
+    for i in members:
+        lift = nodes[i].lift
+        assert lift is not None
+        nodes[i] = replace(nodes[i], scale=nodes[i].scale * (alpha + lift))
+    return replace(plan, nodes=tuple(nodes))
+
+
+def _norms(builder: Builder, node: Node) -> tuple[float, float]:
+    """‖Σ τₜ‖₁ and ‖τ_merged‖₁ of one tensor."""
+    prepared = builder.prepare(node)
+    sources = [builder.source(operand, node) for operand in node.operands]
+    sums: tuple[list[float], list[float]] = ([], [])
+    for segment in prepared.scan.segments:
+        for start, values in prepared.tiles(segment):
+            merged = values.to(torch.float64, copy=True)
+            base, total, each = (
+                torch.empty(merged.numel(), dtype=torch.float64, device=merged.device) for _ in range(3)
+            )
+            sources[0].read(start, base)
+            total.zero_()
+            for source in sources[1:]:
+                source.read(start, each)
+                total.add_(each.sub_(base))
+            for into, part in zip(sums, (total, merged.sub_(base)), strict=True):
+                into.extend(block_sums(part.abs_()))
+    return math.fsum(sums[0]), math.fsum(sums[1])
