@@ -30,6 +30,7 @@ from geomerge.lab.skills.kind import SIZES, fine_tune, pool
 from geomerge.lab.skills.language import load_model, save_model
 from geomerge.lab.suite import Suite, load_suite
 from geomerge.recipe import loads
+from geomerge.report.section import Figure
 from geomerge.search.study import make_study
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -172,6 +173,22 @@ def synergy_pairs(seeds: Iterable[int], scratch: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def search_course(trials: int, scratch: Path) -> None:
+    """One search's course and best schedules as pictures, as its report draws them."""
+    from geomerge.report.drawing import to_png
+    from geomerge.search.report import sections
+
+    suite = suite_for("skills", 0)
+    parents = [str(suite.experts[t]) for t in PAIRS["skills"][0]]
+    tasks = [f"skills/{t}" for t in PAIRS["skills"][0]]
+    study = make_study({"parents": parents, "objective": {"tasks": tasks}, "budget": trials})
+    found = gm.search(study, scratch / "course")
+    for section in sections(found):
+        for part in section.parts:
+            if isinstance(part, Figure) and part.name in ("course", "schedules"):
+                PAGE.with_name("pictures").joinpath(f"search_{part.name}.png").write_bytes(to_png(part))
+
+
 def interval(values: np.ndarray) -> str:
     """Mean ± half of the 95 % t interval, in points."""
     from scipy import stats
@@ -279,7 +296,7 @@ def write(data: Mapping[str, Any]) -> None:
 def main() -> None:
     """Measure and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="*", default=["merges", "synergy"])
+    parser.add_argument("--parts", nargs="*", default=["merges", "synergy", "search"])
     parser.add_argument("--suites", nargs="+", default=list(PAIRS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--trials", type=int, default=24)
@@ -288,6 +305,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     data: dict[str, Any] = json.loads(DATA.read_text()) if DATA.exists() else {}
     with tempfile.TemporaryDirectory() as scratch:
+        if "search" in args.parts:
+            search_course(args.trials, Path(scratch))
         if "synergy" in args.parts:
             data["synergy"] = synergy_pairs(args.seeds, Path(scratch))
         for name in args.suites if "merges" in args.parts else ():
