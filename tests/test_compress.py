@@ -143,3 +143,40 @@ def test_command_line(run: Program, root: Path) -> None:
     twice = run("compress", root / "base", root / "a", f"a={root}/b", "--out", root / "again")
     assert twice.code == 2
     assert "give them names" in twice.err
+
+
+@pytest.mark.parametrize("verb", ["compress", "extract"])
+def test_interrupted(verb: str, run: Program, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exit 130, nothing is left, and the same command works afterwards."""
+    compress(root / "base", experts(root), root / "packed")
+    commands = {
+        "compress": ("compress", root / "base", root / "a", root / "b", "--out", root / "out"),
+        "extract": ("extract", root / "packed", "a", root / "out", "--base", root / "base"),
+    }
+
+    def interrupted(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("geomerge.engine.execute.Threads.run", interrupted)
+        stopped = run(*commands[verb])
+    assert (stopped.code, stopped.err) == (130, "interrupted: nothing was made\n")
+    assert not list(root.glob("out*"))
+    assert run(*commands[verb]).code == 0
+
+
+def test_an_input_that_changes_is_noticed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A base that is replaced while an expert is extracted."""
+    from geomerge.engine.execute import Threads
+
+    compress(root / "base", experts(root), root / "packed")
+    before = Threads.run
+
+    def changing(self: Threads, *args: object, **options: object) -> None:
+        before(self, *args, **options)  # type: ignore[arg-type]
+        tiny.save(root / "base", tiny.read(root / "a"))
+
+    monkeypatch.setattr("geomerge.engine.execute.Threads.run", changing)
+    with pytest.raises(gm.RunError, match="changed"):
+        extract(root / "packed", "a", root / "out", base=root / "base")
+    assert not list(root.glob("out*"))

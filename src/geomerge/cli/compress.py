@@ -32,23 +32,26 @@ def compress(
 
     `geomerge extract` gives an expert back; it needs the base.
     """
-    from geomerge.cli.console import write_json
+    from geomerge.cli.console import Stopped, write_json
     from geomerge.cli.progress import watch
     from geomerge.compress import compress as run
 
-    with watch("compressing", quiet=quiet) as progress:
-        made = run(
-            base,
-            _named(experts),
-            out,
-            method=method,
-            threshold=threshold,
-            dtype=dtype,
-            force=force,
-            threads=threads,
-            allow_pickle=allow_pickle,
-            progress=progress,
-        )
+    try:
+        with watch("compressing", quiet=quiet) as progress:
+            made = run(
+                base,
+                _named(experts),
+                out,
+                method=method,
+                threshold=threshold,
+                dtype=dtype,
+                force=force,
+                threads=threads,
+                allow_pickle=allow_pickle,
+                progress=progress,
+            )
+    except KeyboardInterrupt:
+        raise Stopped("nothing was made") from None
     if json:
         shown = {
             "out": str(made.out),
@@ -73,14 +76,17 @@ def extract(
     json: AsJson = False,
 ) -> None:
     """Give one of the compressed experts back as a model directory."""
-    from geomerge.cli.console import amount, clean, count, duration, facts, show, write_json
+    from geomerge.cli.console import Stopped, amount, clean, count, duration, facts, show, write_json
     from geomerge.cli.progress import watch
     from geomerge.compress import extract as run
 
-    with watch("extracting", quiet=quiet) as progress:
-        made = run(
-            packed, task, out, base=base, force=force, threads=threads, allow_pickle=allow_pickle, progress=progress
-        )
+    try:
+        with watch("extracting", quiet=quiet) as progress:
+            made = run(
+                packed, task, out, base=base, force=force, threads=threads, allow_pickle=allow_pickle, progress=progress
+            )
+    except KeyboardInterrupt:
+        raise Stopped("nothing was made") from None
     if json:
         write_json(
             {"out": str(made.out), "tensors": made.tensors, "bytes": made.nbytes, "seconds": round(made.seconds, 3)}

@@ -11,6 +11,9 @@ import typer
 from geomerge.cli.options import AllowPickle, AsJson, Compat, Quiet, Threads
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from geomerge.checkpoint.checkpoint import Checkpoint
     from geomerge.cli.progress import Silent
     from geomerge.engine.plan import Plan
     from geomerge.engine.run import Report
@@ -97,6 +100,54 @@ def merge(
         write_json(as_json(plan, report, progress))
     else:
         show_report(plan, report, progress, shard)
+
+
+def write_output(
+    title: str,
+    plan: Plan,
+    opened: Sequence[Checkpoint],
+    out: Path,
+    *,
+    threads: int | None,
+    shard_size: int,
+    resume: bool,
+    force: bool,
+    quiet: bool,
+    json: bool,
+) -> None:
+    """Carry out a plan for a verb that makes a model directory in another way than from a recipe, and tell of it.
+
+    Raises:
+        Stopped: The user interrupted it.
+    """
+    from geomerge.checkpoint.writer import JOURNAL
+    from geomerge.cli.console import Stopped, write_json
+    from geomerge.cli.progress import watch
+    from geomerge.engine.run import run_plan
+
+    try:
+        with watch(title, quiet=quiet) as progress:
+            report = run_plan(
+                plan,
+                out,
+                inputs=opened,
+                threads=threads,
+                shard_size=shard_size,
+                resume=resume,
+                force=force,
+                progress=progress,
+            )
+    except KeyboardInterrupt:
+        partial = out.resolve().with_name(out.resolve().name + ".partial")
+        if (partial / JOURNAL).is_file():
+            raise Stopped(
+                f"what is finished is kept in {partial}", "continue with the same command and --resume"
+            ) from None
+        raise Stopped("nothing was written") from None
+    if json:
+        write_json(as_json(plan, report, progress))
+    else:
+        show_report(plan, report, progress)
 
 
 def _left(recipe: str, out: Path, options: list[str]) -> tuple[str, str | None]:

@@ -28,26 +28,20 @@ def moe(
     or at random. The output is a Mixtral, Qwen2-MoE, Qwen3-MoE or DeepSeek-style model that transformers loads.
     """
     from geomerge.checkpoint.layout import parse_size
-    from geomerge.cli.console import write_json
-    from geomerge.cli.merge import as_json, show_report
-    from geomerge.cli.progress import watch
-    from geomerge.engine.run import run_plan
+    from geomerge.cli.merge import write_output
     from geomerge.moe.build import plan_moe
 
     size = parse_size(shard_size)
     plan, opened = plan_moe(config, allow_pickle=allow_pickle, device=device)
-    with watch("building", quiet=quiet) as progress:
-        report = run_plan(
-            plan,
-            out,
-            inputs=opened,
-            threads=threads,
-            shard_size=size,
-            resume=resume,
-            force=force,
-            progress=progress,
-        )
-    if json:
-        write_json(as_json(plan, report, progress))
-    else:
-        show_report(plan, report, progress)
+    write_output(
+        "building",
+        plan,
+        opened,
+        out,
+        threads=threads,
+        shard_size=size,
+        resume=resume,
+        force=force,
+        quiet=quiet,
+        json=json,
+    )

@@ -39,27 +39,21 @@ def transplant(
     """
     from geomerge.api import load_recipe, transplant_recipe
     from geomerge.checkpoint.layout import parse_size
-    from geomerge.cli.console import write_json
-    from geomerge.cli.merge import as_json, show_report
-    from geomerge.cli.progress import watch
+    from geomerge.cli.merge import write_output
     from geomerge.diagnose.guarded import guarded_plan
-    from geomerge.engine.run import run_plan
 
     size = parse_size(shard_size)
     text = transplant_recipe(model, donor, missing=missing, sparsity=sparsity, pad_to=pad_to)
     plan, opened = guarded_plan(load_recipe(text), allow_pickle=allow_pickle)
-    with watch("transplanting", quiet=quiet) as progress:
-        report = run_plan(
-            plan,
-            out,
-            inputs=opened,
-            threads=threads,
-            shard_size=size,
-            resume=resume,
-            force=force,
-            progress=progress,
-        )
-    if json:
-        write_json(as_json(plan, report, progress))
-    else:
-        show_report(plan, report, progress)
+    write_output(
+        "transplanting",
+        plan,
+        opened,
+        out,
+        threads=threads,
+        shard_size=size,
+        resume=resume,
+        force=force,
+        quiet=quiet,
+        json=json,
+    )

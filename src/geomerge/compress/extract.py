@@ -24,7 +24,7 @@ from geomerge.engine.build import Builder
 from geomerge.engine.execute import Facts, Interrupted, Threads, Work
 from geomerge.engine.plan import Node
 from geomerge.engine.planner import make_plan
-from geomerge.engine.run import Progress, Report
+from geomerge.engine.run import Progress, Report, write_model_files
 from geomerge.engine.sinks import FileSink
 from geomerge.engine.sources import FileSource, read_into
 from geomerge.errors import DamagedCheckpoint, IncompatibleModels
@@ -87,35 +87,36 @@ def extract(
                 [(n.name, n.dtype, n.shape) for n in nodes], DEFAULT_SHARD_SIZE, {"geomerge": __version__}
             )
             with OutputDirectory(out, force, False, inputs=[place, Path(plan.inputs[0].path)]) as output:
-                output.create(layout)
-                lock = threading.Lock()
+                try:
+                    output.create(layout)
+                    lock = threading.Lock()
 
-                def advance(nbytes: int) -> None:
+                    def advance(nbytes: int) -> None:
+                        if progress is not None:
+                            with lock:
+                                progress.advance(nbytes)
+
                     if progress is not None:
-                        with lock:
-                            progress.advance(nbytes)
-
-                if progress is not None:
-                    progress.start(plan.nbytes, 0)
-                work = _Give(
-                    Builder(plan, opened),
-                    FileSink(output, layout),
-                    advance,
-                    threading.Event(),
-                    held,
-                    number,
-                    contents.tasks[task],
-                )
-                Threads(work, threads).run(list(enumerate(nodes)), lambda entries: None)
-                if progress is not None:
-                    progress.finish()
-                if plan.config is not None:
-                    output.write_json("config.json", plan.config)
-                for name, path in plan.copies.items():
-                    output.copy(Path(path), name)
-                for name, text in plan.texts.items():
-                    output.write_text(name, text)
-                final = output.finish()
+                        progress.start(plan.nbytes, 0)
+                    work = _Give(
+                        Builder(plan, opened),
+                        FileSink(output, layout),
+                        advance,
+                        threading.Event(),
+                        held,
+                        number,
+                        contents.tasks[task],
+                    )
+                    Threads(work, threads).run(list(enumerate(nodes)), lambda entries: None)
+                    if progress is not None:
+                        progress.finish()
+                    for checkpoint in (*opened, held):
+                        checkpoint.verify_unchanged()
+                    write_model_files(plan, output)
+                    final = output.finish()
+                except BaseException:
+                    output.abandon()  # there is nothing that a later run could go on with
+                    raise
     finally:
         for checkpoint in opened:
             checkpoint.close()

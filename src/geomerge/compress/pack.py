@@ -108,32 +108,36 @@ def compress(
         layout = plan_layout(entries, metadata={"geomerge": __version__})
         places = [Path(i.path) for i in plan.inputs if i.path]
         with OutputDirectory(out, force, False, inputs=places) as output:
-            output.create(layout)
-            lock, found = threading.Lock(), dict[int, Facts]()
+            try:
+                output.create(layout)
+                lock, found = threading.Lock(), dict[int, Facts]()
 
-            def advance(nbytes: int) -> None:
-                if progress is not None:
+                def advance(nbytes: int) -> None:
+                    if progress is not None:
+                        with lock:
+                            progress.advance(nbytes)
+
+                def done(some: list[tuple[int, Facts]]) -> None:
                     with lock:
-                        progress.advance(nbytes)
+                        found.update(some)
 
-            def done(some: list[tuple[int, Facts]]) -> None:
-                with lock:
-                    found.update(some)
-
-            if progress is not None:
-                progress.start(sum(node.nbytes for node in merged), 0)
-            builder = Builder(plan, opened)
-            work = _Pack(builder, FileSink(output, layout), advance, threading.Event(), method, threshold, kind)
-            Threads(work, threads).run(list(enumerate(merged)), done)
-            if progress is not None:
-                progress.finish()
-            for checkpoint in opened:
-                checkpoint.verify_unchanged()
-            contents, density = _concluded(
-                plan.inputs[merged[0].operands[0].input], experts, method, threshold, merged, found
-            )
-            output.write_json(FILE, contents.to_json())
-            final = output.finish()
+                if progress is not None:
+                    progress.start(sum(node.nbytes for node in merged), 0)
+                builder = Builder(plan, opened)
+                work = _Pack(builder, FileSink(output, layout), advance, threading.Event(), method, threshold, kind)
+                Threads(work, threads).run(list(enumerate(merged)), done)
+                if progress is not None:
+                    progress.finish()
+                for checkpoint in opened:
+                    checkpoint.verify_unchanged()
+                contents, density = _concluded(
+                    plan.inputs[merged[0].operands[0].input], experts, method, threshold, merged, found
+                )
+                output.write_json(FILE, contents.to_json())
+                final = output.finish()
+            except BaseException:
+                output.abandon()  # there is nothing that a later run could go on with
+                raise
     finally:
         for checkpoint in opened:
             checkpoint.close()

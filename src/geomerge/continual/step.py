@@ -25,7 +25,7 @@ from geomerge.engine.manifest import total_loss
 from geomerge.engine.matrices import is_weight
 from geomerge.engine.plan import InputModel, Node, Plan
 from geomerge.engine.planner import make_plan
-from geomerge.engine.run import Progress
+from geomerge.engine.run import Progress, write_model_files
 from geomerge.engine.sinks import FileSink
 from geomerge.errors import DamagedCheckpoint, IncompatibleModels, UsageError, did_you_mean
 from geomerge.recipe import loads
@@ -304,12 +304,7 @@ def weight_matrices(model: Checkpoint) -> frozenset[str]:
 
 
 def _side_files(plan: Plan, output: OutputDirectory, state: State) -> None:
-    if plan.config is not None:
-        output.write_json("config.json", plan.config)
-    for name, path in plan.copies.items():
-        output.copy(Path(path), name)
-    for name, content in plan.texts.items():
-        output.write_text(name, content)
+    write_model_files(plan, output)
     output.write_json(FILE, state.to_json())
     output.write_text("README.md", _card(output.out.name, state, plan.notes))
 

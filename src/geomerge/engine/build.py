@@ -217,7 +217,7 @@ class Builder:
     def _width(self, operand: Operand) -> int:
         """Columns of a matrix."""
         if operand.input >= 0:
-            return self.inputs[operand.input].tensors[operand.tensor].shape[1]
+            return self.inputs[operand.input].logical[operand.tensor].shape[1]
         return self.plan.nodes[operand.node].shape[1]
 
     def raw(self, node: Node) -> tuple[Checkpoint, str]:

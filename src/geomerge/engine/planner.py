@@ -27,11 +27,12 @@ from geomerge.engine.models import Kind, Model, Models
 from geomerge.engine.output import describe_output, licence_of
 from geomerge.engine.plan import BUFFER, InputModel, Node, Operand, Plan, Rotation, Rows, Stage, Transform
 from geomerge.engine.schedule import Schedule
+from geomerge.engine.steps import Steps
 from geomerge.engine.vocabularies import Vocabularies
 from geomerge.errors import IncompatibleModels, RecipeError
 from geomerge.methods import registry
 from geomerge.methods.base import Matrix, Method, Span
-from geomerge.recipe.resolve import Lookup, check_filters, layer_t
+from geomerge.recipe.resolve import check_filters, layer_t
 from geomerge.recipe.values import ModelRef, Module, Pipeline, Recipe
 
 _WIDER = {frozenset({"BF16", "F16"}): "F32"}
@@ -143,7 +144,6 @@ class _Recipe:
             [Lineup(recipe, m, s, planner.models, self.used, self.schedule) for s in m.slices] for m in recipe.modules
         ]
         entrants = [e for row in self.lineups for lineup in row for e in lineup.entrants]
-        planner.notes += [note for e in entrants if e.model.checkpoint for note in e.model.checkpoint.notes]
         self.members: list[Model] = list({id(e.model): e.model for e in entrants}.values())
         base = None if recipe.base_model is None else planner.models.get(recipe.base_model, recipe.at("base_model"))
         self.donor = base or self.members[0]
@@ -169,7 +169,8 @@ class _Recipe:
                 where=str(recipe.at("requantize")),
             )
         self.encoding = Encoding(recipe, self.donor)
-        planner.notes += () if self.donor.checkpoint is None else self.donor.checkpoint.notes
+        for each in {id(m): m for m in (*self.members, self.donor)}.values():
+            planner.notes += each.checkpoint.notes if each.checkpoint is not None else ()
         planner.notes += [note for m in self.members if (note := m.codes) is not None]
         self.vocabularies = Vocabularies(recipe, self.members, base, planner.rows, planner.models)
         for model in self.vocabularies.outsiders:
@@ -190,9 +191,7 @@ class _Recipe:
         self.untied |= self.alignment.untied
         planner.notes += self.alignment.notes
         planner.alignment += self.alignment.facts
-        self.steps = [
-            (s.name, {k: Lookup(k, (s.parameters,), self.used) for k in s.parameters}, s.where) for s in recipe.steps
-        ]
+        self.steps = Steps(recipe.steps, self.used)
         self.block_maps: dict[str, list[int]] = {}
         self.taken: set[tuple[int, str, int | str]] = set()
         self.covered: dict[str | None, list[Lineup]] = {}
@@ -390,7 +389,7 @@ class _Recipe:
         rule = "merge"
         if isinstance(method, Matrix) and not weighs(method, part, shape):
             rule, method, operands = rest(method, operands)
-        scale, lift = self._scale(part, t)
+        scale, lift = self.steps.at(part, t)
         return Node(
             part.name,
             shape,
@@ -444,30 +443,6 @@ class _Recipe:
                 both = frozenset({widest, kind.dtype})
                 widest = _WIDER.get(both) or max(both, key=lambda d: (DTYPES[d].itemsize, DTYPES[d].kind == "float", d))
         return widest
-
-    def _scale(self, part: Part, t: float) -> tuple[float, float | None]:
-        """The product of the steps after the method for one tensor; and β·depth of LiNeS whose α is found from the model."""
-        scale, lift = 1.0, None
-        for name, lookups, where in self.steps:
-            values = {k: found.value for k, lookup in lookups.items() if (found := lookup.at(part, t)) is not None}
-            auto = name == "lines" and values.get("alpha", "auto") == "auto"
-            try:
-                numbers = {k: float(v) for k, v in values.items() if not (auto and k == "alpha")}
-            except ValueError:
-                raise RecipeError(f"the step {name!r} takes numbers, not {values}", where=str(where)) from None
-            if name == "scale":
-                scale *= numbers.get("value", 1.0)
-            else:
-                depth = part.depth or 0.0 if part.position == "block" else 0.0
-                if "beta" not in numbers:
-                    raise RecipeError(f"the step {name!r} needs beta", where=str(where))
-                if not auto:
-                    scale *= numbers["alpha"] + numbers["beta"] * depth
-                elif lift is not None:
-                    raise RecipeError("two steps with `alpha: auto` cannot follow each other", where=str(where))
-                else:
-                    lift = numbers["beta"] * depth
-        return scale, lift
 
     # -- accounting ----------------------------------------------------------------------------------------------------
 

@@ -371,13 +371,19 @@ def _identity(plan: Plan, shard_size: int, device: torch.device) -> str:
     return f"{plan.hash}/{shard_size}/{device.type}/{__version__}"
 
 
-def write_side_files(plan: Plan, output: OutputDirectory, facts: Mapping[int, Mapping[str, Any]]) -> None:
+def write_model_files(plan: Plan, output: OutputDirectory) -> None:
+    """Config, tokenizer and whatever else of the models belongs to the output."""
     if plan.config is not None:
         output.write_json("config.json", plan.config)
     for name, path in plan.copies.items():
         output.copy(Path(path), name)
     for name, content in plan.texts.items():
         output.write_text(name, content)
+
+
+def write_side_files(plan: Plan, output: OutputDirectory, facts: Mapping[int, Mapping[str, Any]]) -> None:
+    """Everything beside the weights: the models' files, the recipe, the manifest, the model card."""
+    write_model_files(plan, output)
     output.write_text(RECIPE_NAME, plan.recipe)
     output.write_json(MANIFEST_NAME, manifest(plan, facts))
     output.write_text("README.md", _card(plan, output.out.name))

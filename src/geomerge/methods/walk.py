@@ -6,7 +6,6 @@ concluded from them does not depend on that.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -44,10 +43,3 @@ class Walk:
     def over_segments(self, work: Callable[[Iterator[Tile]], Result]) -> list[Result]:
         """Run `work` on the tiles of every segment of every tensor; the results in order."""
         return [result for each in self.over(lambda scan: scan.over(work)) for result in each]
-
-    def sums(self, quantities: Callable[[Any], Sequence[Any]]) -> list[float]:
-        """Exact sums of quantities over all elements: see `geomerge.methods.tile.Scan.sums`."""
-        found = [
-            row for row in self.over(lambda scan: scan.sums(quantities) if scan.numel else None) if row is not None
-        ]
-        return [math.fsum(column) for column in zip(*found, strict=True)]

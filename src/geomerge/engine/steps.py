@@ -1,0 +1,60 @@
+"""The steps after a method: what the merged task vector of each tensor is multiplied by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from geomerge.anatomy import Part
+from geomerge.errors import RecipeError
+from geomerge.recipe.resolve import Lookup
+from geomerge.recipe.values import Step, Where
+
+
+class Steps:
+    """A recipe's steps, looked up for one tensor after the other.
+
+    Args:
+        steps: As the recipe has them.
+        used: Takes the filters that have matched a tensor.
+    """
+
+    def __init__(self, steps: Sequence[Step], used: set[int]) -> None:
+        self._steps = [(s.name, {k: Lookup(k, (s.parameters,), used) for k in s.parameters}, s.where) for s in steps]
+
+    def at(self, part: Part, t: float) -> tuple[float, float | None]:
+        """The product of all steps; and β·depth of LiNeS whose α is found from the model (see `Node.lift`).
+
+        Args:
+            part: The output's tensor, which filters test.
+            t: The depth in the slice.
+
+        Raises:
+            RecipeError: A value that is no number, or is missing.
+        """
+        scale, lift = 1.0, None
+        for name, lookups, where in self._steps:
+            values = {k: found.value for k, lookup in lookups.items() if (found := lookup.at(part, t)) is not None}
+            auto = name == "lines" and values.get("alpha", "auto") == "auto"
+            try:
+                numbers = {k: float(v) for k, v in values.items() if not (auto and k == "alpha")}
+            except ValueError:
+                raise RecipeError(f"the step {name!r} takes numbers, not {values}", where=str(where)) from None
+            if name == "scale":
+                scale *= numbers.get("value", 1.0)
+                continue
+            lifted = _lifted(numbers, part, where)
+            if not auto:
+                scale *= numbers["alpha"] + lifted
+            elif lift is not None:
+                raise RecipeError("two steps with `alpha: auto` cannot follow each other", where=str(where))
+            else:
+                lift = lifted
+        return scale, lift
+
+
+def _lifted(numbers: dict[str, float], part: Part, where: Where) -> float:
+    """β·depth of LiNeS; tensors outside of the blocks have depth 0."""
+    if "beta" not in numbers:
+        raise RecipeError("the step 'lines' needs beta", where=str(where))
+    depth = part.depth or 0.0 if part.position == "block" else 0.0
+    return numbers["beta"] * depth
