@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from geomerge.methods import registry
+from geomerge.cli.catalogue import catalogue
 from geomerge.methods.base import Elementwise, Matrix, Method, Parameter, Span
 from geomerge.methods.properties import MEANING
 
@@ -28,19 +28,22 @@ BASE = {
 
 def pages() -> dict[str, str]:
     """File name → content of every page."""
-    methods = registry.all_methods()
+    methods = catalogue()
     return {f"{name}.md": page(method) for name, method in methods.items()} | {"index.md": index(methods)}
 
 
 def page(method: type[Method]) -> str:
     """One method's page."""
-    parts = [NOTICE, f"# {method.title}", f"`merge_method: {method.name}`" + _aliases(method), _paragraphs(method)]
+    parts = [NOTICE, f"# {method.title}", f"`{method.usage()}`" + _aliases(method), _paragraphs(method)]
     parts += ["```text\n" + method.formula + "\n```", f"Source: {method.paper}.", f"## When to use it\n\n{method.when}"]
     parts += [f"## Models\n\nIt takes {method.models_text()}. {_base(method)}", "## Parameters", _parameters(method)]
     if method.mergekit:
         parts.append(_compat(method))
-    parts.append(f"## Example\n\n```yaml\n{method.example.strip()}\n```")
-    parts += ["## What stays true", _properties(method), f"## Family and cost\n\n{_cost(method)}"]
+    language = "yaml" if "merge_method" in method.example else "sh"
+    parts.append(f"## Example\n\n```{language}\n{method.example.strip()}\n```")
+    if method.properties:
+        parts += ["## What stays true", _properties(method)]
+    parts.append(f"## Family and cost\n\n{_cost(method)}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -123,6 +126,13 @@ def _cost(method: type[Method]) -> str:
             "coefficients follow), once to combine them. The manifest `geomerge.json` records the coefficients of every "
             "tensor."
         )
+    if method.family == "continual":
+        return (
+            "**Continual**: a step reads the base, the new expert and the running sum, and replaces the state; its time and "
+            "memory are the same however many experts went before ([guide](../continual.md))."
+        )
+    if method.family == "search":
+        return "**Search**: averages are blended in memory and scored, one for each model ([guide](../search.md))."
     if issubclass(method, Matrix):
         return (
             "**Matrix**: the output is a function of whole weight matrices. Each input is read once, and the matrices of one "

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from cli_samples import Program
+from geomerge.cli.catalogue import catalogue
 from geomerge.methods import registry
 from geomerge.recipe import loads
 
@@ -24,7 +25,14 @@ def test_all_methods_are_listed(run: Program) -> None:
     code, out, err = run("methods")
     assert (code, err) == (0, "")
     lines = out.split("\n\n")[0].splitlines()
-    assert [line.split()[0] for line in lines] == ["method", *registry.all_methods()]
+    assert [line.split()[0] for line in lines] == ["method", *catalogue()]
+    assert [*catalogue()][-5:] == [
+        "continual_average",
+        "continual_task_arithmetic",
+        "continual_ties",
+        "opcm",
+        "greedy_soup",
+    ]
     assert next(line.split() for line in lines if line.startswith("slerp ")) == [
         "slerp", "span", "1", "required", "Spherical", "linear", "interpolation", "(SLERP)",
     ]  # fmt: skip
@@ -59,15 +67,28 @@ def test_every_page_and_example(run: Program, name: str) -> None:
     assert registry.get(loads(example + "\n").output.method).name == name
 
 
+@pytest.mark.parametrize("name", [name for name in catalogue() if name not in registry.all_methods()])
+def test_methods_that_are_verbs(run: Program, name: str) -> None:
+    """Their page names the command, and the example is one that the program knows."""
+    code, out, _ = run("methods", name)
+    assert code == 0
+    assert catalogue()[name].usage() in " ".join(out.split())
+    for line in out.split("\nexample\n")[1].strip().splitlines():
+        program, verb, *options = line.split()
+        assert program == "geomerge"
+        known = run(verb, "--help").out
+        assert all(option in known for option in options if option.startswith("--"))
+
+
 def test_json(run: Program) -> None:
     """A list of objects, or one, with the same keys."""
     everything = json.loads(run("methods", "--json").out)
-    assert [m["name"] for m in everything] == list(registry.all_methods())
+    assert [m["name"] for m in everything] == list(catalogue())
     one = json.loads(run("methods", "ties", "--json").out)
     assert one in everything
     assert set(one) == {
-        "name", "aliases", "family", "title", "formula", "paper", "when", "models", "base", "properties", "parameters",
-        "example",
+        "name", "usage", "aliases", "family", "title", "formula", "paper", "when", "models", "base", "properties",
+        "parameters", "example",
     }  # fmt: skip
     density = next(p for p in one["parameters"] if p["name"] == "density")
     assert density == {

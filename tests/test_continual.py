@@ -33,6 +33,7 @@ from geomerge.errors import (
     UsageError,
 )
 from geomerge.methods.matrix.opcm import cleaned
+from geomerge.methods.properties import MEANING
 
 Array = ref.Array
 GOLDEN = json.loads((Path(__file__).parent / "data" / "golden_optimised.json").read_text())
@@ -210,6 +211,50 @@ def test_experts_equal_to_the_base(tmp_path: Path, method: str) -> None:
     found = tiny.read(tmp_path / "state")
     assert all(bool(torch.isfinite(t).all()) for t in found.values())
     assert not torch.equal(found["model.layers.0.mlp.up_proj.weight"], base["model.layers.0.mlp.up_proj.weight"])
+
+
+def merged(method: str, taus: Sequence[Sequence[Array]]) -> list[Array]:
+    """What a rule makes of task vectors (each a matrix and a vector), at its neutral parameters."""
+    rule = RULES[method].make({}, count=1)
+    sums = [torch.zeros(np.shape(t), dtype=torch.float64) for t in taus[0]]
+    norms = 0.0
+    for count, tau in enumerate(taus, 1):
+        norms += float(np.sqrt(sum(np.sum(t * t) for t in tau)))
+        deltas = [torch.tensor(t) for t in tau]
+        sums = [rule.step(s, d, count, d.dim() == 2) for s, d in zip(sums, deltas, strict=True)]
+    size = float(np.sqrt(sum(float(s.square().sum()) for s in sums)))
+    factor = rule.factor(size, norms, len(taus))
+    return [s.numpy() * factor for s in sums]
+
+
+@pytest.mark.parametrize("method", RULES)
+def test_declared_properties(method: str) -> None:
+    """What a rule's page says stays true does, and what it leaves out does not, on at least one of two sets of inputs."""
+    rng = np.random.default_rng(5)
+    free = [[rng.normal(size=(6, 5)), rng.normal(size=4)] for _ in range(3)]
+    # The second is the first's opposite where TIES compares them: votes that balance.
+    tied = [free[0], [-0.5 * x for x in free[0]], free[1]]
+    left, right = (np.linalg.qr(rng.normal(size=(n, n)))[0] for n in (6, 5))
+
+    def alike(found: Sequence[Array], wanted: Sequence[Array]) -> bool:
+        return all(np.allclose(f, w, atol=1e-12) for f, w in zip(found, wanted, strict=True))
+
+    def holds(name: str, taus: list[list[Array]]) -> bool:
+        plain = merged(method, taus)
+        return {
+            "permutation": lambda: alike(merged(method, taus[::-1]), plain),
+            "base": lambda: alike(merged(method, [[0 * x for x in t] for t in taus]), [0 * x for x in plain]),
+            "single": lambda: alike(merged(method, taus[:1]), taus[0]),
+            "identical": lambda: alike(merged(method, [taus[0]] * 3), taus[0]),
+            "scale": lambda: alike(merged(method, [[3 * x for x in t] for t in taus]), [3 * x for x in plain]),
+            "sign": lambda: alike(merged(method, [[-x for x in t] for t in taus]), [-x for x in plain]),
+            "rotation": lambda: alike(
+                merged(method, [[left @ w @ right, v] for w, v in taus]), [left @ plain[0] @ right, plain[1]]
+            ),
+        }[name]()
+
+    for name in MEANING:
+        assert all(holds(name, taus) for taus in (free, tied)) == (name in RULES[method].properties), name
 
 
 def test_projection_is_orthogonal_and_turns_with_its_inputs() -> None:

@@ -21,21 +21,21 @@ def methods(
 
     Of one method: its formula, paper, parameters, properties, and an example recipe.
     """
+    from geomerge.cli.catalogue import catalogue, explained
     from geomerge.cli.console import write_json
-    from geomerge.methods import registry
 
     if name is None:
-        found = registry.all_methods()
+        found = catalogue()
         if json:
-            write_json([_as_json(method) for method in found.values()])
+            write_json([_as_json(entry, method) for entry, method in found.items()])
         else:
             _show_all(found)
     else:
-        method = registry.get(name)
+        entry, method = explained(name)
         if json:
-            write_json(_as_json(method))
+            write_json(_as_json(entry, method))
         else:
-            _show_one(method)
+            _show_one(entry, method)
 
 
 def _show_all(found: dict[str, type[Method]]) -> None:
@@ -46,7 +46,7 @@ def _show_all(found: dict[str, type[Method]]) -> None:
     show(made, "", "`geomerge methods NAME` explains one. Models are counted without a base that is required.")
 
 
-def _show_one(method: type[Method]) -> None:
+def _show_one(name: str, method: type[Method]) -> None:
     from geomerge.cli.console import facts, heading, show, table, write_lines
     from geomerge.methods.properties import MEANING
 
@@ -55,7 +55,8 @@ def _show_one(method: type[Method]) -> None:
     show(
         facts(
             [
-                (method.name, method.title + aliases),
+                (name, method.title + aliases),
+                ("usage", method.usage()),
                 ("formula", method.formula),
                 ("paper", method.paper),
                 ("when", method.when),
@@ -107,9 +108,10 @@ def _word(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _as_json(method: type[Method]) -> dict[str, Any]:
+def _as_json(name: str, method: type[Method]) -> dict[str, Any]:
     return {
-        "name": method.name,
+        "name": name,
+        "usage": method.usage(),
         "aliases": list(method.aliases),
         "family": method.family,
         "title": method.title,

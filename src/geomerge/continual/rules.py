@@ -16,6 +16,7 @@ from geomerge.methods.base import Method, parameter
 from geomerge.methods.direct import Function
 from geomerge.methods.elementwise.ties import Ties
 from geomerge.methods.matrix.opcm import cleaned
+from geomerge.methods.properties import BASE, IDENTICAL, PERMUTATION, ROTATION, SCALE, SIGN, SINGLE
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,10 @@ class Rule(Method):
     """One way of taking in experts one after the other."""
 
     family: ClassVar[str] = "continual"
+
+    @classmethod
+    def usage(cls) -> str:
+        return f"geomerge continue --method {cls.name}"
 
     def whole(self, matrix: bool) -> bool:
         """Whether a step needs all of a tensor at once (`matrix`: it is a weight matrix), not element by element."""
@@ -58,6 +63,15 @@ class Opcm(Rule):
     title: ClassVar[str] = "OPCM (orthogonal projection-based continual merging)"
     paper: ClassVar[str] = "Tang et al. 2025, Merging Models on the Fly Without Retraining, arXiv:2501.09522"
     formula: ClassVar[str] = "θ = θ₀ + S/λ,  S ← S + P_S(τ_t),  λ = ‖S‖ / mean ‖τ‖"
+    when: ClassVar[str] = (
+        "Experts of one base that arrive one after the other, when the earlier ones are gone: time and memory of a step "
+        "do not grow. Their order matters a little; with all experts at hand TSV-M or a WUDI method is better."
+    )
+    properties: ClassVar[frozenset[str]] = frozenset({BASE, SINGLE, SCALE, SIGN, ROTATION})
+    example: ClassVar[str] = """\
+geomerge continue ./merged ./cars --base ./base
+geomerge continue ./merged ./birds
+"""
 
     alpha: float = parameter(
         0.5, within=(0, 1), doc="share of the singular values that the protected directions make up"
@@ -84,6 +98,12 @@ class Average(Rule):
     title: ClassVar[str] = "Continual average"
     paper: ClassVar[str] = "Wortsman et al. 2022, Model soups, arXiv:2203.05482"
     formula: ClassVar[str] = "θ = θ₀ + Σ τ_t / T"
+    when: ClassVar[str] = "The plainest way, and what the others must better: the mean of all experts so far."
+    properties: ClassVar[frozenset[str]] = frozenset({PERMUTATION, BASE, SINGLE, IDENTICAL, SCALE, SIGN, ROTATION})
+    example: ClassVar[str] = """\
+geomerge continue ./merged ./cars --base ./base --method average
+geomerge continue ./merged ./birds
+"""
 
     def step(self, total: Tensor, delta: Tensor, count: int, matrix: bool) -> Tensor:
         return total.add_(delta)
@@ -100,6 +120,12 @@ class TaskArithmetic(Rule):
     title: ClassVar[str] = "Continual task arithmetic"
     paper: ClassVar[str] = "Ilharco et al. 2023, Editing models with task arithmetic, arXiv:2212.04089"
     formula: ClassVar[str] = "θ = θ₀ + λ Σ τ_t"
+    when: ClassVar[str] = "Few experts, and λ known from a validation set: the sum grows with each."
+    properties: ClassVar[frozenset[str]] = frozenset({PERMUTATION, BASE, SCALE, SIGN, ROTATION})
+    example: ClassVar[str] = """\
+geomerge continue ./merged ./cars --base ./base --method task_arithmetic --lambda 0.3
+geomerge continue ./merged ./birds
+"""
 
     lambda_: float = parameter(0.3, doc="factor of every task vector")
 
@@ -118,6 +144,12 @@ class ContinualTies(Rule):
     title: ClassVar[str] = "Continual TIES"
     paper: ClassVar[str] = "Yadav et al. 2023, TIES-Merging, arXiv:2306.01708"
     formula: ClassVar[str] = "θ = θ₀ + S,  S ← S + λ·TIES(S, τ_t) with sums of what agrees"
+    when: ClassVar[str] = "Experts that disagree about signs, as a baseline: later ones weigh more than earlier ones."
+    properties: ClassVar[frozenset[str]] = frozenset({BASE, SCALE})
+    example: ClassVar[str] = """\
+geomerge continue ./merged ./cars --base ./base --method ties --density 0.2
+geomerge continue ./merged ./birds
+"""
 
     lambda_: float = parameter(0.5, doc="factor of what each step adds")
     density: float = parameter(0.2, within=(0, 1), above=0, doc="share of the elements of a tensor that is kept")

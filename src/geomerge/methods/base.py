@@ -270,6 +270,11 @@ class Method:
         beside = " beside the base" if cls.base_use == "required" else ""
         return f"{number} model{'' if low == high == 1 or (high is None and low == 1) else 's'}{beside}"
 
+    @classmethod
+    def usage(cls) -> str:
+        """How one asks for it."""
+        return f"merge_method: {cls.name}"
+
     def check(self, count: int, compat: str | None = None) -> None:
         """Raise `ValueError` for parameters that do not go together. Arguments are as in `make`."""
 

@@ -10,14 +10,42 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from geomerge.errors import RunError, UsageError
+from geomerge.methods.base import BaseUse, Method
 from geomerge.search.run import Held, paired
 from geomerge.search.study import Objective, Study
 
 if TYPE_CHECKING:
     from geomerge.search.objective import Judge
+
+
+@dataclass(frozen=True)
+class GreedySoup(Method):
+    """Average only what helps: models join the soup, best first, if its score does not fall.
+
+    It needs a score, so it is a search and no method of a recipe; what it writes is a recipe of `linear`.
+    """
+
+    name: ClassVar[str] = "greedy_soup"
+    title: ClassVar[str] = "Greedy soup"
+    paper: ClassVar[str] = "Wortsman et al. 2022, Model soups, arXiv:2203.05482"
+    formula: ClassVar[str] = "θ = Σ_{k∈S} θₖ / |S|,  k joins S if score(S ∪ {k}) ≥ score(S), in the order of score(θₖ)"
+    when: ClassVar[str] = (
+        "Several fine-tunes of one base on the same task (other seeds, learning rates, data orders), and held-out samples to "
+        "score them by. For experts of different tasks the methods for task vectors are better."
+    )
+    family: ClassVar[str] = "search"
+    models: ClassVar[tuple[int, int | None]] = (2, None)
+    base_use: ClassVar[BaseUse] = "ignored"
+    example: ClassVar[str] = """\
+geomerge soup ./seed-1 ./seed-2 ./seed-3 --tasks score.py:accuracy --merge ./soup
+"""
+
+    @classmethod
+    def usage(cls) -> str:
+        return "geomerge soup"
 
 
 @dataclass(frozen=True)
