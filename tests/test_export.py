@@ -459,6 +459,7 @@ class TestRefusals:
             "does not say hidden_size": {"hidden_size": None},
             "rotary scaling 'odd'": {"rope_parameters": {"rope_type": "odd"}},
             "blk.2": {"num_hidden_layers": 3},
+            "one of 3 heads": {"num_key_value_heads": 3},
         }
         for match, change in cases.items():
             (tmp_path / "m" / "config.json").write_text(json.dumps(config | change))
@@ -482,6 +483,24 @@ class TestRefusals:
                 gm.export_gguf(tmp_path / "m", tmp_path / "m.gguf", kind=kind)
             assert name in str(caught.value)
             assert list(tmp_path.iterdir()) == [tmp_path / "m"]
+
+    def test_a_head_that_is_missing(self, tmp_path: Path) -> None:
+        """llama.cpp would take the embedding for it; where the two are tied it is right to."""
+        model(tmp_path / "m", "llama")
+        config, weights = json.loads((tmp_path / "m" / "config.json").read_text()), tiny.read(tmp_path / "m")
+        head = weights.pop("lm_head.weight")
+        tiny.save(tmp_path / "m", weights, config)
+        with pytest.raises(gm.DamagedCheckpoint, match=r"output\.weight"):
+            gm.export_gguf(tmp_path / "m", tmp_path / "m.gguf")
+        for stored in ({}, {"lm_head.weight": head}):
+            tiny.save(tmp_path / "m", weights | stored, config | {"tie_word_embeddings": True})
+            gm.export_gguf(tmp_path / "m", tmp_path / "m.gguf", force=True)
+            assert "output.weight" not in tensors(tmp_path / "m.gguf")
+
+    def test_windows_are_noted(self, tmp_path: Path) -> None:
+        """What llama.cpp leaves out of a model."""
+        model(tmp_path / "m", "mistral", sliding_window=32)
+        assert any("32 tokens back" in n for n in gm.export_gguf(tmp_path / "m", tmp_path / "m.gguf").notes)
 
     def test_places(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         """An existing file is not replaced without --force; the summary and the JSON of the verb."""

@@ -116,10 +116,12 @@ def describe(config: Mapping[str, Any] | None, rows: int, where: str) -> Describ
     metadata = _metadata(own, family, rows, where)
     scaling, derived = _rope(own, family, where, notes)
     window = own.get("sliding_window")
-    if not family.window and window and own.get("use_sliding_window", True) and kind != "phi3":
+    if not family.window and window and own.get("use_sliding_window", True):
         notes.append(f"attention looks {window} tokens back in this model, and at everything in llama.cpp")
     if family.architecture in ("gemma2", "gemma3"):
         metadata |= _gemma(own, notes)
+    elif family.architecture == "phi3":
+        metadata["attention.sliding_window"] = int(window or 0)
     return Described(family, own, metadata | scaling, derived, tuple(notes))
 
 

@@ -98,6 +98,11 @@ def entries(shapes: Mapping[str, Shape], described: Described, kind: str, where:
                 hint="is it a plain model?",
             )
         entry = Entry(theirs, shape, _kind(theirs, shape, kind), (name,), _heads(plain, described))
+        if entry.heads and shape[0] % (2 * entry.heads):
+            raise DamagedCheckpoint(
+                f"tensor {name!r} of the shape {list(shape)} is not one of {entry.heads} heads of an even size",
+                where=where,
+            )
         if family.norms_plus_one and theirs.endswith("norm.weight"):
             entry = replace(entry, added=1.0)
         if theirs.endswith("ffn_gate_inp_shexp.weight"):
@@ -105,7 +110,7 @@ def entries(shapes: Mapping[str, Shape], described: Described, kind: str, where:
         found[theirs] = entry
     for theirs, stack in stacks.items():
         found[theirs] = _stacked(theirs, stack, experts(config), kind, where)
-    _complete(found, int(config["num_hidden_layers"]), where)
+    _complete(found, int(config["num_hidden_layers"]), tied, where)
     derived = [Entry(n, tuple(v.shape), "f32", values=v) for n, v in described.derived.items()]
     notes = []
     if left:
@@ -141,9 +146,10 @@ def _stacked(theirs: str, stack: Mapping[int, tuple[str, Shape]], count: int, ki
     return Entry(theirs, shape, kind, tuple(stack[i][0] for i in range(count)))
 
 
-def _complete(found: Mapping[str, Entry], blocks: int, where: str) -> None:
+def _complete(found: Mapping[str, Entry], blocks: int, tied: bool, where: str) -> None:
     """Every block must have what the others have: blocks are alike in these architectures."""
-    missing = [name for name in ("token_embd.weight", "output_norm.weight") if name not in found]
+    outer = ("token_embd.weight", "output_norm.weight", *(() if tied else ("output.weight",)))
+    missing = [name for name in outer if name not in found]
     held: dict[int, set[str]] = {i: set() for i in range(blocks)}
     for name in found:
         if block := _BLOCK.fullmatch(name):
