@@ -2,6 +2,7 @@
 
     python benchmarks/pieces.py              # operations on tiles, reading, writing
     python benchmarks/pieces.py workers      # TIES of the 0.5B models with 1 and 2 threads, and with 2 processes
+    python benchmarks/pieces.py pursuit 1000 # sums of 64 rows for 1,000 missing tokens, 50,000 shared tokens of width 896
 
 These are the figures that decided how the engine works; docs/benchmarks.md quotes them.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import resource
 import shutil
 import sys
 import time
@@ -109,6 +111,32 @@ def files() -> None:
     (BENCH / "pieces.bin").unlink()
 
 
+def pursuit(missing: int, shared: int = 50_000, width: int = 896, k: int = 64) -> None:
+    """The sparse sums of `geomerge transplant`: seconds, and the least that their products take."""
+    from geomerge.align.pursuit import pursue
+
+    generator = torch.Generator().manual_seed(0)
+    atoms = torch.randn(shared, width, generator=generator).bfloat16()
+    targets = torch.randn(missing, width, generator=generator)
+    left, right = torch.randn(1024, width), torch.randn(width, 4096)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    floor = min(_seconds(lambda: left @ right) for _ in range(5)) * missing * k * shared / (1024 * 4096)
+    torch.set_num_threads(threads)
+    clock, cpu = time.perf_counter(), time.process_time()
+    pursue(lambda first, last: targets[first:last].double(), missing, atoms, k)
+    cpu, clock = time.process_time() - cpu, time.perf_counter() - clock
+    print(f"{missing:,} missing, {shared:,} shared, width {width}, k {k}: {cpu:.0f} s of the processors, {clock:.0f} s")
+    print(f"its products alone, in float32: {floor:.0f} s of the processors")
+    print(f"resident at most: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB")
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    begun = time.process_time()
+    work()
+    return time.process_time() - begun
+
+
 def workers() -> None:
     """One merge by threads and by processes."""
     import run as bench
@@ -130,7 +158,9 @@ def workers() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["workers"]:
+    if sys.argv[1:2] == ["pursuit"]:
+        pursuit(int(sys.argv[2]))
+    elif sys.argv[1:] == ["workers"]:
         workers()
     else:
         operations()

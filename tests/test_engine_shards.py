@@ -438,7 +438,7 @@ def kill_shards(root: Path, out: Path, kills: int) -> int:
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     words = [sys.executable, "-c", KILLER, str(recipe), str(out), str(kills), "4", str(os.getpid())]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True, timeout=60 + 2 * kills)
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True, timeout=600 + 20 * kills)
     plan = gm.plan(recipe)
     for i in (3, 1, 4, 2):
         run_shard(plan, out, i, 4, shard_size=8_000_000)

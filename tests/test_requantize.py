@@ -126,6 +126,45 @@ def test_what_it_is_refused_for(family: None) -> None:
         gm.plan(SLERP.replace(" a\n", " a.safetensors\n") + "requantize: int8\n")
 
 
+def test_the_flag_overrides_the_recipe(family: None, capsys: pytest.CaptureFixture[str]) -> None:
+    """The bytes are those of a recipe that says so; a saved plan cannot be changed; `same` needs codes."""
+    Path("r.yml").write_text(SLERP)
+    Path("eight.yml").write_text(SLERP + "requantize: int8\n")
+    gm.merge(SLERP + "requantize: fp8\n", "expected")
+    for recipe in ("r.yml", "eight.yml"):
+        assert main(["merge", recipe, "out", "--requantize", "fp8", "--force", "-q"]) == 0
+        assert tiny.same(tiny.read(Path("out")), tiny.read(Path("expected")))
+        assert tiny.config(Path("out")) == tiny.config(Path("expected"))
+    assert "requantize: fp8" in capsys.readouterr().out
+    assert main(["merge", "r.yml", "same", "--requantize", "same", "-q"]) == 2
+    assert main(["merge", "r.yml", "same", "--requantize", "int4", "-q"]) == 2
+    assert main(["plan", "r.yml", "--save", "plan.json"]) == 0
+    assert main(["merge", "plan.json", "saved", "--requantize", "int8"]) == 2
+    assert "saved plan" in capsys.readouterr().err
+
+
+def test_the_table_of_errors(family: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line for each kind of tensor, worst first, and how many break the 1.5 times rule."""
+    Path("r.yml").write_text(SLERP)
+    report = gm.merge(SLERP + "requantize: int8\n", "expected")
+    assert main(["merge", "r.yml", "out", "--requantize", "int8", "-q"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if "model.layers.*." in line]
+    assert len(lines) == 7
+    ratios = [float(line[4]) for line in lines]
+    assert ratios == sorted(ratios, reverse=True)
+    for pattern, count, mean, worst, ratio, beyond in lines:
+        own = [(e, p) for n, e, p in report.codes if n.endswith(pattern.rpartition("*")[2])]
+        assert (int(count), int(beyond)) == (2, 0)
+        assert float(mean.rstrip("%")) == pytest.approx(100 * sum(e for e, _ in own) / 2, abs=6e-4)
+        assert float(worst.rstrip("%")) == pytest.approx(100 * max(e for e, _ in own), abs=6e-4)
+        assert float(ratio) == pytest.approx(max(e / p for e, p in own), abs=6e-3)
+    monkeypatch.setattr("geomerge.engine.codes.ALLOWED", 0.1)
+    assert main(["merge", "r.yml", "out", "--requantize", "int8", "-q", "--force"]) == 0
+    text = capsys.readouterr().out
+    assert "14 lose more than 0.1 times" in " ".join(text.split())
+    assert all(line.split()[5] == "2" for line in text.splitlines() if "model.layers.*." in line)
+
+
 def test_the_command_line_shows_the_cost(family: None, capsys: pytest.CaptureFixture[str]) -> None:
     """The mean and the worst error; in JSON every tensor's."""
     Path("r.yml").write_text(SLERP + "requantize: int8\n")

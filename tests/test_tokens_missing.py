@@ -137,6 +137,29 @@ def test_transplant_equals_the_slow_pursuit(tmp_path: Path) -> None:
     assert {key for key in left if key.startswith(f"{tmp_path}/b:")} == {f"{tmp_path}/b: {n}" for n in b["tensors"]}
 
 
+def test_finding_the_sums_has_a_progress_of_its_own(pair: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+    """First the rows of all sums, then the output's bytes; each phase ends at its total."""
+
+    class Watched:
+        def __init__(self) -> None:
+            self.phases: list[list[int]] = []
+
+        def start(self, total: int, done: int) -> None:
+            self.phases.append([total, done])
+
+        def advance(self, nbytes: int) -> None:
+            self.phases[-1][1] += nbytes
+
+        def finish(self) -> None:
+            pass
+
+    watched = Watched()
+    report = gm.transplant(tmp_path / "a", tmp_path / "b", tmp_path / "out", sparsity=4, progress=watched)
+    (sums, found), (total, written) = watched.phases
+    assert found == sums > 0
+    assert written == total == report.nbytes
+
+
 def test_a_rotated_donor_is_undone(tmp_path: Path) -> None:
     """B's embedding is A's, rotated, and tokens that A lacks are sums of three that it has: their rows come back exactly."""
     end = samples.special("<|end|>")

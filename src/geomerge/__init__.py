@@ -31,6 +31,7 @@ from geomerge.version import __version__
 if TYPE_CHECKING:
     from geomerge import diagnose, evaluate, methods, moe, search
     from geomerge.api import continue_merge, inspect, load_recipe, merge, merge_state_dicts, plan, transplant
+    from geomerge.export import export_gguf
 
 __all__ = [
     "DamagedCheckpoint",
@@ -47,6 +48,7 @@ __all__ = [
     "continue_merge",
     "diagnose",
     "evaluate",
+    "export_gguf",
     "inspect",
     "load_recipe",
     "merge",
@@ -67,6 +69,8 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f"geomerge.{name}")
     if name in _FROM_API:
         return getattr(importlib.import_module("geomerge.api"), name)
+    if name == "export_gguf":
+        return importlib.import_module("geomerge.export").export_gguf
     raise AttributeError(f"module 'geomerge' has no attribute {name!r}")
 
 

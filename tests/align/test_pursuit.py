@@ -76,6 +76,60 @@ def test_zeros_equals_and_near_equals() -> None:
     assert 0 not in sums.rows[2][sums.coefficients[2] != 0]
 
 
+@pytest.mark.parametrize("shift", [1e-10, 1e-7, 1e-5])
+def test_rows_that_float32_cannot_tell_apart(shift: float) -> None:
+    """Float32 only says where to look: among rows that differ beyond its digits the best in float64 is taken."""
+    generator = np.random.default_rng(4)
+    base = generator.standard_normal((6, 24))
+    near = [base + shift * generator.standard_normal((6, 24)) for _ in range(30)]
+    atoms, targets = np.concatenate(near), generator.standard_normal((20, 6)) @ base
+    norms = np.linalg.norm(atoms, axis=1)
+    sums = run(targets, atoms, 3)
+    for i, target in enumerate(targets):
+        residual = target
+        for s in range(3):
+            scores = np.abs(atoms @ residual) / norms
+            scores[sums.rows[i, :s].numpy()] = -1
+            assert sums.rows[i, s] == scores.argmax()
+            chosen = atoms[sums.rows[i, : s + 1].numpy()]
+            residual = target - np.linalg.lstsq(chosen.T, target, rcond=None)[0] @ chosen
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_lengths_beyond_float32(size: float) -> None:
+    """Rows so short or long that their products would vanish or overflow are found all the same."""
+    generator = np.random.default_rng(5)
+    atoms, targets = generator.standard_normal((40, 12)), generator.standard_normal((6, 12))
+    plain = run(targets, atoms, 4)
+    atoms[::2] *= size
+    sums = run(targets, atoms, 4)
+    assert torch.equal(sums.rows, plain.rows)
+    scale = np.where(plain.rows.numpy() % 2 == 0, size, 1.0)
+    np.testing.assert_allclose(sums.coefficients.numpy() * scale, plain.coefficients, rtol=1e-9)
+
+
+def test_what_is_along_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything is equally far from what the dictionary cannot express; targets are then taken apart, with the same result."""
+    monkeypatch.setattr(pursuit, "_PAIRS", 3)
+    generator = np.random.default_rng(6)
+    atoms = np.concatenate([generator.standard_normal((50, 4)), np.zeros((50, 4))], axis=1)
+    targets = np.concatenate([1e-9 * generator.standard_normal((7, 4)), np.ones((7, 4))], axis=1)
+    sums = run(targets, atoms, 3)
+    chosen, coefficients = slow(targets, atoms, 3)
+    assert sums.rows.tolist() == chosen
+    np.testing.assert_allclose(sums.coefficients, coefficients, rtol=1e-6)
+
+
+def test_progress_counts_every_row() -> None:
+    """k for each vector, whether it needs them or not."""
+    generator = np.random.default_rng(7)
+    atoms = torch.from_numpy(generator.standard_normal((20, 8)))
+    told: list[int] = []
+    pursue(lambda first, last: atoms[first:last].clone(), 5, atoms, 4, told.append)
+    assert sum(told) == 5 * 4
+    assert len(told) == 4
+
+
 def test_the_bits_do_not_depend_on_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """One thread or four; 16-bit rows are widened exactly."""
     monkeypatch.setattr(pursuit, "_AT_ONCE", 64)

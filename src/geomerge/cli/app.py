@@ -26,6 +26,7 @@ from geomerge.cli.continual import continue_
 from geomerge.cli.demo import demo
 from geomerge.cli.diagnose import diagnose
 from geomerge.cli.evaluate import evaluate
+from geomerge.cli.export import export
 from geomerge.cli.finalize import finalize
 from geomerge.cli.inspect import inspect
 from geomerge.cli.lab import lab_app
@@ -101,6 +102,7 @@ for verb in (
     soup,
     compress,
     extract,
+    export,
     inspect,
     methods,
     schema,

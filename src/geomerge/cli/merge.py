@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -12,6 +13,8 @@ from geomerge.cli.options import AllowPickle, AsJson, Compat, Quiet, Threads
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from rich.table import Table
 
     from geomerge.checkpoint.checkpoint import Checkpoint
     from geomerge.cli.progress import Silent
@@ -30,6 +33,12 @@ def merge(
     device: Annotated[str, typer.Option(metavar="DEV", help="Where to compute: cpu, cuda, cuda:1, ...")] = "cpu",
     shard_size: Annotated[str, typer.Option(metavar="SIZE", help="The most bytes in one file, like 5GB.")] = "5GB",
     compat: Compat = None,
+    requantize: Annotated[
+        Literal["same", "int8", "fp8"] | None,
+        typer.Option(
+            help="Store linear layers as 8-bit codes: int8, fp8, or as the base stores them; whatever the recipe says."
+        ),
+    ] = None,
     allow_pickle: AllowPickle = False,
     durable: Annotated[
         bool, typer.Option("--durable", help="Flush to the disk as it goes: even a power cut can be resumed from.")
@@ -64,7 +73,7 @@ def merge(
     if shard is not None and executor is not None:
         raise UsageError("a shard is made by one machine: give either --shard or --executor")
     try:
-        plan, opened = planned(recipe, compat=compat, allow_pickle=allow_pickle)
+        plan, opened = planned(recipe, compat=compat, requantize=requantize, allow_pickle=allow_pickle)
         with watch("merging", quiet=quiet) as progress:
             options: dict[str, Any] = {
                 "inputs": opened,
@@ -85,6 +94,7 @@ def merge(
             "--device": device,
             "--shard-size": shard_size,
             "--compat": compat,
+            "--requantize": requantize,
             "--executor": executor,
         }
         usual = {"--device": "cpu", "--shard-size": "5GB"}
@@ -197,9 +207,30 @@ def _codes(report: Report) -> str:
     return text if not beyond else f"{text}; {len(beyond)} lose more than {ALLOWED} times what their parents lose"
 
 
+def _codes_table(report: Report) -> Table:
+    """What each kind of tensor lost over the blocks, beside what its parents' codes lose, the worst first."""
+    from geomerge.cli.console import clean, table
+    from geomerge.cli.patterns import split
+    from geomerge.engine.codes import ALLOWED
+
+    kinds: dict[str, list[tuple[float, float]]] = {}
+    for name, error, parents in report.codes:
+        kinds.setdefault("*".join(split(name)[0]), []).append((error, parents))
+    rows = []
+    for name, found in kinds.items():
+        worst = max(found, key=lambda each: each[0] / max(each[1], 1e-300))
+        ratio = worst[0] / worst[1] if worst[1] > 0 else math.inf
+        mean = sum(error for error, _ in found) / len(found)
+        beyond = sum(error > ALLOWED * parents for error, parents in found)
+        most = max(error for error, _ in found)
+        rows.append((ratio, (clean(name), str(len(found)), f"{mean:.3%}", f"{most:.3%}", f"{ratio:.2f}", str(beyond))))
+    columns = ("tensors", "count", "mean error", "worst", "times the parents'", f"beyond {ALLOWED}")
+    return table(columns, [cells for _, cells in sorted(rows, key=lambda row: -row[0])], right=columns[1:])
+
+
 def show_report(plan: Plan, report: Report, progress: Silent, shard: str | None = None) -> None:
     """Tell the user what a run did."""
-    from geomerge.cli.console import amount, clean, count, duration, facts, show
+    from geomerge.cli.console import amount, clean, count, duration, facts, heading, show
     from geomerge.cli.plan_page import rounding
 
     speed = f"{amount(report.nbytes)} in {duration(report.seconds)} ({amount(_rate(report, progress))}/s)"
@@ -221,3 +252,5 @@ def show_report(plan: Plan, report: Report, progress: Silent, shard: str | None 
         rows.append(("codes", _codes(report)))
     rows += [("note", clean(note)) for note in report.notes]
     show(facts(rows))
+    if report.codes:
+        show(heading("codes"), _codes_table(report))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -64,13 +64,19 @@ def plan(
 
 
 def planned(
-    recipe: str, *, compat: str | None = None, allow_pickle: bool = False, reopen: bool = True
+    recipe: str,
+    *,
+    compat: str | None = None,
+    requantize: Literal["same", "int8", "fp8"] | None = None,
+    allow_pickle: bool = False,
+    reopen: bool = True,
 ) -> tuple[Plan, list[Checkpoint]]:
     """The plan of a recipe or of a saved plan's file, with its opened inputs.
 
     Args:
         recipe: The file.
         compat: The profile that overrides the recipe's.
+        requantize: What overrides the recipe's ``requantize``.
         allow_pickle: Read pickled weights.
         reopen: Open a saved plan's inputs; when not, none are returned for it.
 
@@ -84,11 +90,20 @@ def planned(
     from geomerge.recipe import load
 
     if not _is_saved(Path(recipe)):
-        return guarded_plan(load(recipe, compat=compat), allow_pickle=allow_pickle)
+        pipeline = load(recipe, compat=compat)
+        if requantize is not None:
+            pipeline = pipeline.requantised(requantize)
+        return guarded_plan(pipeline, allow_pickle=allow_pickle)
     made = Plan.load(recipe)
     if compat not in (None, made.stages[-1].compat):
         raise UsageError(
             "a saved plan's profile cannot be changed", where=recipe, hint="give --compat when the plan is made"
+        )
+    if requantize is not None:
+        raise UsageError(
+            "how a saved plan's tensors are stored cannot be changed",
+            where=recipe,
+            hint="give --requantize with the recipe, or `requantize` in it",
         )
     return made, open_inputs(made, allow_pickle=allow_pickle) if reopen else []
 

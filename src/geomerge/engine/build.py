@@ -214,6 +214,15 @@ class Builder:
                 self._mixtures[index] = Mixtures(rows.plan, donors, rows.sparsity)
             return self._mixtures[index]
 
+    def mixtures(self, nodes: Iterable[Node]) -> list[Mixtures]:
+        """The sparse sums that some tensors' operands are made with."""
+        for node in nodes:
+            for operand in node.operands:
+                if operand.rows >= 0:
+                    matrices = self.plan.rows[operand.rows].matrices
+                    self._sums(operand.rows, [None if m is None else self.source(m, node) for m in matrices])
+        return list(self._mixtures.values())
+
     def _width(self, operand: Operand) -> int:
         """Columns of a matrix."""
         if operand.input >= 0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -41,15 +41,40 @@ class Mixtures:
         Raises:
             NotFiniteError: The donor holds NaN or Inf.
         """
-        with self._lock:
-            if self._found is None:
-                self._found = {}
-                for donor, (source, width) in self._donors.items():
-                    self._found.update(self._find(donor, source, width))
-        rows, coefficients = self._found[row]
+        rows, coefficients = self.find()[row]
         return zip(rows.tolist(), coefficients, strict=True)
 
-    def _find(self, donor: int, source: Source, width: int) -> Iterator[tuple[int, tuple[IntArray, list[float]]]]:
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a progress counts for `find`: those of the missing rows in float64, once for each row of their sums."""
+        return sum(
+            int((self._plan.source == OMP - donor).sum())
+            * min(self._sparsity, width, len(self._plan.anchors(donor)))
+            * width
+            * 8
+            for donor, (_, width) in self._donors.items()
+        )
+
+    def find(self, advance: Callable[[int], None] = lambda nbytes: None) -> Mapping[int, tuple[IntArray, list[float]]]:
+        """Find the sums, once.
+
+        Args:
+            advance: Told of bytes, `nbytes` in all.
+
+        Raises:
+            NotFiniteError: The donor holds NaN or Inf.
+        """
+        with self._lock:
+            if self._found is None:
+                found: dict[int, tuple[IntArray, list[float]]] = {}
+                for donor, (source, width) in self._donors.items():
+                    found.update(self._find(donor, source, width, advance))
+                self._found = found
+            return self._found
+
+    def _find(
+        self, donor: int, source: Source, width: int, advance: Callable[[int], None]
+    ) -> Iterator[tuple[int, tuple[IntArray, list[float]]]]:
         wanted = np.flatnonzero(self._plan.source == OMP - donor)
         theirs = self._plan.row[wanted]
         anchors = self._plan.anchors(donor)
@@ -59,6 +84,7 @@ class Mixtures:
             len(wanted),
             atoms,
             self._sparsity,
+            lambda rows: advance(rows * width * 8),
         )
         for i, out in enumerate(wanted.tolist()):
             used = torch.nonzero(sums.coefficients[i]).flatten()

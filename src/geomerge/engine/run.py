@@ -207,9 +207,10 @@ def carry_out(
     total, written = sum(nodes[i].nbytes for i in positions), sum(nodes[i].nbytes for i in positions if i in facts)
     left = [i for i in positions if i not in facts]
     looking = survey_bytes(plan) if left else 0
+    sums = False
 
     def begin() -> None:
-        if progress is not None and not looking:
+        if progress is not None and (sums or not looking):
             progress.start(total, written)
 
     def advance(nbytes: int) -> None:
@@ -231,11 +232,29 @@ def carry_out(
         nodes = list(plan.output_nodes())
     work = Work(build(plan), sink, advance, threading.Event())
     items = [(i, nodes[i]) for i in left]
-    make = executor or _choice(work.builder, items, threads)
-    make(work).run(items, done, begin)
+    made = (executor or _choice(work.builder, items, threads))(work)
+    if isinstance(made, Threads):
+        sums = find_sums(work.builder, [node for _, node in items], progress)
+    made.run(items, done, begin)
     if progress is not None:
         progress.finish()
     return facts
+
+
+def find_sums(builder: Builder, nodes: Sequence[Node], progress: Progress | None) -> bool:
+    """Find the sparse sums among rows before anything is made with them: a phase with a progress of its own.
+
+    Returns:
+        Whether there were any.
+    """
+    found = builder.mixtures(nodes)
+    if progress is not None and found:
+        progress.start(sum(each.nbytes for each in found), 0)
+    for each in found:
+        each.find(progress.advance if progress is not None else lambda nbytes: None)
+    if progress is not None and found:
+        progress.finish()
+    return bool(found)
 
 
 def codes_of(nodes: Mapping[int, Node], facts: Mapping[int, Mapping[str, Any]]) -> tuple[tuple[str, float, float], ...]:

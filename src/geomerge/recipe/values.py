@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from geomerge.recipe.patterns import Kind, searcher
@@ -341,6 +341,12 @@ class Pipeline:
     def output(self) -> Recipe:
         """The recipe whose result is the file's result."""
         return self.recipes[-1]
+
+    def requantised(self, scheme: Literal["same", "int8", "fp8"]) -> Pipeline:
+        """The same with another ``requantize`` than its last recipe says."""
+        note = f"requantize: {scheme}, whatever the recipe says of it"
+        output = replace(self.output, requantize=scheme, notes=(*self.output.notes, note))
+        return replace(self, recipes=(*self.recipes[:-1], output))
 
     @property
     def notes(self) -> tuple[str, ...]:
