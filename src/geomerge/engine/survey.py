@@ -19,8 +19,7 @@ from geomerge.checkpoint.dtypes import to_torch
 from geomerge.engine.build import Builder
 from geomerge.engine.execute import cores
 from geomerge.engine.plan import Node, Plan
-from geomerge.methods.base import Elementwise
-from geomerge.methods.kernel import elementwise_scan
+from geomerge.methods.kernel import survey_scan
 from geomerge.methods.tile import Scan, block_sums
 from geomerge.methods.walk import Walk
 
@@ -66,7 +65,8 @@ def _stage(plan: Plan, stage: int, builder: Builder, pool: ThreadPoolExecutor, a
     groups: dict[Any, list[int]] = {}
     for index, node in enumerate(plan.nodes):
         if node.stage == stage and node.method is not None and node.method.surveys:
-            groups.setdefault((type(node.method), node.method.surveyed_alike), []).append(index)
+            alike = type(node.method), node.method.surveyed_alike, len(node.operands)
+            groups.setdefault(alike, []).append(index)
     nodes = list(plan.nodes)
     for members in groups.values():
         mine = [plan.nodes[i] for i in members]
@@ -81,15 +81,16 @@ def _stage(plan: Plan, stage: int, builder: Builder, pool: ThreadPoolExecutor, a
         known = method.survey(walk)
         for index, node in zip(members, mine, strict=True):
             assert node.method is not None
-            nodes[index] = replace(node, method=replace(node.method, known=known))
+            mine_of_it = node.method.known_of(known, node.name)
+            nodes[index] = replace(node, method=replace(node.method, known=mine_of_it))
     return replace(plan, nodes=tuple(nodes)) if groups else plan
 
 
 def _opener(builder: Builder, node: Node) -> Callable[[], Scan]:
     method = node.method
-    assert isinstance(method, Elementwise)
+    assert method is not None
     open_scan = builder.opener(node, node.operands, map)
-    return lambda: elementwise_scan(method, open_scan, node.shape, node.scale, to_torch(node.dtype))
+    return lambda: survey_scan(method, open_scan, node.shape, node.scale, to_torch(node.dtype))
 
 
 def _counted(

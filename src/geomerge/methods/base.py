@@ -176,7 +176,7 @@ class Method:
     example: ClassVar[str]
 
     known: Any = field(default=None, kw_only=True, repr=False, compare=False)
-    """What `survey` found; `None` before. No parameter: nobody sets it but what runs the survey."""
+    """What `survey` found, or `known_of` it; `None` before. No parameter: nobody sets it but what runs the survey."""
 
     @property
     def surveys(self) -> int:
@@ -189,12 +189,18 @@ class Method:
         return tuple(self.values().items())
 
     def survey(self, walk: Walk) -> Any:
-        """Look at all tensors that are merged with these parameters; the result becomes `known`.
+        """Look at all tensors that are merged with these parameters (of a matrix method: at all matrices); the result becomes
+        `known`. A tensor that is merged on its own is all there is: an elementwise method's survey is then made of it alone, a
+        matrix method's `merge` finds `known` to be `None`.
 
         Args:
             walk: The tensors. It may be gone through any number of times.
         """
         raise NotImplementedError
+
+    def known_of(self, known: Any, name: str) -> Any:
+        """What of a survey's result the merge of one tensor needs: by default all of it."""
+        return known
 
     @classmethod
     def parameters(cls) -> dict[str, Parameter]:
