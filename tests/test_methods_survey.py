@@ -185,7 +185,7 @@ class TestOrderOverAModel:
             lambda a=a, i=i: Scan([TensorSource(torch.from_numpy(a))], a.shape, name=str(i), tile=64)
             for i, a in enumerate(arrays)
         ]
-        return Walk(scans, [str(i) for i in range(len(arrays))], sum(a.size for a in arrays))
+        return Walk(scans, [str(i) for i in range(len(arrays))], sum(a.size for a in arrays), 0)
 
     @pytest.mark.parametrize("seed", range(4))
     @pytest.mark.parametrize("counting", [False, True])

@@ -227,7 +227,10 @@ def carry_out(
     if looking:
         if progress is not None:
             progress.start(total + looking, written)
-        plan = surveyed(plan, build, threads=threads, advance=advance)
+        before = build(plan)
+        looked_at = [(i, node) for i, node in enumerate(plan.nodes) if survey_bytes(replace(plan, nodes=(node,)))]
+        forks = executor is None and _may_fork(before, looked_at, threads)
+        plan = surveyed(plan, build, threads=threads, forks=forks, advance=advance)
         nodes = list(plan.output_nodes())
     work = Work(build(plan), sink, advance, threading.Event())
     items = [(i, nodes[i]) for i in left]
@@ -315,13 +318,17 @@ def _open_input(model: InputModel, *, allow_pickle: bool) -> Checkpoint:
 
 def _choice(builder: Builder, nodes: Sequence[tuple[int, Node]], threads: int | None) -> Callable[[Work], Executor]:
     """Processes where they are safe and worth it, else threads."""
+    forks = _may_fork(builder, nodes, threads)
+    return lambda work: Processes(work, threads) if forks else Threads(work, threads)
+
+
+def _may_fork(builder: Builder, nodes: Sequence[tuple[int, Node]], threads: int | None) -> bool:
     # Whole matrices are kept within bounds by one process, and LAPACK does not fight for the interpreter's lock.
     whole = any(whole_matrices(builder.plan, node) for _, node in nodes)
     # Sparse sums are found once, by whoever needs them first; each process would find them again.
     whole = whole or any(r.plan.pursued for r in builder.plan.rows)
     memory = any(c.memory for c in builder.inputs)
-    forks = builder.device.type == "cpu" and not whole and not memory and suitable(nodes, threads)
-    return lambda work: Processes(work, threads) if forks else Threads(work, threads)
+    return builder.device.type == "cpu" and not whole and not memory and suitable(nodes, threads)
 
 
 def named(executor: str, threads: int | None, shard_size: int) -> Callable[[Work], Executor]:

@@ -121,7 +121,8 @@ def _surveyed(
         tensors = [m[name] for m in inputs]
         out, open_scan = _opened(tensors, str(name), seed=seed, dtype=dtype, tile=tile)
         scans.append(functools.partial(survey_scan, method, open_scan, tuple(tensors[0].shape), 1.0, out))
-    walk = Walk(scans, [str(name) for name in mine], sum(inputs[0][name].numel() for name in mine))
+    numel = sum(inputs[0][name].numel() for name in mine)
+    walk = Walk(scans, [str(name) for name in mine], numel, len(inputs) - 1)
     return replace(method, known=method.survey(walk))
 
 

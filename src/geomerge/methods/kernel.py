@@ -115,7 +115,7 @@ def prepare(
     scan = elementwise_scan(method, open_scan, shape, scale, dtype)
     if method.surveys and method.known is None:
         # Nobody looked at the whole model: this tensor is all there is.
-        method = replace(method, known=method.survey(Walk([lambda: scan], [scan.name], scan.numel)))
+        method = replace(method, known=method.survey(Walk([lambda: scan], [scan.name], scan.numel, scan.experts)))
     stats = method.measure(scan)
     if scale == 1.0:
         return Prepared(scan, lambda tile: method.blend(tile, stats))

@@ -24,6 +24,7 @@ class Walk:
         scans: Opens each.
         names: Their names.
         numel: Elements of all of them.
+        experts: The number of inputs of each after the base.
         run: Maps a function over the scans, such as a thread pool's ``map``.
     """
 
@@ -32,12 +33,14 @@ class Walk:
         scans: Sequence[Callable[[], Scan]],
         names: Sequence[str],
         numel: int,
+        experts: int,
         run: Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]] = map,
     ) -> None:
         self._scans = scans
         self._run = run
         self.names = tuple(names)
         self.numel = numel
+        self.experts = experts
 
     def over(self, work: Callable[[Scan], Result]) -> list[Result]:
         """Ask something of every tensor: the answers in the tensors' order."""
@@ -49,7 +52,7 @@ class Walk:
         def then(opened: Callable[[], Scan]) -> Callable[[], Scan]:
             return lambda: transform(opened())
 
-        return Walk([then(opened) for opened in self._scans], self.names, numel, self._run)
+        return Walk([then(opened) for opened in self._scans], self.names, numel, self.experts, self._run)
 
     def over_segments(self, work: Callable[[Iterator[Tile]], Result]) -> list[Result]:
         """Run `work` on the tiles of every segment of every tensor; the results in order."""

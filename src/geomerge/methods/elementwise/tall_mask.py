@@ -156,7 +156,7 @@ dtype: bfloat16
         return Magnitude((self.density,) * experts, known=self.known)
 
     def survey(self, walk: Walk) -> dict[str, list[Selection]]:
-        return self._trim(next(iter(walk.over(lambda scan: scan.experts)), 0)).survey(walk)
+        return self._trim(walk.experts).survey(walk)
 
     def measure(self, scan: Scan) -> Any:
         return self._trim(scan.experts).measure(scan)

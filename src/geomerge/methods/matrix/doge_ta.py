@@ -87,9 +87,10 @@ dtype: float32
 
     def survey(self, walk: Walk) -> tuple[float, ...]:
         """The smallest magnitude that is kept of each task, over all weights."""
-        experts = max(walk.over(lambda scan: scan.experts), default=0)
         rank = rank_of(walk.numel, self.density)
-        return tuple(nth_smallest_of_all(walk, magnitudes, [rank - 1] * experts) if rank else [0.0] * experts)
+        if not rank:
+            return (0.0,) * walk.experts
+        return tuple(nth_smallest_of_all(walk, magnitudes, [rank - 1] * walk.experts))
 
     def merge(self, deltas: Tensor) -> Tensor:
         thresholds = self.known if self.known is not None else [threshold(delta, self.density) for delta in deltas]
