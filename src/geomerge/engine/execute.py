@@ -103,7 +103,7 @@ class Work:
         if node.scales:
             return self._encode(node, prepared)
         losses = list(run(lambda segment: self._segment(node, prepared, segment), prepared.scan.segments))
-        facts: Facts = {}
+        facts: Facts = prepared.told()
         if node.lift is not None:
             facts["scale"] = node.scale
         if prepared.coefficients is not None:

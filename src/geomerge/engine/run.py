@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +25,7 @@ from geomerge.engine.adapted import adapt
 from geomerge.engine.build import Builder
 from geomerge.engine.execute import Executor, Threads, Work
 from geomerge.engine.journal import Journal
-from geomerge.engine.manifest import manifest, total_loss
+from geomerge.engine.manifest import manifest, notes, total_loss
 from geomerge.engine.matrices import whole_matrices
 from geomerge.engine.plan import InputModel, Node, Plan
 from geomerge.engine.processes import Processes, suitable
@@ -34,6 +35,8 @@ from geomerge.errors import ModelError, RunError, UsageError, did_you_mean
 from geomerge.methods import registry
 from geomerge.methods.tile import TILE
 from geomerge.version import __version__
+
+logger = logging.getLogger(__name__)
 
 RECIPE_NAME = "geomerge.yml"
 MANIFEST_NAME = "geomerge.json"
@@ -157,6 +160,7 @@ def run_plan(
             for checkpoint in opened:
                 checkpoint.verify_unchanged()
             write_side_files(plan, output, facts)
+            warn(plan, facts)
             final = output.finish()
     finally:
         for checkpoint in opened:
@@ -169,8 +173,14 @@ def run_plan(
         resumed=len(journal.finished),
         rounding_loss=total_loss(facts).share,
         codes=codes_of(dict(enumerate(nodes)), facts),
-        notes=plan.notes,
+        notes=notes(plan, facts),
     )
+
+
+def warn(plan: Plan, facts: Mapping[int, Mapping[str, Any]]) -> None:
+    """Log what the user should know and the plan could not say."""
+    for note in notes(plan, facts)[len(plan.notes) :]:
+        logger.warning("%s", note)
 
 
 def carry_out(
@@ -393,10 +403,10 @@ def write_side_files(plan: Plan, output: OutputDirectory, facts: Mapping[int, Ma
     write_model_files(plan, output)
     output.write_text(RECIPE_NAME, plan.recipe)
     output.write_json(MANIFEST_NAME, manifest(plan, facts))
-    output.write_text("README.md", _card(plan, output.out.name))
+    output.write_text("README.md", _card(plan, output.out.name, notes(plan, facts)))
 
 
-def _card(plan: Plan, name: str) -> str:
+def _card(plan: Plan, name: str, said: Sequence[str]) -> str:
     mixture = plan.stages[-1].method == MIXTURE
     method = None if mixture else registry.get(plan.stages[-1].method)
     based = mixture or (method is not None and method.base_use == "required")
@@ -426,6 +436,6 @@ def _card(plan: Plan, name: str) -> str:
         recipe=plan.recipe,
         version=__version__,
         library=library,
-        warnings=plan.notes,
+        warnings=said,
         command=f"geomerge {MIXTURE if mixture else 'merge'} recipe.yml output",
     )

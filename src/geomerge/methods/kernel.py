@@ -38,12 +38,14 @@ class Prepared:
         blend: From a tile of the inputs to the output's elements.
         coefficients: Of the inputs, for span methods with one for the whole tensor.
         begin: Called before the first tile of a segment is read: what it computes may use the thread's tile buffers.
+        told: What the manifest shall say of the tensor; asked when all tiles are blended.
     """
 
     scan: Scan
     blend: Callable[[Tile], Tensor]
     coefficients: tuple[float, ...] | None = None
     begin: Callable[[], object] | None = None
+    told: Callable[[], dict[str, Any]] = dict
 
     @property
     def copies(self) -> int | None:
@@ -117,9 +119,10 @@ def prepare(
         # Nobody looked at the whole model: this tensor is all there is.
         method = replace(method, known=method.survey(Walk([lambda: scan], [scan.name], scan.numel, scan.experts)))
     stats = method.measure(scan)
+    told = functools.partial(method.tell, stats)
     if scale == 1.0:
-        return Prepared(scan, lambda tile: method.blend(tile, stats))
-    return Prepared(scan, lambda tile: _rescale(tile.base.clone(), method.blend(tile, stats), scale))
+        return Prepared(scan, lambda tile: method.blend(tile, stats), told=told)
+    return Prepared(scan, lambda tile: _rescale(tile.base.clone(), method.blend(tile, stats), scale), told=told)
 
 
 def elementwise_scan(
