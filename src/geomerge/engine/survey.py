@@ -20,6 +20,7 @@ from geomerge.checkpoint.dtypes import to_torch
 from geomerge.engine.build import Builder
 from geomerge.engine.execute import Room, cores
 from geomerge.engine.matrices import ROOM, whole_matrices
+from geomerge.engine.memory import keep_freed_memory
 from geomerge.engine.plan import Node, Plan
 from geomerge.engine.processes import in_workers
 from geomerge.methods.kernel import survey_scan
@@ -53,6 +54,7 @@ def surveyed(
     """
     if not survey_bytes(plan):
         return plan
+    keep_freed_memory()
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # the tensors are the parallelism
     try:

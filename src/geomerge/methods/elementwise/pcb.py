@@ -126,12 +126,12 @@ dtype: bfloat16
             low, high = bounds.low[k], bounds.high[k]
             magnitude = delta.abs().clamp_(low, high)
             shares.append(magnitude.sub_(low).div_(high - low) if high > low else torch.zeros_like(delta))
-        signed = [delta.sign() * u for delta, u in zip(deltas, shares, strict=True)]
+        signed = [] if self.balance == "raw" else [delta.sign() * u for delta, u in zip(deltas, shares, strict=True)]
         if self.balance == "pair":
             inter = [sum((torch.tanh(v * other) for other in signed), torch.zeros_like(v)) for v in signed]
         else:
             added = torch.zeros_like(deltas[0])
-            for part in deltas if self.balance == "raw" else signed:
+            for part in signed or deltas:
                 added.add_(part)
-            inter = [torch.tanh(delta * added) for delta in deltas]
+            inter = [(delta * added).tanh_() for delta in deltas]
         return [i.mul_(u.square_().mul_(len(deltas)).exp_()) for i, u in zip(inter, shares, strict=True)]
