@@ -1,11 +1,14 @@
 """Experts one after the other: accuracy on all tasks seen so far, and memory, after each step; table and figure of
-docs/continual.md.
+docs/continual.md. What is measured is kept in docs/continual.json.
 
-python benchmarks/continual.py
+    python benchmarks/continual.py                     # everything
+    python benchmarks/continual.py --only average      # one row; the others stay as they were measured
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import random
 import re
 import shutil
@@ -30,6 +33,10 @@ METHODS = {
 }
 COLOURS = {"opcm": "#1f7a8c", "average": "#9aa4af", "task_arithmetic": "#d1495b", "ties": "#b98b2f", "own": "#57606a"}
 ORDERS = 3
+SAMPLES = 400
+"""Of each task's test split, the first ones."""
+
+RESULTS = ROOT / "docs" / "continual.json"
 
 
 def orders(names: list[str]) -> list[list[str]]:
@@ -48,7 +55,7 @@ class Scores:
     def mean(self, model: str | Path, names: list[str]) -> float:
         """Over tasks, in per cent."""
         module = self.suite.load(model)
-        return 100 * float(np.mean([self.tasks[n].correct(module, "test").mean() for n in names]))
+        return 100 * float(np.mean([self.tasks[n].correct(module, "test", SAMPLES).mean() for n in names]))
 
 
 def curve(suite: Suite, scores: Scores, method: str, order: list[str], folder: Path) -> list[float]:
@@ -132,32 +139,49 @@ def picture(curves: dict[str, np.ndarray], own: np.ndarray) -> None:
     plt.close(figure)
 
 
-def main() -> None:
-    """Measure and write."""
-    torch.set_num_threads(1)
-    suite = load_suite("glyphs:tiny")
+def measure(suite: Suite, what: str) -> Any:
+    """One row: a method's curves in each order, the experts' own accuracy, or the memory of OPCM's steps."""
     scores = Scores(suite)
     names = sorted(n for n in suite.experts if n in scores.tasks)
-    alone = {n: scores.mean(n, [n]) for n in names}
     with tempfile.TemporaryDirectory() as scratch:
-        curves = {}
-        for method in METHODS:
-            made = [curve(suite, scores, method, order, Path(scratch) / "merged") for order in orders(names)]
-            curves[method] = np.array(made)
-            print(method, np.round(curves[method], 1).tolist(), flush=True)
-        peaks = memory(suite, names, Path(scratch) / "measured")
-    own = np.array(
-        [[np.mean([alone[n] for n in order[:k]]) for k in range(1, len(order) + 1)] for order in orders(names)]
-    )
+        if what == "memory":
+            return memory(suite, names, Path(scratch) / "merged")
+        if what == "own":
+            alone = {n: scores.mean(n, [n]) for n in names}
+            return [[float(np.mean([alone[n] for n in o[:k]])) for k in range(1, len(o) + 1)] for o in orders(names)]
+        return [curve(suite, scores, what, order, Path(scratch) / "merged") for order in orders(names)]
+
+
+def write(rows: dict[str, Any]) -> None:
+    """The table and the figure, once every row is there."""
+    if set(rows) != {*METHODS, "own", "memory"}:
+        return
+    curves, own = {m: np.array(rows[m]) for m in METHODS}, np.array(rows["own"])
     path = ROOT / "docs" / "continual.md"
+    text, made = path.read_text(), table(curves, own, rows["memory"])
     pattern = re.compile(r"(<!-- table:start -->\n).*?(<!-- table:end -->)", re.DOTALL)
-    text = path.read_text()
     if not pattern.search(text):
         raise SystemExit(f"{path} has no <!-- table:start --> … <!-- table:end -->")
-    made_table = table(curves, own, peaks)
-    path.write_text(pattern.sub(lambda m: m[1] + made_table + m[2], text))
+    path.write_text(pattern.sub(lambda m: m[1] + made + m[2], text))
     picture(curves, own)
-    print(made_table)
+    print(made)
+
+
+def main() -> None:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", choices=[*METHODS, "own", "memory"], default=[*METHODS, "own", "memory"])
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    suite = load_suite("glyphs:tiny")
+    for what in args.only:
+        found = measure(suite, what)
+        # Read again each time: another row may have been measured meanwhile.
+        rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        rows[what] = found
+        RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
+        print(what, np.round(found, 1).tolist(), flush=True)
+        write(rows)
 
 
 if __name__ == "__main__":

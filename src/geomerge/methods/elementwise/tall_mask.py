@@ -113,8 +113,9 @@ class _Consensus(Elementwise):
         loosest = max(self.threshold)
         looser = [f"k (is {self.k})"] * (self.k > 1) + [f"threshold (is {loosest:g})"] * (loosest > 0)
         return (
-            f"{self.name} keeps {100 * kept / numel:.2g} % of the elements: nearly all of the output is the base; lower "
-            f"{' or '.join(looser)}, or take another method for experts that share little"
+            f"{self.name} keeps {100 * kept / numel:.2g} % of the elements: nearly all of the output is the base; "
+            + (f"lower {' or '.join(looser)}, or " if looser else "")
+            + "take another method for experts that share little"
         )
 
     def shared(self, deltas: Sequence[Tensor], total: Tensor, kept: Kept) -> Tensor:
