@@ -29,6 +29,10 @@ import models
 ROOT = Path(__file__).resolve().parent.parent
 BENCH = ROOT / ".bench"
 PYTHON = sys.executable
+SURVEYED = ("pcb", "emr", "ties_global", "consensus_ties")
+"""Methods that look at the whole model before the first tensor is made."""
+
+MASKED = ("tall_mask", "consensus")
 
 
 def recipe(method: str, size: str) -> str:
@@ -42,7 +46,7 @@ def recipe(method: str, size: str) -> str:
     else:
         keys = ("weight",) if method == "task_arithmetic" else ("weight", "density")
         entries = [(name, {k: task[k] for k in keys}) for name in ("a", "b", "c")]
-    if method in ("model_stock", "sce", "ram", "ramplus_tl", "karcher"):
+    if method in ("model_stock", "sce", "ram", "ramplus_tl", "karcher", "widen", *SURVEYED, *MASKED):
         entries = [(name, {}) for name, _ in entries]
     if method in ("nearswap", "arcee_fusion"):
         entries = [("base", {}), ("a", {})]
@@ -50,7 +54,9 @@ def recipe(method: str, size: str) -> str:
         entries = [(name, {"weight": 0.5}) for name in ("a", "b")]
     if method == "passthrough":
         entries = [("a", {})]
-    lines = [f"merge_method: {method}", "dtype: bfloat16", "models:"]
+    if method == "ties_global":
+        entries = [(name, {"weight": 1.0, "density": 0.2}) for name in ("a", "b", "c")]
+    lines = [f"merge_method: {method.removesuffix('_global')}", "dtype: bfloat16", "models:"]
     for name, parameters in entries:
         lines.append(f"  - model: {folder / name}")
         if parameters:
@@ -59,6 +65,10 @@ def recipe(method: str, size: str) -> str:
         lines.append(f"base_model: {folder / 'base'}")
     if method in ("slerp", "nearswap"):
         lines.append(f"parameters: {{t: {0.3 if method == 'slerp' else 0.0001}}}")
+    if method == "ties_global":
+        lines.append("parameters: {scope: global}")
+    if method in ("emr", "tall_mask"):
+        lines.append("parameters: {task: 2}")
     return "\n".join(lines) + "\n"
 
 
@@ -305,6 +315,15 @@ def main() -> None:
             "nearswap",
             "ram",
             "passthrough",
+            *SURVEYED,
+            *MASKED,
+            "widen",
+            "dare_linear",
+            "della_linear",
+            "breadcrumbs_ties",
+            "ramplus_tl",
+            "multislerp",
+            "nuslerp",
         ):
             bench.engine(method, args.sizes[0])
     bench.runs = args.runs

@@ -8,6 +8,12 @@ from pathlib import Path
 from typing import Any
 
 MUST = {"linear": 1.5, "slerp": 1.5, "ties": 5.0}
+ELEMENTWISE = (
+    "tall_mask", "consensus", "widen", "dare_linear", "della_linear", "breadcrumbs_ties", "ramplus_tl", "multislerp", "nuslerp"
+)  # fmt: skip
+SURVEYED = ("pcb", "emr", "ties_global", "consensus_ties")
+PROCESS = dict.fromkeys(ELEMENTWISE, 6.0) | dict.fromkeys(SURVEYED, 12.0)
+"""What the whole process may take, as a multiple of `cp` of the output."""
 FASTER = {"slerp": 5.0, "ties": 20.0, "dare_ties": 10.0}
 
 
@@ -53,6 +59,8 @@ def full(rows: list[dict[str, Any]], machine: dict[str, Any]) -> str:
     ]
     for r in of(rows, "engine"):
         must = f"≤ {MUST[r['method']]}" if r["method"] in MUST else ""
+        if r["method"] in PROCESS:
+            must = f"process ≤ {PROCESS[r['method']]:g} × `cp`: {r['process'] / r['cp']:.1f}"
         lines.append(
             f"| {r['method']} {r['size']} | {r['cp']:.2f} | {r['engine']:.2f} | {r['process']:.2f} | {r['ratio']:.2f} "
             f"| {r['best']:.2f} | {must} |"

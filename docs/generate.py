@@ -92,6 +92,8 @@ def _allowed(p: Parameter) -> str:
     if p.kind is bool:
         return "true or false"
     text = "whole number" if p.kind is int else "number"
+    if p.expert:
+        text = "an expert's name or number"
     if p.within:
         low, high = p.within
         text += f" in {'(' if p.above == low else '['}{low:g}, {high:g}]"

@@ -158,6 +158,60 @@ CASES: dict[str, Case] = {
         gm.RecipeError,
         ("<recipe>:1", "ties needs a base model", "base_model: PATH"),
     ),
+    "too few experts": Case(
+        TIES.replace("ties", "consensus").replace("\n- model: b", ""),
+        gm.RecipeError,
+        ("<recipe>:4", "consensus takes at least 2 models beside the base", "1 is given beside the base: a"),
+    ),
+    "a base that is two of the models": Case(
+        "merge_method: emr\nbase_model: base\nmodels: [{model: base}, {model: a}, {model: base}]\n",
+        gm.RecipeError,
+        ("<recipe>:3", "the base base is two sources"),
+    ),
+    "a base that is an expert under another name": Case(
+        TIES.replace("- model: b", "- model: ./base") + "parameters: {weight: 1}\n",
+        gm.RecipeError,
+        ("<recipe>:5", "the base base is one of the experts, as ./base", "leave it out"),
+    ),
+    "nothing but the base": Case(
+        "merge_method: pcb\nbase_model: base\nmodels: [{model: base}]\n",
+        gm.RecipeError,
+        ("<recipe>:3", "pcb takes at least 1 model beside the base", "0 are given"),
+    ),
+    "k larger than the number of experts": Case(
+        TIES.replace("ties", "consensus") + "parameters: {k: 3}\n",
+        gm.RecipeError,
+        ("<recipe>:6", "k is 3, but there are 2 experts"),
+    ),
+    "an expert's number that is none": Case(
+        TIES.replace("ties", "tall_mask") + "parameters: {task: 3}\n",
+        gm.RecipeError,
+        ("<recipe>:6", "task is 3, but there are 2 experts"),
+    ),
+    "an expert's name that is none": Case(
+        TIES.replace("ties", "emr") + "parameters: {task: ab}\n",
+        gm.RecipeError,
+        ("<recipe>:6", "task names no expert: 'ab'", "did you mean"),
+    ),
+    **{
+        f"{method} with a density of {density:g}": Case(
+            TIES.replace("ties", method) + f"parameters: {{density: {density:g}}}\n",
+            gm.RecipeError,
+            ("<recipe>:6", f"{method}: density must", f"not {density:g}"),
+        )
+        for method, density in (("pcb", 0), ("pcb", 1.1), ("consensus_ties", 0), ("knots", 0), ("doge_ta", 1.5))
+    },
+    "a scope that is none": Case(
+        TIES.replace("ties", "knots") + "parameters: {scope: model}\n",
+        gm.RecipeError,
+        ("<recipe>:6", "scope must be one of tensor, global"),
+    ),
+    "experts of another shape": Case(
+        TIES.replace("ties", "doge_ta"),
+        gm.IncompatibleModels,
+        (UP, "base: [24, 16]", "b: [24, 17]"),
+        change("b", model__layers__1__mlp__up_proj__weight=torch.ones(24, 17)),
+    ),
     "unknown dtype": Case(LINEAR + "dtype: bfloat61\n", gm.RecipeError, ("<recipe>:5", "'bfloat61'", "bfloat16")),
     "dtype of integers": Case(LINEAR + "dtype: int8\n", gm.RecipeError, ("<recipe>:5", "'int8'", "float32")),
     "unknown out_dtype": Case(LINEAR + "out_dtype: f99\n", gm.RecipeError, ("<recipe>:5", "'f99'")),

@@ -65,6 +65,16 @@ def test_disjoint_changes_come_back_exactly(root: Path) -> None:
         assert near(tiny.read(root / f"{name}-again"), tiny.read(root / name))
 
 
+def test_by_number(root: Path) -> None:
+    """From 1; a name that is a number is a name first."""
+    compress(root / "base", {"2": root / "a", "x": root / "b"}, root / "packed")
+    for task, number in (("2", "1"), ("x", "x")):
+        extract(root / "packed", task, root / f"{task}-by-name", base=root / "base")
+        extract(root / "packed", number, root / f"{task}-again", base=root / "base")
+        assert tiny.same(tiny.read(root / f"{task}-by-name"), tiny.read(root / f"{task}-again"))
+    assert not tiny.same(tiny.read(root / "2-by-name"), tiny.read(root / "x-by-name"))
+
+
 def test_an_only_expert_comes_back(root: Path) -> None:
     for method in ("tall", "emr"):
         compress(root / "base", {"a": root / "a"}, root / method, method=method)
@@ -101,6 +111,12 @@ class TestRefused:
         compress(root / "base", {"chat": root / "a"}, root / "packed")
         with pytest.raises(gm.UsageError, match="did you mean 'chat'"):
             extract(root / "packed", "chta", root / "out", base=root / "base")
+
+    @pytest.mark.parametrize("number", ["0", "3", "-1", "1.0"])
+    def test_a_number_beyond(self, number: str, root: Path) -> None:
+        compress(root / "base", {"chat": root / "a", "code": root / "b"}, root / "packed")
+        with pytest.raises(gm.UsageError, match="known: chat, code"):
+            extract(root / "packed", number, root / "out", base=root / "base")
 
     def test_no_container(self, root: Path) -> None:
         with pytest.raises(gm.UsageError, match="no compressed experts"):

@@ -16,7 +16,7 @@ import torch
 
 import geomerge as gm
 import tiny
-from geomerge.engine import execute, processes, run
+from geomerge.engine import execute, processes, run, survey
 from geomerge.errors import NotFiniteError, RunError
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="workers are forked on Linux only")
@@ -161,3 +161,54 @@ def test_workers_die_with_their_parent(tmp_path: Path) -> None:
             break
         time.sleep(0.05)
     assert (tmp_path / "out" / "model.safetensors").exists(), "a worker still holds the lock"
+
+
+SURVEYS = {
+    "ties": "weight: 0.5, density: 0.4, scope: global",
+    "pcb": "density: 0.3",
+    "emr": "task: 2",
+    "consensus_ties": "density: 0.3, k: 1",
+}
+
+
+@pytest.mark.parametrize("counting", [False, True], ids=["", "counting"])
+@pytest.mark.parametrize("method", SURVEYS)
+@pytest.mark.usefixtures("forking")
+def test_a_survey_by_workers(method: str, counting: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What workers find of the whole model is what threads find, by bracket and by counting; all bytes are told."""
+    text = recipe(tmp_path, method, "").replace("dtype:", f"parameters: {{{SURVEYS[method]}}}\ndtype:")
+    if counting:
+        monkeypatch.setattr("geomerge.methods.order._choose", lambda *a: None)
+    told: list[int] = []
+
+    class Counter:
+        def start(self, total: int, done: int) -> None:
+            told.append(-total)
+
+        def advance(self, nbytes: int) -> None:
+            told.append(nbytes)
+
+        def finish(self) -> None: ...
+
+    crews: list[int] = []
+    in_workers = survey.in_workers
+    monkeypatch.setattr(survey, "in_workers", lambda *a, **k: crews.append(1) or in_workers(*a, **k))
+    gm.merge(text, tmp_path / "forked", threads=3, progress=Counter())
+    assert len(crews) >= gm.plan(text).nodes[0].method.surveys  # type: ignore[union-attr]
+    assert sum(told) == 0
+    monkeypatch.setattr(run, "suitable", lambda nodes, threads: False)
+    gm.merge(text, tmp_path / "threaded", threads=2)
+    assert tiny.same(tiny.read(tmp_path / "forked"), tiny.read(tmp_path / "threaded"))
+
+
+@pytest.mark.usefixtures("forking")
+def test_an_error_in_a_survey(tmp_path: Path) -> None:
+    """A NaN that a worker meets while it surveys, like any other."""
+    text = recipe(tmp_path).replace("dtype:", "parameters: {scope: global}\ndtype:")
+    tensors = tiny.read(tmp_path / "b")
+    tensors["model.norm.weight"][3] = float("nan")
+    tiny.save(tmp_path / "b", tensors, tiny.LLAMA)
+    with pytest.raises(NotFiniteError, match="NaN") as caught:
+        gm.merge(text, tmp_path / "out", threads=2)
+    assert "model.norm.weight" in str(caught.value.where)
+    assert not (tmp_path / "out").exists()

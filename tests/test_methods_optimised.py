@@ -270,12 +270,14 @@ def test_recipes(method: str, tmp_path: Path) -> None:
 merge_method: {method}
 base_model: {tmp_path}/base
 models: [{{model: {tmp_path}/a}}, {{model: {tmp_path}/b}}]
+parameters: {"{scope: tensor}" if method == "doge_ta" else "{}"}
 """
     gm.merge(text, tmp_path / "out", threads=2)
     found = tiny.read(tmp_path / "out")
     name = "model.layers.1.mlp.down_proj.weight"
     base, *experts = (m[name] for m in models.values())
-    assert torch.allclose(found[name], getattr(gm.methods, method)(base, experts), rtol=1e-6)
+    alone = {"scope": "tensor"} if method == "doge_ta" else {}
+    assert torch.allclose(found[name], getattr(gm.methods, method)(base, experts, **alone), rtol=1e-6)
     assert not torch.equal(found[name], base)
     norm = "model.layers.1.input_layernorm.weight"
     assert torch.equal(found[norm], models["base"][norm]) is (method != "swudi")

@@ -17,6 +17,7 @@ import geomerge as gm
 import tiny
 from geomerge.engine.live import LiveMerge
 from geomerge.engine.run import run_in_memory
+from geomerge.engine.shards import finalize, run_shard
 from geomerge.methods.order import largest_of_all, nth_smallest_of_all
 from geomerge.methods.tile import Scan, TensorSource, Tile
 from geomerge.methods.walk import Walk
@@ -185,7 +186,7 @@ class TestOrderOverAModel:
             lambda a=a, i=i: Scan([TensorSource(torch.from_numpy(a))], a.shape, name=str(i), tile=64)
             for i, a in enumerate(arrays)
         ]
-        return Walk(scans, [str(i) for i in range(len(arrays))], sum(a.size for a in arrays))
+        return Walk(scans, [str(i) for i in range(len(arrays))], sum(a.size for a in arrays), 0)
 
     @pytest.mark.parametrize("seed", range(4))
     @pytest.mark.parametrize("counting", [False, True])
@@ -438,3 +439,89 @@ class TestLines:
     def test_wrong_steps(self, root: Path, steps: str, says: str) -> None:
         with pytest.raises(gm.RecipeError, match=says):
             gm.plan(recipe(root, "ties") + f"steps: {steps}\n")
+
+
+class TestConsensusThatKeepsNothing:
+    """Experts of disjoint changes, of which two never need the same element: the output is the base, and the user is told."""
+
+    @pytest.fixture
+    def disjoint(self, tmp_path: Path) -> Path:
+        models = tiny.family(tmp_path, dtype=torch.bfloat16)
+        for k, name in enumerate("abc"):
+            own = {}
+            for n, w in models[name].items():
+                mine = torch.arange(w.numel()).view(w.shape) % 3 == k
+                own[n] = torch.where(mine, w, models["base"][n])
+            tiny.save(tmp_path / name, own, tiny.config(tmp_path / name))
+        return tmp_path
+
+    def text(self, root: Path, method: str, parameters: dict[str, Any]) -> str:
+        experts = ", ".join(f"{{model: {root}/{n}}}" for n in "abc")
+        values = json.dumps(parameters)
+        return f"merge_method: {method}\nbase_model: {root}/base\nmodels: [{experts}]\nparameters: {values}\n"
+
+    @pytest.mark.parametrize(("method", "parameters"), [("consensus", {}), ("consensus_ties", {"density": 0.5})])
+    def test_told(
+        self, method: str, parameters: dict[str, Any], disjoint: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """In the report, the manifest, the card and the log, with what to change; each tensor's count is in the manifest."""
+        text = self.text(disjoint, method, parameters)
+        report = gm.merge(text, disjoint / "out", threads=2)
+        (note,) = report.notes
+        assert note.startswith(f"{method} keeps 0 % ")
+        assert "lower k (is 2) or threshold (is 0.4)" in note
+        manifest = tiny.manifest(disjoint / "out")
+        assert manifest["notes"] == [note]
+        assert all(t["kept"] == 0 for t in manifest["tensors"].values())
+        assert note.partition(" ")[2] in (disjoint / "out" / "README.md").read_text()
+        assert note in caplog.text
+        assert not gm.plan(text).notes
+
+    def test_the_count(self, root: Path) -> None:
+        """What the manifest says is what a mask of NumPy has, and 5 % and more is no news."""
+        text = self.text(root, "consensus", {"threshold": 0.6})
+        assert not gm.merge(text, root / "out", threads=1).notes
+        base, *experts = [{n: w.double() for n, w in tiny.read(root / n).items()} for n in ("base", "a", "b", "c")]
+        for name, entry in tiny.manifest(root / "out")["tensors"].items():
+            taus = [(e[name] - base[name]).numpy() for e in experts]
+            votes = sum((np.abs(t) > 0.6 * np.abs(sum(taus) - t)).astype(int) for t in taus)
+            assert entry["kept"] == np.count_nonzero(votes >= 2)
+
+    def test_resumed_and_in_shards(self, disjoint: Path) -> None:
+        """Counts of an earlier run and of other machines are counted, too."""
+        text = self.text(disjoint, "consensus", {})
+        gm.merge(text, disjoint / "whole")
+        with pytest.raises(KeyboardInterrupt):
+            gm.merge(text, disjoint / "out", threads=1, progress=tiny.Interrupt(0.5))
+        assert gm.merge(text, disjoint / "out", resume=True).resumed > 0
+        for i in (1, 2):
+            run_shard(gm.plan(text), disjoint / "sharded", i, 2, threads=1)
+        assert len(finalize(disjoint / "sharded").notes) == 1
+        for name in ("out", "sharded"):
+            assert tiny.manifest(disjoint / name) == tiny.manifest(disjoint / "whole")
+
+
+class TestTaskByName:
+    """`task` takes an expert's name: its last part, or all that the recipe writes."""
+
+    @pytest.mark.parametrize("method", ["emr", "tall_mask"])
+    def test_as_its_number(self, method: str, root: Path) -> None:
+        experts = ", ".join(f"{{model: {root}/{n}}}" for n in "abc")
+        head = f"merge_method: {method}\nbase_model: {root}/base\nmodels: [{experts}]\n"
+        wanted = gm.merge_state_dicts(head + "parameters: {task: 2}\n")
+        for name in ("b", f"{root}/b"):
+            assert tiny.same(gm.merge_state_dicts(head + f"parameters: {{task: {name}}}\n"), wanted)
+
+    def test_wrong_names(self, root: Path) -> None:
+        """The line, and what was meant; a name that two experts have says so."""
+        tiny.save(root / "chat", tiny.read(root / "a"), tiny.config(root / "a"))
+        head = f"merge_method: emr\nbase_model: {root}/base\nmodels: [{{model: {root}/chat}}, {{model: {root}/b}}"
+        with pytest.raises(gm.RecipeError, match="names no expert: 'chta'") as caught:
+            gm.plan(head + "]\nparameters: {task: chta}\n")
+        assert "<recipe>:4" in str(caught.value)
+        assert "did you mean 'chat'" in str(caught.value)
+        (root / "more").mkdir()
+        tiny.save(root / "more" / "b", tiny.read(root / "b"), tiny.config(root / "b"))
+        with pytest.raises(gm.RecipeError, match="2 experts are called 'b'") as caught:
+            gm.plan(head + f", {{model: {root}/more/b}}]\nparameters: {{task: b}}\n")
+        assert "write `task: 2`" in str(caught.value)

@@ -66,7 +66,7 @@ def compress(
 
 def extract(
     packed: Annotated[Path, typer.Argument(metavar="DIR", help="What `geomerge compress` made.")],
-    task: Annotated[str, typer.Argument(metavar="NAME", help="Which expert.")],
+    task: Annotated[str, typer.Argument(metavar="NAME", help="Which expert: its name, or its number from 1.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The model directory to make.")],
     base: Annotated[str, typer.Option("--base", metavar="MODEL", help="The base that they were compressed against.")],
     force: Annotated[bool, typer.Option("--force", help="Replace an existing model directory.")] = False,

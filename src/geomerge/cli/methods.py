@@ -90,6 +90,8 @@ def _range(p: Parameter) -> str:
     if p.kind is bool:
         return "true, false"
     text = "whole number" if p.kind is int else "number"
+    if p.expert:
+        text = "an expert's name or number"
     if p.within is not None:
         low, high = (f"{bound:g}" for bound in p.within)
         text += f" in {'(' if p.above == p.within[0] else '['}{low}, {high}]"

@@ -121,7 +121,8 @@ class Bar(Silent):
             progress.TransferSpeedColumn(),
             progress.TimeRemainingColumn(compact=True),
             console=console,
-            refresh_per_second=5,
+            # No thread that draws: a run may fork only while there is no other thread.
+            auto_refresh=False,
             transient=True,
         )
         # rich takes the speed from what is added after the start, so a resumed run's first bytes do not count.
@@ -133,7 +134,7 @@ class Bar(Silent):
         now = time.monotonic()
         if self._bar is not None and now >= self._next:
             self._next = now + _REDRAW
-            self._bar.update(self._task, completed=self.done)
+            self._bar.update(self._task, completed=self.done, refresh=True)
 
     def finish(self) -> None:
         if self._bar is not None:

@@ -75,11 +75,13 @@ class Contents:
             ) from None
 
     def number(self, task: str) -> int:
-        """Which expert a name stands for, from 1.
+        """Which expert a name stands for, from 1; or the number itself.
 
         Raises:
             UsageError: None.
         """
+        if task not in self.tasks and task.isdecimal() and 1 <= int(task) <= len(self.tasks):
+            return int(task)
         if task not in self.tasks:
             raise UsageError(f"there is no expert {task!r}", hint=did_you_mean(task, self.tasks))
         return list(self.tasks).index(task) + 1

@@ -55,7 +55,7 @@ def extract(
 
     Args:
         packed: What `geomerge.compress.compress` made.
-        task: The expert's name.
+        task: The expert's name, or its number from 1.
         out: The directory to make.
         base: The base that the experts were compressed against.
         force: Replace an existing model directory.
@@ -105,7 +105,7 @@ def extract(
                         threading.Event(),
                         held,
                         number,
-                        contents.tasks[task],
+                        list(contents.tasks.values())[number - 1],
                     )
                     Threads(work, threads).run(list(enumerate(nodes)), lambda entries: None)
                     if progress is not None:

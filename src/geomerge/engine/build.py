@@ -116,7 +116,8 @@ class Builder:
         if self._kept is None or inputs is None or not is_matrix(node.shape):
             return None
         same = type(method).factor is Matrix.factor
-        key = (replace(method, lambda_=1.0) if same else method, inputs)
+        # What a survey found is no part of a method's equality.
+        key = (replace(method, lambda_=1.0) if same else method, method.known, inputs)
         found = self._kept.get(key)
         if not isinstance(found, Tensor):
             found = merge_matrix(method, self.opener(node, node.operands, map)(), node.shape)

@@ -103,7 +103,7 @@ class Work:
         if node.scales:
             return self._encode(node, prepared)
         losses = list(run(lambda segment: self._segment(node, prepared, segment), prepared.scan.segments))
-        facts: Facts = {}
+        facts: Facts = prepared.told()
         if node.lift is not None:
             facts["scale"] = node.scale
         if prepared.coefficients is not None:
@@ -214,7 +214,7 @@ class Threads:
         large = sorted((item for item in light if item[1].numel > LARGE), key=lambda item: -item[1].numel)
         small = sorted((item for item in light if _TINY < item[1].numel <= LARGE), key=lambda item: -item[1].numel)
         tiny = [item for item in light if item[1].numel <= _TINY]
-        room = _Room(ROOM)
+        room = Room(ROOM)
         keep_freed_memory()
         before = torch.get_num_threads()
         # The tiles are the parallelism; torch's own threads would only wait for each other. New threads take this over.
@@ -248,13 +248,13 @@ class Threads:
         done(made)
 
     def _heavy(
-        self, item: tuple[int, Node], nbytes: int, room: _Room, done: Callable[[list[tuple[int, Facts]]], None]
+        self, item: tuple[int, Node], nbytes: int, room: Room, done: Callable[[list[tuple[int, Facts]]], None]
     ) -> None:
         with room.taken(nbytes):
             self._bundle([item], done)
 
 
-class _Room:
+class Room:
     """Memory that may be taken: a thread that asks for more than is left waits, unless nothing is taken."""
 
     def __init__(self, nbytes: int) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from geomerge.engine.models import Model, Models
-from geomerge.errors import RecipeError, UsageError
+from geomerge.errors import RecipeError, UsageError, did_you_mean
 from geomerge.methods import registry
 from geomerge.methods.base import Method
 from geomerge.recipe.resolve import Lookup, scopes
@@ -69,6 +70,8 @@ class Lineup:
             self.entrants = entrants + ([Entrant(base, None)] if appended and base is not None else [])
         self.others = self.entrants[1:] if self.based else self.entrants
         self._check_count()
+        if self.based and recipe.compat is None:
+            self._check_base()
         shared = scopes(recipe, module, each)
         self._shared: dict[str, Lookup] = {}
         self._each: dict[str, list[Lookup]] = {}
@@ -106,6 +109,17 @@ class Lineup:
                 where=str(self.slice.where),
             )
 
+    def _check_base(self) -> None:
+        """Refuse the base as an expert under another name: its task vector would be zero, and counted."""
+        base = _place(self.entrants[0].model)
+        for entrant in self.others:
+            if base is not None and entrant.source is not None and _place(entrant.model) == base:
+                raise RecipeError(
+                    f"the base {self.entrants[0].model} is one of the experts, as {entrant.model}",
+                    where=str(entrant.source.where),
+                    hint="leave it out: what the others are compared with is no expert",
+                )
+
     def range(self, entrant: Entrant) -> tuple[int, int] | None:
         """An entrant's range of blocks."""
         if entrant.source is not None:
@@ -135,6 +149,8 @@ class Lineup:
             if found is not None:
                 values[name] = found.value
                 places[name] = [found.where]
+                if self.method.parameters()[name].expert and isinstance(found.value, str):
+                    values[name] = self._number(found.value, name, found.where)
             key.append(None if found is None else found.value)
         for name, lookups in self._each.items():
             several = [lookup.at(p, t) for lookup, p in zip(lookups, inputs, strict=True)]
@@ -157,6 +173,24 @@ class Lineup:
                 raise RecipeError(f"{error.what} (for {part.name})", where=str(place), hint=error.hint) from None
             self._made[frozen] = made
         return made
+
+    def _number(self, name: str, parameter: str, where: Where) -> int:
+        """Which expert is meant by a name: its reference as the recipe writes it, or the last part of that; from 1."""
+        called = [_names(entrant.model) for entrant in self.others]
+        found = [k for k, names in enumerate(called, 1) if name in names]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise RecipeError(
+                f"{len(found)} experts are called {name!r}",
+                where=str(where),
+                hint=f"write `{parameter}: {found[0]}` for the first of them",
+            )
+        raise RecipeError(
+            f"{parameter} names no expert: {name!r}",
+            where=str(where),
+            hint=did_you_mean(name, [each for names in called for each in names]) or "an expert's number will do, too",
+        )
 
     def _blame(self, values: Mapping[str, Any], places: Mapping[str, list[Where]]) -> Where:
         """The line of the first value that is impossible by itself; else of the first value; else of the method."""
@@ -186,3 +220,17 @@ class Lineup:
                 defaults: Mapping[str, Any] = self.method.mergekit if self.recipe.compat == "mergekit" else {}
                 values.append(defaults.get(name, p.default))
         return values
+
+
+def _names(model: Model) -> set[str]:
+    """What a recipe may call a model: its whole reference, or the last part of its path or its adapter's."""
+    ref = model.ref
+    return {str(ref), PurePath(ref.path).name, *((PurePath(ref.lora.path).name,) if ref.lora else ())}
+
+
+def _place(model: Model) -> tuple[Path, Path | None] | None:
+    """Where a model's weights and its adapter lie; `None` in memory or for an earlier stage's."""
+    if model.checkpoint is None or model.checkpoint.path is None:
+        return None
+    adapter = model.checkpoint.adapter
+    return model.checkpoint.path.resolve(), adapter.resolve() if adapter else None

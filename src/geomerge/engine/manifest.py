@@ -12,7 +12,7 @@ from typing import Any
 
 from geomerge.engine.loss import RoundingLoss
 from geomerge.engine.plan import Plan
-from geomerge.methods.base import Method
+from geomerge.methods.base import Elementwise, Method
 from geomerge.version import __version__
 
 
@@ -39,6 +39,8 @@ def manifest(plan: Plan, facts: Mapping[int, Mapping[str, Any]]) -> dict[str, An
             entry["scale"] = scale
         if "coefficients" in found:
             entry["coefficients"] = found["coefficients"]
+        if "kept" in found:
+            entry["kept"] = found["kept"]
         if "codes" in found:
             error, parents, shrink = found["codes"]
             entry["codes"] = {"error": error, "parents": parents, "scale": shrink}
@@ -71,12 +73,22 @@ def manifest(plan: Plan, facts: Mapping[int, Mapping[str, Any]]) -> dict[str, An
             for s in plan.stages
         ],
         "rounding_loss": None if total.share is None else round(total.share, 6),
-        "notes": list(plan.notes),
+        "notes": list(notes(plan, facts)),
         **asked,
         "methods": methods,
         "tensors": tensors,
         "left_out": dict(plan.left_out),
     }
+
+
+def notes(plan: Plan, facts: Mapping[int, Mapping[str, Any]]) -> tuple[str, ...]:
+    """What the user should know: what the plan said, and what showed only when the model was made."""
+    made: dict[type[Elementwise], list[tuple[Elementwise, int, Mapping[str, Any]]]] = {}
+    for position, node in enumerate(plan.output_nodes()):
+        if isinstance(node.method, Elementwise) and position in facts:
+            made.setdefault(type(node.method), []).append((node.method, node.numel, facts[position]))
+    found = (each[0][0].warning([(numel, told) for _, numel, told in each]) for each in made.values())
+    return (*plan.notes, *(warning for warning in found if warning is not None))
 
 
 def total_loss(facts: Mapping[int, Mapping[str, Any]]) -> RoundingLoss:

@@ -19,7 +19,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -37,6 +37,8 @@ _REPORT = 32 << 20
 _PR_SET_PDEATHSIG = 1
 
 Done = Callable[[list[tuple[int, Facts]]], None]
+Piece = TypeVar("Piece")
+Made = TypeVar("Made")
 
 
 def suitable(nodes: Sequence[tuple[int, Node]], threads: int | None) -> bool:
@@ -76,96 +78,147 @@ class Processes:
     def _fork(
         self, nodes: list[tuple[int, Node]], shared: list[tuple[int, Node]], done: Done, begin: Callable[[], None]
     ) -> None:
-        queue = list(bundles(sorted(nodes, key=lambda item: -item[1].numel)))
-        context = multiprocessing.get_context("fork")
-        turn = context.Value("q", 0)
-        gate = context.Event()
-        keep_freed_memory()
-        before = torch.get_num_threads()
-        torch.set_num_threads(1)
-        pipes: list[Connection] = []
-        processes = []
-        try:
-            for _ in range(min(self.workers, len(queue))):
-                ours, theirs = context.Pipe(duplex=False)
-                process = context.Process(target=self._work, args=(queue, turn, gate, theirs, os.getpid()), daemon=True)
-                process.start()
-                theirs.close()
-                pipes.append(ours)
-                processes.append(process)
+        def make(bundle: list[tuple[int, Node]]) -> list[tuple[int, Facts]]:
+            return [(index, self.work.make(node)) for index, node in bundle]
+
+        def enter(report: Callable[[int], None]) -> None:
+            self.work.advance = report
+
+        def meanwhile() -> None:
             begin()
             if shared:
                 Threads(self.work, self.workers).run(shared, done)
-            gate.set()
-            self._listen(pipes, done)
+
+        queue = list(bundles(sorted(nodes, key=lambda item: -item[1].numel)))
+        advance = self.work.advance
+        try:
+            in_workers(queue, make, done, workers=self.workers, advance=advance, enter=enter, meanwhile=meanwhile)
         except BaseException:
             self.work.stop.set()
-            for process in processes:
-                process.terminate()
             raise
-        finally:
-            for process in processes:
-                process.join()
-            for pipe in pipes:
-                pipe.close()
-            torch.set_num_threads(before)
 
-    def _listen(self, pipes: list[Connection], done: Done) -> None:
-        """Take in the workers' reports until all have finished.
 
-        Raises:
-            RunError: A worker died; or whatever error a worker met.
-        """
-        open_pipes = list(pipes)
-        while open_pipes:
-            for pipe in wait(open_pipes):
-                assert isinstance(pipe, Connection)
-                try:
-                    kind, content = pipe.recv()
-                except EOFError:
-                    raise RunError(
-                        "a worker process was killed", hint="is there enough memory? continue with --resume"
-                    ) from None
-                if kind == "advance":
-                    self.work.advance(content)
-                elif kind == "done":
-                    done(content)
-                elif kind == "error":
-                    raise content
-                else:
-                    open_pipes.remove(pipe)
+def in_workers(
+    pieces: Sequence[Piece],
+    make: Callable[[Piece], Made],
+    done: Callable[[Made], None],
+    *,
+    workers: int,
+    advance: Callable[[int], None] = lambda nbytes: None,
+    enter: Callable[[Callable[[int], None]], None] = lambda report: None,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> None:
+    """Do pieces of work in forked workers, which take turns at them in order.
 
-    def _work(self, queue: list[list[tuple[int, Node]]], turn: Any, gate: Any, pipe: Connection, parent: int) -> None:
-        """One worker's life."""
-        _die_with_parent(parent)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it and ends the workers
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        unreported = 0
+    Args:
+        pieces: The work. Like `make` it is known to the workers because they are copies of this process.
+        make: Does a piece, in a worker; what it returns is pickled.
+        done: Takes what a piece gave, here, as soon as it is made.
+        workers: How many at most.
+        advance: Told, here, of the bytes that workers report.
+        enter: Called in each worker with what takes its reports of bytes.
+        meanwhile: Done here, by threads if need be, once the workers exist; they begin when it is over.
 
-        def advance(nbytes: int) -> None:
-            nonlocal unreported
-            unreported += nbytes
-            if unreported >= _REPORT:
-                pipe.send(("advance", unreported))
-                unreported = 0
+    Raises:
+        RunError: A worker died; or whatever error a worker met. All workers are ended then.
+    """
+    context = multiprocessing.get_context("fork")
+    turn = context.Value("q", 0)
+    gate = context.Event()
+    keep_freed_memory()
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    pipes: list[Connection] = []
+    processes = []
+    try:
+        for _ in range(min(workers, len(pieces))):
+            ours, theirs = context.Pipe(duplex=False)
+            life = (pieces, make, enter, turn, gate, theirs, os.getpid())
+            process = context.Process(target=_live, args=life, daemon=True)
+            process.start()
+            theirs.close()
+            pipes.append(ours)
+            processes.append(process)
+        meanwhile()
+        gate.set()
+        _listen(pipes, done, advance)
+    except BaseException:
+        for process in processes:
+            process.terminate()
+        raise
+    finally:
+        for process in processes:
+            process.join()
+        for pipe in pipes:
+            pipe.close()
+        torch.set_num_threads(before)
 
-        self.work.advance = advance
-        gate.wait()
-        try:
-            while True:
-                with turn.get_lock():
-                    mine = turn.value
-                    turn.value += 1
-                if mine >= len(queue):
-                    break
-                pipe.send(("done", [(index, self.work.make(node)) for index, node in queue[mine]]))
+
+def _listen(pipes: list[Connection], done: Callable[[Any], None], advance: Callable[[int], None]) -> None:
+    """Take in the workers' reports until all have finished.
+
+    Raises:
+        RunError: A worker died; or whatever error a worker met.
+    """
+    open_pipes = list(pipes)
+    while open_pipes:
+        for pipe in wait(open_pipes):
+            assert isinstance(pipe, Connection)
+            try:
+                kind, content = pipe.recv()
+            except EOFError:
+                raise RunError(
+                    "a worker process was killed", hint="is there enough memory? continue with --resume"
+                ) from None
+            if kind == "advance":
+                advance(content)
+            elif kind == "done":
+                done(content)
+            elif kind == "error":
+                raise content
+            else:
+                open_pipes.remove(pipe)
+
+
+def _live(
+    pieces: Sequence[Piece],
+    make: Callable[[Piece], Made],
+    enter: Callable[[Callable[[int], None]], None],
+    turn: Any,
+    gate: Any,
+    pipe: Connection,
+    parent: int,
+) -> None:
+    """One worker's life."""
+    _die_with_parent(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it and ends the workers
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    unreported = 0
+
+    def report(nbytes: int) -> None:
+        nonlocal unreported
+        unreported += nbytes
+        if unreported >= _REPORT:
             pipe.send(("advance", unreported))
-            pipe.send(("end", None))
-        except BaseException as error:  # noqa: BLE001 - whatever it is, the parent must hear of it
-            with contextlib.suppress(OSError):
-                pipe.send(("error", _sendable(error)))
-        # Without the interpreter's farewells: buffers and locks here are copies of the parent's.
-        os._exit(0)
+            unreported = 0
+
+    enter(report)
+    gate.wait()
+    try:
+        while True:
+            with turn.get_lock():
+                mine = turn.value
+                turn.value += 1
+            if mine >= len(pieces):
+                break
+            pipe.send(("done", make(pieces[mine])))
+        pipe.send(("advance", unreported))
+        pipe.send(("end", None))
+    except BaseException as error:  # noqa: BLE001 - whatever it is, the parent must hear of it
+        with contextlib.suppress(OSError):
+            pipe.send(("error", _sendable(error)))
+    # Without the interpreter's farewells: buffers and locks here are copies of the parent's.
+    os._exit(0)
 
 
 def _sendable(error: BaseException) -> BaseException:

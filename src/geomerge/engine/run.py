@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +25,7 @@ from geomerge.engine.adapted import adapt
 from geomerge.engine.build import Builder
 from geomerge.engine.execute import Executor, Threads, Work
 from geomerge.engine.journal import Journal
-from geomerge.engine.manifest import manifest, total_loss
+from geomerge.engine.manifest import manifest, notes, total_loss
 from geomerge.engine.matrices import whole_matrices
 from geomerge.engine.plan import InputModel, Node, Plan
 from geomerge.engine.processes import Processes, suitable
@@ -34,6 +35,8 @@ from geomerge.errors import ModelError, RunError, UsageError, did_you_mean
 from geomerge.methods import registry
 from geomerge.methods.tile import TILE
 from geomerge.version import __version__
+
+logger = logging.getLogger(__name__)
 
 RECIPE_NAME = "geomerge.yml"
 MANIFEST_NAME = "geomerge.json"
@@ -157,6 +160,7 @@ def run_plan(
             for checkpoint in opened:
                 checkpoint.verify_unchanged()
             write_side_files(plan, output, facts)
+            warn(plan, facts)
             final = output.finish()
     finally:
         for checkpoint in opened:
@@ -169,8 +173,14 @@ def run_plan(
         resumed=len(journal.finished),
         rounding_loss=total_loss(facts).share,
         codes=codes_of(dict(enumerate(nodes)), facts),
-        notes=plan.notes,
+        notes=notes(plan, facts),
     )
+
+
+def warn(plan: Plan, facts: Mapping[int, Mapping[str, Any]]) -> None:
+    """Log what the user should know and the plan could not say."""
+    for note in notes(plan, facts)[len(plan.notes) :]:
+        logger.warning("%s", note)
 
 
 def carry_out(
@@ -228,7 +238,10 @@ def carry_out(
     if looking:
         if progress is not None:
             progress.start(total + looking, written)
-        plan = surveyed(plan, build, threads=threads, advance=advance)
+        before = build(plan)
+        looked_at = [(i, node) for i, node in enumerate(plan.nodes) if survey_bytes(replace(plan, nodes=(node,)))]
+        forks = executor is None and _may_fork(before, looked_at, threads)
+        plan = surveyed(plan, build, threads=threads, forks=forks, advance=advance)
         nodes = list(plan.output_nodes())
     work = Work(build(plan), sink, advance, threading.Event())
     items = [(i, nodes[i]) for i in left]
@@ -334,13 +347,17 @@ def _open_input(model: InputModel, *, allow_pickle: bool) -> Checkpoint:
 
 def _choice(builder: Builder, nodes: Sequence[tuple[int, Node]], threads: int | None) -> Callable[[Work], Executor]:
     """Processes where they are safe and worth it, else threads."""
+    forks = _may_fork(builder, nodes, threads)
+    return lambda work: Processes(work, threads) if forks else Threads(work, threads)
+
+
+def _may_fork(builder: Builder, nodes: Sequence[tuple[int, Node]], threads: int | None) -> bool:
     # Whole matrices are kept within bounds by one process, and LAPACK does not fight for the interpreter's lock.
     whole = any(whole_matrices(builder.plan, node) for _, node in nodes)
     # Sparse sums are found once, by whoever needs them first; each process would find them again.
     whole = whole or any(r.plan.pursued for r in builder.plan.rows)
     memory = any(c.memory for c in builder.inputs)
-    forks = builder.device.type == "cpu" and not whole and not memory and suitable(nodes, threads)
-    return lambda work: Processes(work, threads) if forks else Threads(work, threads)
+    return builder.device.type == "cpu" and not whole and not memory and suitable(nodes, threads)
 
 
 def named(executor: str, threads: int | None, shard_size: int) -> Callable[[Work], Executor]:
@@ -405,10 +422,10 @@ def write_side_files(plan: Plan, output: OutputDirectory, facts: Mapping[int, Ma
     write_model_files(plan, output)
     output.write_text(RECIPE_NAME, plan.recipe)
     output.write_json(MANIFEST_NAME, manifest(plan, facts))
-    output.write_text("README.md", _card(plan, output.out.name))
+    output.write_text("README.md", _card(plan, output.out.name, notes(plan, facts)))
 
 
-def _card(plan: Plan, name: str) -> str:
+def _card(plan: Plan, name: str, said: Sequence[str]) -> str:
     mixture = plan.stages[-1].method == MIXTURE
     method = None if mixture else registry.get(plan.stages[-1].method)
     based = mixture or (method is not None and method.base_use == "required")
@@ -438,6 +455,6 @@ def _card(plan: Plan, name: str) -> str:
         recipe=plan.recipe,
         version=__version__,
         library=library,
-        warnings=plan.notes,
+        warnings=said,
         command=f"geomerge {MIXTURE if mixture else 'merge'} recipe.yml output",
     )

@@ -31,7 +31,7 @@ from geomerge.checkpoint.shared_output import (
 )
 from geomerge.checkpoint.writer import WORK
 from geomerge.engine.journal import Journal, Reading, read_journal
-from geomerge.engine.manifest import total_loss, versions
+from geomerge.engine.manifest import notes, total_loss, versions
 from geomerge.engine.plan import Node, Plan
 from geomerge.engine.run import (
     MANIFEST_NAME,
@@ -43,6 +43,7 @@ from geomerge.engine.run import (
     layout_of,
     make_builder,
     open_inputs,
+    warn,
     write_side_files,
 )
 from geomerge.engine.sinks import FileSink
@@ -215,6 +216,7 @@ def finalize(out: Path | str, *, force: bool = False, durable: bool = False) -> 
         facts = _collect(work, identity, nodes)
         check_files(output.partial, layout_of(plan, int(identity["shard_size"])))
         write_side_files(plan, output, facts)
+        warn(plan, facts)
         final = output.finish()
     return _report(plan, final, begun, list(enumerate(nodes)), 0, facts)
 
@@ -319,7 +321,7 @@ def _report(
         resumed=resumed,
         rounding_loss=total_loss(facts).share,
         codes=codes_of(dict(nodes), facts),
-        notes=plan.notes,
+        notes=notes(plan, facts) if len(facts) == len(plan.outputs) else plan.notes,
     )
 
 

@@ -1,15 +1,16 @@
 """The survey: statistics over the whole model that some methods need before the first tensor can be made.
 
 A survey reads and never writes. Its result goes into the nodes' methods (`Method.known`), so that all that follows is the
-same as for any other method. An interrupted run makes it again, with the same bits.
+same as for any other method. An interrupted run makes it again, with the same bits. Tensors are looked at by threads or, where
+the run may fork, by workers (`geomerge.engine.processes`), which do not wait for each other's interpreter.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections import Counter
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from typing import Any
 
@@ -17,10 +18,12 @@ import torch
 
 from geomerge.checkpoint.dtypes import to_torch
 from geomerge.engine.build import Builder
-from geomerge.engine.execute import cores
+from geomerge.engine.execute import Room, cores
+from geomerge.engine.matrices import ROOM, whole_matrices
+from geomerge.engine.memory import keep_freed_memory
 from geomerge.engine.plan import Node, Plan
-from geomerge.methods.base import Elementwise
-from geomerge.methods.kernel import elementwise_scan
+from geomerge.engine.processes import in_workers
+from geomerge.methods.kernel import survey_scan
 from geomerge.methods.tile import Scan, block_sums
 from geomerge.methods.walk import Walk
 
@@ -37,6 +40,7 @@ def surveyed(
     make: Callable[[Plan], Builder],
     *,
     threads: int | None = None,
+    forks: bool = False,
     advance: Callable[[int], None] = lambda nbytes: None,
 ) -> Plan:
     """The plan with what its methods have to know of the whole model.
@@ -45,28 +49,59 @@ def surveyed(
         plan: The plan.
         make: Makes a builder.
         threads: By default one for each core that the process may use.
-        advance: Told of bytes, `survey_bytes` in all, from any thread.
+        forks: Whether this process may fork (`geomerge.engine.processes.suitable`).
+        advance: Told of bytes, `survey_bytes` in all.
     """
     if not survey_bytes(plan):
         return plan
+    keep_freed_memory()
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # the tensors are the parallelism
     try:
-        with ThreadPoolExecutor(threads or cores(), thread_name_prefix="geomerge-survey") as pool:
+        with _workers(threads or cores()) if forks else _threads(threads or cores()) as crew:
             for stage in range(len(plan.stages)):
-                plan = _stage(plan, stage, make(plan), pool, advance)
-                plan = _lifted(plan, stage, make, pool, advance)
+                plan = _stage(plan, stage, make(plan), crew, advance)
+                plan = _lifted(plan, stage, make, crew, advance)
     finally:
         torch.set_num_threads(before)
     return plan
 
 
-def _stage(plan: Plan, stage: int, builder: Builder, pool: ThreadPoolExecutor, advance: Callable[[int], None]) -> Plan:
+Crew = Callable[[Callable[[int], Any], Sequence[int], Callable[[int, Any], None]], None]
+"""Does a piece of work for each of some indices, in any order, and hands over what came of it."""
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[Crew]:
+    with ThreadPoolExecutor(count, thread_name_prefix="geomerge-survey") as pool:
+
+        def crew(work: Callable[[int], Any], indices: Sequence[int], done: Callable[[int, Any], None]) -> None:
+            futures = {pool.submit(work, i): i for i in indices}
+            try:
+                for future in as_completed(futures):
+                    done(futures[future], future.result())
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+        yield crew
+
+
+@contextlib.contextmanager
+def _workers(count: int) -> Iterator[Crew]:
+    def crew(work: Callable[[int], Any], indices: Sequence[int], done: Callable[[int, Any], None]) -> None:
+        in_workers(indices, lambda i: (i, work(i)), lambda made: done(*made), workers=count)
+
+    yield crew
+
+
+def _stage(plan: Plan, stage: int, builder: Builder, crew: Crew, advance: Callable[[int], None]) -> Plan:
     """Survey one stage's nodes; the earlier ones know what they have to."""
     groups: dict[Any, list[int]] = {}
     for index, node in enumerate(plan.nodes):
         if node.stage == stage and node.method is not None and node.method.surveys:
-            groups.setdefault((type(node.method), node.method.surveyed_alike), []).append(index)
+            alike = type(node.method), node.method.surveyed_alike, len(node.operands)
+            groups.setdefault(alike, []).append(index)
     nodes = list(plan.nodes)
     for members in groups.values():
         mine = [plan.nodes[i] for i in members]
@@ -76,48 +111,56 @@ def _stage(plan: Plan, stage: int, builder: Builder, pool: ThreadPoolExecutor, a
             [_opener(builder, node) for node in mine],
             [node.name for node in mine],
             sum(node.numel for node in mine),
-            _counted(mine, pool, method.surveys, advance),
+            len(mine[0].operands) - 1,
+            _counted(plan, mine, crew, method.surveys, advance),
         )
         known = method.survey(walk)
         for index, node in zip(members, mine, strict=True):
             assert node.method is not None
-            nodes[index] = replace(node, method=replace(node.method, known=known))
+            mine_of_it = node.method.known_of(known, node.name)
+            nodes[index] = replace(node, method=replace(node.method, known=mine_of_it))
     return replace(plan, nodes=tuple(nodes)) if groups else plan
 
 
 def _opener(builder: Builder, node: Node) -> Callable[[], Scan]:
     method = node.method
-    assert isinstance(method, Elementwise)
+    assert method is not None
     open_scan = builder.opener(node, node.operands, map)
-    return lambda: elementwise_scan(method, open_scan, node.shape, node.scale, to_torch(node.dtype))
+    return lambda: survey_scan(method, open_scan, node.shape, node.scale, to_torch(node.dtype))
 
 
 def _counted(
-    nodes: list[Node], pool: ThreadPoolExecutor, passes: int, advance: Callable[[int], None]
+    plan: Plan, nodes: list[Node], crew: Crew, passes: int, advance: Callable[[int], None]
 ) -> Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]:
     """A map over the tensors, the largest first, that tells how far it is (a method may go on for longer than it said)."""
-    seen: Counter[int] = Counter()
+    weights = [whole_matrices(plan, node) for node in nodes]
+    room = Room(ROOM)
+    made = 0
 
     def run(work: Callable[[Any], Any], items: Iterable[Any]) -> Iterable[Any]:
+        nonlocal made
         listed = list(items)
+        results: list[Any] = [None] * len(listed)
 
         @torch.inference_mode()
         def one(index: int) -> Any:
-            result = work(listed[index])
-            seen[index] += 1
-            if seen[index] <= passes:
-                advance(nodes[index].nbytes)
-            return result
+            with room.taken(weights[index]) if weights[index] else contextlib.nullcontext():
+                return work(listed[index])
 
-        order = sorted(range(len(listed)), key=lambda i: -nodes[i].numel)
-        futures = {i: pool.submit(one, i) for i in order}
-        return [futures[i].result() for i in range(len(listed))]
+        def done(index: int, result: Any) -> None:
+            results[index] = result
+            if made < passes:
+                advance(nodes[index].nbytes)
+
+        crew(one, sorted(range(len(listed)), key=lambda i: -nodes[i].numel), done)
+        made += 1
+        return results
 
     return run
 
 
 def _lifted(
-    plan: Plan, stage: int, make: Callable[[Plan], Builder], pool: ThreadPoolExecutor, advance: Callable[[int], None]
+    plan: Plan, stage: int, make: Callable[[Plan], Builder], crew: Crew, advance: Callable[[int], None]
 ) -> Plan:
     """LiNeS with `alpha: auto` (Wang et al. 2024): α = ‖Σ τₜ‖₁ / (T·‖τ_merged‖₁), 1/T for the sum of task vectors."""
     members = [i for i, n in enumerate(plan.nodes) if n.stage == stage and n.lift is not None]
@@ -125,7 +168,7 @@ def _lifted(
         return plan
     builder = make(plan)
     mine = [replace(plan.nodes[i], scale=1.0) for i in members]
-    run = _counted(mine, pool, 1, advance)
+    run = _counted(plan, mine, crew, 1, advance)
     found = list(run(lambda node: _norms(builder, node), mine))
     summed, merged = (math.fsum(column) for column in zip(*found, strict=True))
     count = max(len(mine[0].operands) - 1, 1)

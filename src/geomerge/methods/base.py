@@ -51,6 +51,7 @@ class Parameter:
         within: Inclusive bounds for numbers.
         above: An exclusive lower bound (which the profile ``compat: mergekit`` lets touch, as that tool does).
         extrapolates: The recipe's ``extrapolate: true`` lifts the bounds.
+        expert: The number of an expert, from 1, in whose place a recipe may give its name.
         choices: The allowed words for strings.
         doc: One sentence.
     """
@@ -66,6 +67,7 @@ class Parameter:
     doc: str
     above: float | None = None
     extrapolates: bool = False
+    expert: bool = False
 
     def check(self, value: Any, *, compat: str | None = None, extrapolate: bool = False) -> Any:
         """The value as the parameter's kind; raises `ValueError` with the reason when it cannot be one."""
@@ -112,10 +114,18 @@ def parameter(
     above: float | None = None,
     choices: Sequence[str] = (),
     extrapolates: bool = False,
+    expert: bool = False,
 ) -> Any:
     """Declare a parameter with one value for each tensor. Without a default the recipe must give it."""
     return _declare(
-        default, doc=doc, within=within, above=above, choices=choices, extrapolates=extrapolates, per_model=False
+        default,
+        doc=doc,
+        within=within,
+        above=above,
+        choices=choices,
+        extrapolates=extrapolates,
+        expert=expert,
+        per_model=False,
     )
 
 
@@ -176,7 +186,7 @@ class Method:
     example: ClassVar[str]
 
     known: Any = field(default=None, kw_only=True, repr=False, compare=False)
-    """What `survey` found; `None` before. No parameter: nobody sets it but what runs the survey."""
+    """What `survey` found, or `known_of` it; `None` before. No parameter: nobody sets it but what runs the survey."""
 
     @property
     def surveys(self) -> int:
@@ -189,12 +199,18 @@ class Method:
         return tuple(self.values().items())
 
     def survey(self, walk: Walk) -> Any:
-        """Look at all tensors that are merged with these parameters; the result becomes `known`.
+        """Look at all tensors that are merged with these parameters (of a matrix method: at all matrices); the result becomes
+        `known`. A tensor that is merged on its own is all there is: an elementwise method's survey is then made of it alone, a
+        matrix method's `merge` finds `known` to be `None`.
 
         Args:
             walk: The tensors. It may be gone through any number of times.
         """
         raise NotImplementedError
+
+    def known_of(self, known: Any, name: str) -> Any:
+        """What of a survey's result the merge of one tensor needs: by default all of it."""
+        return known
 
     @classmethod
     def parameters(cls) -> dict[str, Parameter]:
@@ -358,6 +374,18 @@ class Elementwise(Method):
             stats: What `measure` returned.
         """
         raise NotImplementedError
+
+    def tell(self, stats: Any) -> dict[str, Any]:
+        """What the manifest shall say of a tensor whose tiles have all been blended: plain data by name."""
+        return {}
+
+    def warning(self, told: Sequence[tuple[int, Mapping[str, Any]]]) -> str | None:
+        """What the user should know once the whole model is made.
+
+        Args:
+            told: Of each tensor that this method made (with whatever parameters) its elements and what `tell` said.
+        """
+        return None
 
 
 RESTS = ("mean", "sum", "scaled_sum", "base")

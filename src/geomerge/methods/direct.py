@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from geomerge.errors import IncompatibleModels, UsageError
-from geomerge.methods.base import Elementwise, Method
-from geomerge.methods.kernel import Open, elementwise_scan, prepare
+from geomerge.methods.base import Matrix, Method
+from geomerge.methods.kernel import Open, prepare, survey_scan
+from geomerge.methods.rest import is_matrix
 from geomerge.methods.tile import TILE, Scan, TensorSource
 from geomerge.methods.walk import Walk
 
@@ -65,7 +66,7 @@ class Function:
         values = {name.rstrip("_"): value for name, value in parameters.items()}
         method = self.method.make(values, count=count, compat=compat, extrapolate=extrapolate)
         if all(isinstance(m, Tensor) for m in inputs):
-            return _merge(method, inputs, "tensor", seed=seed, dtype=dtype, tile=tile)  # type: ignore[arg-type]
+            return merge_tensors(method, inputs, seed=seed, dtype=dtype, tile=tile)  # type: ignore[arg-type]
         if any(isinstance(m, Tensor) for m in inputs):
             raise UsageError("the models must be all tensors or all mappings of tensors")
         names = list(inputs[0])
@@ -81,7 +82,8 @@ class Function:
             if not tensors[0].is_floating_point():
                 merged[name] = tensors[0].clone()
                 continue
-            merged[name] = _merge(method, tensors, str(name), seed=seed, dtype=dtype, tile=tile)
+            mine = replace(method, known=method.known_of(method.known, str(name))) if method.surveys else method
+            merged[name] = merge_tensors(mine, tensors, str(name), seed=seed, dtype=dtype, tile=tile)
         return merged
 
     def _inputs(self, given: Sequence[Weights | Sequence[Weights]], base: Weights | None) -> tuple[list[Weights], int]:
@@ -108,20 +110,32 @@ def _surveyed(
     tile: int,
 ) -> Method:
     """The method with what it has to know of all tensors together."""
-    assert isinstance(method, Elementwise)
-    mine = [name for name in names if inputs[0][name].is_floating_point()]
+    mine = [
+        name
+        for name in names
+        if inputs[0][name].is_floating_point()
+        and (not isinstance(method, Matrix) or is_matrix(tuple(inputs[0][name].shape)))
+    ]
     scans = []
     for name in mine:
         tensors = [m[name] for m in inputs]
         out, open_scan = _opened(tensors, str(name), seed=seed, dtype=dtype, tile=tile)
-        scans.append(functools.partial(elementwise_scan, method, open_scan, tuple(tensors[0].shape), 1.0, out))
-    walk = Walk(scans, [str(name) for name in mine], sum(inputs[0][name].numel() for name in mine))
+        scans.append(functools.partial(survey_scan, method, open_scan, tuple(tensors[0].shape), 1.0, out))
+    numel = sum(inputs[0][name].numel() for name in mine)
+    walk = Walk(scans, [str(name) for name in mine], numel, len(inputs) - 1)
     return replace(method, known=method.survey(walk))
 
 
-def _merge(
-    method: Method, tensors: Sequence[Tensor], name: str, *, seed: int, dtype: torch.dtype | None, tile: int
+def merge_tensors(
+    method: Method,
+    tensors: Sequence[Tensor],
+    name: str = "tensor",
+    *,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+    tile: int = TILE,
 ) -> Tensor:
+    """Merge tensors of one shape, base first where the method has one; arguments as of `Function`."""
     shape = tuple(tensors[0].shape)
     dtype, open_scan = _opened(tensors, name, seed=seed, dtype=dtype, tile=tile)
     out = torch.empty(shape, dtype=dtype, device=tensors[0].device)

@@ -19,7 +19,7 @@ from geomerge.methods.base import Elementwise, Matrix, Method, Span
 from geomerge.methods.linalg import one_thread
 from geomerge.methods.rest import is_matrix, rest_method
 from geomerge.methods.tile import Scan, Segment, Tile
-from geomerge.methods.walk import Walk
+from geomerge.methods.walk import Walk, whole
 
 _NARROW = (torch.bfloat16, torch.float16)
 
@@ -38,12 +38,14 @@ class Prepared:
         blend: From a tile of the inputs to the output's elements.
         coefficients: Of the inputs, for span methods with one for the whole tensor.
         begin: Called before the first tile of a segment is read: what it computes may use the thread's tile buffers.
+        told: What the manifest shall say of the tensor; asked when all tiles are blended.
     """
 
     scan: Scan
     blend: Callable[[Tile], Tensor]
     coefficients: tuple[float, ...] | None = None
     begin: Callable[[], object] | None = None
+    told: Callable[[], dict[str, Any]] = dict
 
     @property
     def copies(self) -> int | None:
@@ -115,11 +117,12 @@ def prepare(
     scan = elementwise_scan(method, open_scan, shape, scale, dtype)
     if method.surveys and method.known is None:
         # Nobody looked at the whole model: this tensor is all there is.
-        method = replace(method, known=method.survey(Walk([lambda: scan], [scan.name], scan.numel)))
+        method = replace(method, known=method.survey(Walk([lambda: scan], [scan.name], scan.numel, scan.experts)))
     stats = method.measure(scan)
+    told = functools.partial(method.tell, stats)
     if scale == 1.0:
-        return Prepared(scan, lambda tile: method.blend(tile, stats))
-    return Prepared(scan, lambda tile: _rescale(tile.base.clone(), method.blend(tile, stats), scale))
+        return Prepared(scan, lambda tile: method.blend(tile, stats), told=told)
+    return Prepared(scan, lambda tile: _rescale(tile.base.clone(), method.blend(tile, stats), scale), told=told)
 
 
 def elementwise_scan(
@@ -134,6 +137,13 @@ def elementwise_scan(
     return scan
 
 
+def survey_scan(
+    method: Method, open_scan: Open, shape: tuple[int, ...], scale: float = 1.0, dtype: torch.dtype | None = None
+) -> Scan:
+    """The scan on which a method's survey looks at a tensor; arguments as in `prepare`."""
+    return elementwise_scan(method, open_scan, shape, scale, dtype) if isinstance(method, Elementwise) else open_scan()
+
+
 def _prepare_matrix(
     method: Matrix, open_scan: Open, shape: tuple[int, ...], scale: float, measured: Tensor | None
 ) -> Prepared:
@@ -142,8 +152,8 @@ def _prepare_matrix(
     factor = method.factor * scale if based else 1.0
 
     def compute() -> Tensor:
-        whole = merge_matrix(method, open_scan(), shape) if measured is None else measured
-        return whole if factor == 1.0 else whole * factor
+        made = merge_matrix(method, open_scan(), shape) if measured is None else measured
+        return made if factor == 1.0 else made * factor
 
     merged = _Once(compute)
     scan = open_scan(check=False)  # every element has been looked at by then
@@ -166,15 +176,9 @@ def merge_matrix(method: Matrix, scan: Scan, shape: tuple[int, ...]) -> Tensor:
         RunError: The result does.
     """
     based = method.base_use == "required"
-    count = len(scan.sources) - based
-    whole = torch.empty(count, scan.numel, dtype=torch.float64, device=scan.device)
-    # Not `scan.over`: its threads may be the ones that wait for this very matrix.
-    for tile in (tile for segment in scan.segments for tile in scan.tiles(segment)):
-        values = tile.task_vectors() if based else tile.inputs
-        for row, each in zip(whole, values, strict=True):
-            row[tile.start : tile.start + tile.numel] = each
+    inputs = whole(scan, based=based)
     with one_thread():
-        merged = method.merge(whole.view(count, *shape))
+        merged = method.merge(inputs.view(len(inputs), *shape))
     if merged.shape != shape:
         raise TypeError(f"{type(method).__name__}.merge returned {list(merged.shape)} for matrices of {list(shape)}")
     flat = merged.reshape(-1)

@@ -11,7 +11,6 @@ The k largest are well defined down to the last element: of equal magnitudes the
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -138,7 +137,7 @@ def largest_of_all(walk: Walk, magnitudes: Magnitudes, counts: Sequence[int]) ->
     """
     found: dict[str, list[Selection]] = {name: [] for name in walk.names}
     chosen = _select(walk, magnitudes, [min(k, walk.numel) for k in counts])
-    sizes = walk.over(lambda scan: scan.numel)
+    sizes = walk.over(lambda scan: scan.numel) if any(selection is None for selection in chosen) else []
     for k, selection in zip(counts, chosen, strict=True):
         if selection is None:  # all or nothing
             for name, size in zip(walk.names, sizes, strict=True):
@@ -348,22 +347,21 @@ def _equal(segment: _Bracket, value: float) -> int:
 def _by_counting(over: Over, magnitudes: Magnitudes, which: int, count: int, *, signed: bool = False) -> Selection:
     """The same answer from four passes that count 16 bits of the magnitudes' patterns each, and one that counts equals."""
     prefix, greater = 0, 0
-    lock = threading.Lock()
     for shift in (48, 32, 16, 0):
-        total = np.zeros(1 << 16, dtype=np.int64)
 
-        def count_bits(tiles: Iterator[Tile], shift: int = shift, prefix: int = prefix, total: Any = total) -> None:
+        def count_bits(tiles: Iterator[Tile], shift: int = shift, prefix: int = prefix) -> tuple[Any, Any]:
+            total = np.zeros(1 << 16, dtype=np.int64)
             for tile in tiles:
                 bits = _ordered_bits(magnitudes(tile)[which].reshape(-1).cpu().numpy(), signed=signed)
                 if shift < 48:
                     bits = bits[bits >> np.uint64(shift + 16) == prefix]
-                counted = np.bincount(
-                    (bits >> np.uint64(shift) & np.uint64(0xFFFF)).astype(np.int64), minlength=1 << 16
-                )
-                with lock:
-                    total += counted
+                total += np.bincount((bits >> np.uint64(shift) & np.uint64(0xFFFF)).astype(np.int64), minlength=1 << 16)
+            there = np.flatnonzero(total)
+            return there, total[there]
 
-        over(count_bits)
+        total = np.zeros(1 << 16, dtype=np.int64)
+        for there, counts in over(count_bits):
+            total[there] += counts
         reached = greater + np.cumsum(total[::-1])
         at = int(np.searchsorted(reached, count))
         greater = int(reached[at - 1]) if at else greater

@@ -112,12 +112,12 @@ class Magnitude:
     def measure(self, scan: Scan) -> list[Selection]:
         if self.known is not None:
             return self.known[scan.name]
-        found = largest(scan, _magnitudes, self.counts(scan.numel))
+        found = largest(scan, magnitudes, self.counts(scan.numel))
         return found if self.top_k == "exact_k" else [s.with_equals() for s in found]
 
     def survey(self, walk: Walk) -> dict[str, list[Selection]]:
         """The selections over all tensors together, by tensor."""
-        found = largest_of_all(walk, _magnitudes, self.counts(walk.numel))
+        found = largest_of_all(walk, magnitudes, self.counts(walk.numel))
         if self.top_k == "exact_k":
             return found
         return {name: [s.with_equals() for s in selections] for name, selections in found.items()}
@@ -137,7 +137,8 @@ class Magnitude:
         return _inverse(self.density)
 
 
-def _magnitudes(tile: Tile) -> list[Tensor]:
+def magnitudes(tile: Tile) -> list[Tensor]:
+    """|τ| of each expert, in place of the inputs."""
     return [d.abs_() for d in tile.task_vectors()]
 
 
@@ -186,8 +187,8 @@ class Outliers:
         both = [min(t + math.floor(d * n + 1e-9), n) for t, d in zip(top, self.density, strict=True)]
 
         def twice(tile: Tile) -> list[Tensor]:
-            magnitudes = [d.abs_() for d in tile.task_vectors()]
-            return magnitudes + magnitudes
+            found = magnitudes(tile)
+            return found + found
 
         return largest(scan, twice, top + both)
 

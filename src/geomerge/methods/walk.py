@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
+import torch
+from torch import Tensor
+
 from geomerge.methods.tile import Scan, Tile
 
 Result = TypeVar("Result")
@@ -21,6 +24,7 @@ class Walk:
         scans: Opens each.
         names: Their names.
         numel: Elements of all of them.
+        experts: The number of inputs of each after the base.
         run: Maps a function over the scans, such as a thread pool's ``map``.
     """
 
@@ -29,17 +33,40 @@ class Walk:
         scans: Sequence[Callable[[], Scan]],
         names: Sequence[str],
         numel: int,
+        experts: int,
         run: Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]] = map,
     ) -> None:
         self._scans = scans
         self._run = run
         self.names = tuple(names)
         self.numel = numel
+        self.experts = experts
 
     def over(self, work: Callable[[Scan], Result]) -> list[Result]:
         """Ask something of every tensor: the answers in the tensors' order."""
         return list(self._run(lambda opened: work(opened()), self._scans))
 
+    def mapped(self, transform: Callable[[Scan], Scan], numel: int) -> Walk:
+        """The same walk over what a function makes of each scan, with `numel` elements in all."""
+
+        def then(opened: Callable[[], Scan]) -> Callable[[], Scan]:
+            return lambda: transform(opened())
+
+        return Walk([then(opened) for opened in self._scans], self.names, numel, self.experts, self._run)
+
     def over_segments(self, work: Callable[[Iterator[Tile]], Result]) -> list[Result]:
         """Run `work` on the tiles of every segment of every tensor; the results in order."""
         return [result for each in self.over(lambda scan: scan.over(work)) for result in each]
+
+
+def whole(scan: Scan, *, based: bool) -> Tensor:
+    """All of a scan's inputs, float64: shape ``(K, elements)``; with `based` the task vectors, and no base.
+
+    Not by `Scan.over`: its threads may be the ones that wait for this very tensor.
+    """
+    gathered = torch.empty(len(scan.sources) - based, scan.numel, dtype=torch.float64, device=scan.device)
+    for tile in (tile for segment in scan.segments for tile in scan.tiles(segment)):
+        values = tile.task_vectors() if based else tile.inputs
+        for row, each in zip(gathered, values, strict=True):
+            row[tile.start : tile.start + tile.numel] = each
+    return gathered

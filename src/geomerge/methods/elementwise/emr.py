@@ -62,7 +62,9 @@ parameters: {task: 2}
 dtype: bfloat16
 """
 
-    task: int = parameter(0, within=(0, 10_000), doc="whose own model: 1 is the first expert's; 0: the unified one")
+    task: int = parameter(
+        0, within=(0, 10_000), expert=True, doc="whose own model: 1 is the first expert's; 0: the unified one"
+    )
     rescale: str = parameter("l1", choices=("l1", "tensor_mean"), doc="what the factor of a task keeps")
 
     @property

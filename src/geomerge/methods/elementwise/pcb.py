@@ -80,8 +80,7 @@ dtype: bfloat16
         return self.density, self.winsor, self.balance
 
     def survey(self, walk: Walk) -> Bounds:
-        experts = next((n for n in walk.over(lambda scan: scan.experts)), 0)
-        d = walk.numel
+        d, experts = walk.numel, walk.experts
         if not d:
             return Bounds((0.0,) * experts, (0.0,) * experts, (0.0,) * experts, (0.0,) * experts)
         first = min(math.floor(d * self.winsor + 1e-9), d - 1)
@@ -96,19 +95,16 @@ dtype: bfloat16
         rank = min(math.floor(d * (1 - self.density) + 1e-9), d - 1)
 
         def scores(tile: Tile) -> list[Tensor]:
-            return self._scores(tile.task_vectors(), bounds)
+            found = self._scores(tile.task_vectors(), bounds)
+            return found + found
 
-        least = nth_smallest_of_all(walk, scores, [rank] * experts, signed=True)
-        most = [
-            max(column)
-            for column in zip(*walk.over_segments(lambda tiles: _largest(tiles, scores, experts)), strict=True)
-        ]
-        return bounds._replace(least=tuple(least), most=tuple(most))
+        found = nth_smallest_of_all(walk, scores, [rank] * experts + [d - 1] * experts, signed=True)
+        return bounds._replace(least=tuple(found[:experts]), most=tuple(found[experts:]))
 
     def measure(self, scan: Scan) -> Any:
         if self.known is not None:
             return self.known
-        return self.survey(Walk([lambda: scan], [scan.name], scan.numel))
+        return self.survey(Walk([lambda: scan], [scan.name], scan.numel, scan.experts))
 
     def blend(self, tile: Tile, stats: Bounds) -> Tensor:
         deltas = tile.task_vectors()
@@ -130,19 +126,12 @@ dtype: bfloat16
             low, high = bounds.low[k], bounds.high[k]
             magnitude = delta.abs().clamp_(low, high)
             shares.append(magnitude.sub_(low).div_(high - low) if high > low else torch.zeros_like(delta))
-        signed = [delta.sign() * u for delta, u in zip(deltas, shares, strict=True)]
+        signed = [] if self.balance == "raw" else [delta.sign() * u for delta, u in zip(deltas, shares, strict=True)]
         if self.balance == "pair":
             inter = [sum((torch.tanh(v * other) for other in signed), torch.zeros_like(v)) for v in signed]
         else:
             added = torch.zeros_like(deltas[0])
-            for part in deltas if self.balance == "raw" else signed:
+            for part in signed or deltas:
                 added.add_(part)
-            inter = [torch.tanh(delta * added) for delta in deltas]
+            inter = [(delta * added).tanh_() for delta in deltas]
         return [i.mul_(u.square_().mul_(len(deltas)).exp_()) for i, u in zip(inter, shares, strict=True)]
-
-
-def _largest(tiles: Any, scores: Any, experts: int) -> list[float]:
-    found = [-math.inf] * experts
-    for tile in tiles:
-        found = [max(a, float(s.max())) for a, s in zip(found, scores(tile), strict=True)]
-    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -57,7 +57,7 @@ parameters: {task: 1, threshold: 0.4}
 dtype: bfloat16
 """
 
-    task: int = parameter(1, within=(1, 10_000), doc="whose model: 1 is the first expert's")
+    task: int = parameter(1, within=(1, 10_000), expert=True, doc="whose model: 1 is the first expert's")
     threshold: float = parameter(
         0.4, within=(0, 100), doc="λ of the mask; larger is sparser. The paper chooses from 0.2 to 0.6"
     )
@@ -73,6 +73,26 @@ dtype: bfloat16
         return tile.base.addcmul_(total, mask)
 
 
+FEW = 0.05
+"""Share of a model's elements below which what Consensus keeps of the merged vector is worth a warning."""
+
+
+class Kept:
+    """Counts the elements in a mask, tile by tile, from any thread."""
+
+    def __init__(self) -> None:
+        self._tiles: list[int] = []
+
+    def add(self, mask: Tensor) -> Tensor:
+        """Count a tile's mask of 0.0 and 1.0, and give it back."""
+        self._tiles.append(int(mask.sum().item()))
+        return mask
+
+    @property
+    def total(self) -> int:
+        return sum(self._tiles)
+
+
 @dataclass(frozen=True)
 class _Consensus(Elementwise):
     """θ₀ + λ · [Σ mₜ ≥ k] ⊙ τ_MTL."""
@@ -85,12 +105,25 @@ class _Consensus(Elementwise):
         if self.k > count:
             raise ValueError(f"k is {self.k}, but there are {count} experts: nothing would be left but the base")
 
-    def shared(self, deltas: Sequence[Tensor], total: Tensor) -> Tensor:
-        """The merged vector, cut down to what enough tasks need."""
+    def warning(self, told: Sequence[tuple[int, Mapping[str, Any]]]) -> str | None:
+        numel = sum(n for n, found in told if "kept" in found)
+        kept = sum(found.get("kept", 0) for _, found in told)
+        if not numel or kept >= FEW * numel:
+            return None
+        loosest = max(self.threshold)
+        looser = [f"k (is {self.k})"] * (self.k > 1) + [f"threshold (is {loosest:g})"] * (loosest > 0)
+        return (
+            f"{self.name} keeps {100 * kept / numel:.2g} % of the elements: nearly all of the output is the base; "
+            + (f"lower {' or '.join(looser)}, or " if looser else "")
+            + "take another method for experts that share little"
+        )
+
+    def shared(self, deltas: Sequence[Tensor], total: Tensor, kept: Kept) -> Tensor:
+        """The merged vector, cut down to what enough tasks need; how much that is is counted."""
         votes = torch.zeros_like(total)
         for delta, threshold in zip(deltas, self.threshold, strict=True):
             votes.add_(tall_mask(delta, total, threshold))
-        return total.mul_(votes.ge_(self.k))
+        return total.mul_(kept.add(votes.ge_(self.k)))
 
 
 @register
@@ -116,9 +149,15 @@ parameters: {k: 2, threshold: 0.4, lambda: 0.3}
 dtype: bfloat16
 """
 
-    def blend(self, tile: Tile, stats: Any) -> Tensor:
+    def measure(self, scan: Scan) -> Kept:
+        return Kept()
+
+    def blend(self, tile: Tile, stats: Kept) -> Tensor:
         deltas = tile.task_vectors()
-        return tile.base.add_(self.shared(deltas, added(deltas)), alpha=self.lambda_)
+        return tile.base.add_(self.shared(deltas, added(deltas), stats), alpha=self.lambda_)
+
+    def tell(self, stats: Kept) -> dict[str, int]:
+        return {"kept": stats.total}
 
 
 @register
@@ -156,17 +195,20 @@ dtype: bfloat16
         return Magnitude((self.density,) * experts, known=self.known)
 
     def survey(self, walk: Walk) -> dict[str, list[Selection]]:
-        return self._trim(next(iter(walk.over(lambda scan: scan.experts)), 0)).survey(walk)
+        return self._trim(walk.experts).survey(walk)
 
-    def measure(self, scan: Scan) -> Any:
-        return self._trim(scan.experts).measure(scan)
+    def measure(self, scan: Scan) -> tuple[list[Selection], Kept]:
+        return self._trim(scan.experts).measure(scan), Kept()
 
-    def blend(self, tile: Tile, stats: list[Selection]) -> Tensor:
+    def tell(self, stats: tuple[list[Selection], Kept]) -> dict[str, int]:
+        return {"kept": stats[1].total}
+
+    def blend(self, tile: Tile, stats: tuple[list[Selection], Kept]) -> Tensor:
         deltas = tile.task_vectors()
-        step = self._trim(len(deltas))
-        trimmed = [step.keep_(delta.clone(), k, tile, stats) for k, delta in enumerate(deltas)]
+        step, (selections, kept) = self._trim(len(deltas)), stats
+        trimmed = [step.keep_(delta.clone(), k, tile, selections) for k, delta in enumerate(deltas)]
         sign = elected_sign(added(trimmed))
         total = torch.zeros_like(tile.base)
         for delta in trimmed:
             total.add_(delta.mul_(sign).clamp_(min=0.0))
-        return tile.base.add_(self.shared(deltas, total.mul_(sign)), alpha=self.lambda_)
+        return tile.base.add_(self.shared(deltas, total.mul_(sign), kept), alpha=self.lambda_)

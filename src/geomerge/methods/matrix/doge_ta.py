@@ -12,8 +12,11 @@ from torch import Tensor
 
 from geomerge.methods.base import Matrix, parameter
 from geomerge.methods.matrix.quadratic import adam, norms
+from geomerge.methods.order import nth_smallest_of_all
 from geomerge.methods.properties import BASE, PERMUTATION, SIGN
 from geomerge.methods.registry import register
+from geomerge.methods.sparsify import magnitudes
+from geomerge.methods.walk import Walk
 
 _TIE = 1e-10
 """How much more the leading directions of a task weigh in the shared subspace: nothing where the tasks decide, and what
@@ -33,7 +36,8 @@ class DogeTa(Matrix):
     3. Δ from 0 by Adam on Σ_t Σ_rows ⟨τ_t, τ_t − Σ_s λ_s(τ_s + Δ)⟩², its gradient replaced by (1 − P)∇.
     4. mask_t keeps the largest magnitudes of τ_t (not of τ_t + Δ), all that equal the smallest of them included.
 
-    This is the authors' code. Their threshold runs over all weights of a task together, here over each weight on its own.
+    This is the authors' code. As there, the threshold of a mask runs over all weights of a task together, found exactly in two
+    passes over the models before the first weight is merged; ``scope: tensor`` takes each weight on its own.
     """
 
     name: ClassVar[str] = "doge_ta"
@@ -68,13 +72,29 @@ dtype: float32
         0.3, within=(0, 1), doc="share of a task vector's elements, the largest, that its mask keeps"
     )
     scope: str = parameter(
-        "tensor", choices=("tensor",), doc="over what the threshold of a mask runs: each weight on its own"
+        "global", choices=("global", "tensor"), doc="what density is a share of: all weights together, or each weight"
     )
     lr: float = parameter(1e-4, within=(0, math.inf), doc="Adam's step size")
     steps: int = parameter(400, within=(0, math.inf), doc="steps of Adam")
 
+    @property
+    def surveys(self) -> int:
+        return int(self.scope == "global")
+
+    @property
+    def surveyed_alike(self) -> float:
+        return self.density
+
+    def survey(self, walk: Walk) -> tuple[float, ...]:
+        """The smallest magnitude that is kept of each task, over all weights."""
+        rank = rank_of(walk.numel, self.density)
+        if not rank:
+            return (0.0,) * walk.experts
+        return tuple(nth_smallest_of_all(walk, magnitudes, [rank - 1] * walk.experts))
+
     def merge(self, deltas: Tensor) -> Tensor:
-        return self.merge_above(deltas, [threshold(delta, self.density) for delta in deltas])
+        thresholds = self.known if self.known is not None else [threshold(delta, self.density) for delta in deltas]
+        return self.merge_above(deltas, thresholds)
 
     def merge_above(self, deltas: Tensor, thresholds: Sequence[float]) -> Tensor:
         """The merge for given thresholds of the masks, wherever they come from.
@@ -123,7 +143,12 @@ dtype: float32
         return basis
 
 
+def rank_of(n: int, density: float) -> int:
+    """d − ⌊density·d⌋: which magnitude in ascending order, from 1, is the smallest that a mask keeps; 0 where all are kept."""
+    return n - math.floor(density * n + 1e-9)
+
+
 def threshold(delta: Tensor, density: float) -> float:
-    """The (d − ⌊density·d⌋)-th smallest magnitude, below which a mask is zero; 0 where all are to be kept."""
-    rank = delta.numel() - math.floor(density * delta.numel() + 1e-9)
+    """The smallest magnitude that the mask of a weight on its own keeps; 0 where all are to be kept."""
+    rank = rank_of(delta.numel(), density)
     return delta.abs().flatten().kthvalue(rank).values.item() if rank else 0.0

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
 from geomerge.methods import registry
-from geomerge.methods.base import Matrix, per_model
-from geomerge.methods.direct import Function
-from geomerge.methods.linalg import largest
+from geomerge.methods.base import Matrix, parameter, per_model
+from geomerge.methods.direct import merge_tensors
+from geomerge.methods.linalg import largest, one_thread
 from geomerge.methods.properties import BASE, PERMUTATION, SCALE, SIGN
 from geomerge.methods.registry import register
+from geomerge.methods.sparsify import Magnitude
+from geomerge.methods.tile import Scan, TensorSource
+from geomerge.methods.walk import Walk, whole
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from geomerge.methods.order import Selection
 
 
 @register
@@ -28,8 +33,9 @@ class Knots(Matrix):
     thinned to its largest elements, with signs elected by their sum (Stoica et al. 2025). A merge that is linear in the
     task vectors would not change.
 
-    TIES works on one weight at a time; the published code ranks the coordinates of all weights together. Directions below
-    10⁻⁶ of the strongest do not count (published: below 10⁻⁵, whatever the scale).
+    The published code ranks the coordinates of all weights together (``scope: global``). They are far too many to keep, so that
+    each weight is decomposed four times instead of once; ``tensor`` takes each weight's coordinates on their own. Directions
+    below 10⁻⁶ of the strongest do not count (published: below 10⁻⁵, whatever the scale).
     """
 
     name: ClassVar[str] = "knots"
@@ -53,17 +59,52 @@ dtype: bfloat16
 
     weight: tuple[float, ...] = per_model(1.0, doc="the update's weight")
     density: tuple[float, ...] = per_model(0.2, within=(0, 1), above=0.0, doc="share of the coordinates that is kept")
+    scope: str = parameter(
+        "tensor",
+        choices=("tensor", "global"),
+        doc="what density is a share of: the coordinates of each weight, or of all weights together (as published)",
+    )
+
+    @property
+    def surveys(self) -> int:
+        return 3 if self.scope == "global" and min(self.density) < 1 else 0
+
+    @property
+    def surveyed_alike(self) -> tuple[float, ...]:
+        return self.density
+
+    def survey(self, walk: Walk) -> dict[str, list[Selection]]:
+        """The largest coordinates of all weights together, by weight."""
+        numel = sum(walk.over(lambda scan: _scan_of_coordinates(scan).numel))
+        return Magnitude(self.density).survey(walk.mapped(_scan_of_coordinates, numel))
+
+    def known_of(self, known: dict[str, list[Selection]], name: str) -> tuple[Selection, ...]:
+        return tuple(known.get(name, ()))
 
     def rest_weights(self, count: int) -> tuple[float, ...]:
         return tuple(w * c for w, c in zip(self.weight, super().rest_weights(count), strict=True))
 
     def merge(self, deltas: Tensor) -> Tensor:
-        basis = largest(deltas.transpose(0, 1).reshape(deltas.shape[1], -1), deltas.shape[1]).u
-        coordinates = [basis.T @ delta for delta in deltas]
+        basis, coordinates = _coordinates(deltas)
         if not basis.shape[1]:
             return torch.zeros_like(deltas[0])
-        ties = Function(registry.get("ties"))
-        merged = ties(
-            torch.zeros_like(coordinates[0]), coordinates, weight=list(self.weight), density=list(self.density)
-        )
-        return torch.mm(basis, merged)
+        values = {"weight": self.weight, "density": self.density}
+        ties = registry.get("ties").make(values, count=len(deltas))
+        if self.known is not None:
+            ties = replace(ties, known={"coordinates": self.known})
+        origin = torch.zeros_like(coordinates[0])
+        return torch.mm(basis, merge_tensors(ties, [origin, *coordinates], "coordinates"))
+
+
+def _coordinates(deltas: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """U, shape ``(rows, k)``, and the Rₜ, each ``(k, columns)``."""
+    basis = largest(deltas.transpose(0, 1).reshape(deltas.shape[1], -1), deltas.shape[1]).u
+    return basis, [basis.T @ delta for delta in deltas]
+
+
+def _scan_of_coordinates(scan: Scan) -> Scan:
+    """A scan of the coordinates as experts on a base of zeros, cut as `merge` cuts them."""
+    with one_thread():
+        _, coordinates = _coordinates(whole(scan, based=True).view(-1, *scan.shape))
+    sources = [TensorSource(t) for t in (torch.zeros_like(coordinates[0]), *coordinates)]
+    return Scan(sources, coordinates[0].shape, name=scan.name, tile=scan.tile, device=scan.device, level=-1)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -14,6 +17,11 @@ from geomerge.methods.registry import register
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from geomerge.methods.tile import Scan, Tile
+    from geomerge.methods.walk import Walk
+
+_LAYER = re.compile(r"(?:.*?\.)?\d+(?=\.)")
 
 
 @register
@@ -28,14 +36,19 @@ class Resm(Matrix):
     their outliers' share of all outliers' mass. ``winsor``: outliers are clipped.
 
     `rank_mode`: ``task``: the r directions of a weight are shared out by the task vectors' density, the share of elements
-    that are not below `epsilon` of their root mean square.
+    that are not below `epsilon` of their root mean square. ``layer``: every task gets ⌊r/T⌋ in the model's densest layer and
+    less in sparser ones, k = ⌊r/T · ((1 − z)/max(1 − z))^γ⌋, where the zeros z and the root mean squares are those of all
+    weight matrices of a layer together, z the mean of the tasks'. Matrices are of one layer whose names agree up to their first
+    number (``model.layers.3.``); one without a number is a layer of its own.
     """
 
     name: ClassVar[str] = "resm"
     aliases: ClassVar[tuple[str, ...]] = ("r_tsvm",)
     title: ClassVar[str] = "RESM-style TSV-Merge (experimental)"
     paper: ClassVar[str] = "after Yang et al. 2025, Mix Data or Merge Models?, arXiv:2502.06876"
-    formula: ClassVar[str] = "TSV-Merge of ωₜτₜ with kₜ triplets each,  ωₜ = T·oₜ/Σ oₛ,  kₜ = ⌊r·(1−zₜ)/Σ (1−zₛ)⌋"
+    formula: ClassVar[str] = (
+        "TSV-Merge of ωₜτₜ with kₜ triplets each,  ωₜ = T·oₜ/Σ oₛ,  kₜ = ⌊r·(1−zₜ)/Σ (1−zₛ)⌋ or ⌊r/T·((1−z)/max(1−z))^γ⌋"
+    )
     when: ClassVar[str] = "To experiment with. Take tsvm for a merge that others can reproduce."
     properties: ClassVar[frozenset[str]] = frozenset({PERMUTATION, BASE, SINGLE, SCALE, SIGN})
     example: ClassVar[str] = """\
@@ -50,17 +63,67 @@ dtype: bfloat16
     kappa: float = parameter(
         3.0, within=(0, 1e6), doc="standard deviations above the mean from which |τ| is an outlier"
     )
-    rank_mode: str = parameter("task", choices=("off", "task"), doc="how the ranks are shared out among the tasks")
+    rank_mode: str = parameter(
+        "task",
+        choices=("off", "task", "layer"),
+        doc="how the ranks are shared out: alike, among the tasks, among the layers",
+    )
     epsilon: float = parameter(
         0.1, within=(0, 1e6), doc="share of the root mean square below which an element counts as zero"
     )
+    gamma: float = parameter(1.0, within=(0, 100), doc="γ: how much less sparser layers get (`rank_mode: layer`)")
+
+    @property
+    def surveys(self) -> int:
+        return 2 if self.rank_mode == "layer" else 0
+
+    @property
+    def surveyed_alike(self) -> float:
+        return self.epsilon
+
+    def survey(self, walk: Walk) -> dict[str, float]:
+        """(1 − z)/max(1 − z) of the layer that each matrix belongs to."""
+        layers = [_layer(name) for name in walk.names]
+        squares = walk.over(
+            lambda scan: (scan.numel, scan.sums(lambda tile: [d.square_() for d in tile.task_vectors()]))
+        )
+        bounds: dict[str, list[float]] = {}
+        sizes: dict[str, int] = {}
+        for layer in dict.fromkeys(layers):
+            mine = [found for found, of in zip(squares, layers, strict=True) if of == layer]
+            sizes[layer] = sum(numel for numel, _ in mine)
+            totals = (math.fsum(column) for column in zip(*(sums for _, sums in mine), strict=True))
+            bounds[layer] = [self.epsilon * math.sqrt(total / sizes[layer]) if total else math.inf for total in totals]
+
+        def count(scan: Scan) -> int:
+            least = bounds[_layer(scan.name)]
+            return sum(scan.over(lambda tiles: _dense(tiles, least)))
+
+        dense = dict.fromkeys(sizes, 0)
+        for layer, found in zip(layers, walk.over(count), strict=True):
+            dense[layer] += found
+        # A layer's count of dense elements over its size is T·(1 − z): T falls out of the ratio.
+        shares = {layer: found / sizes[layer] for layer, found in dense.items()}
+        most = max(shares.values(), default=0.0)
+        return {name: shares[layer] / most if most else 1.0 for name, layer in zip(walk.names, layers, strict=True)}
+
+    def known_of(self, known: dict[str, float], name: str) -> float:
+        return known.get(name, 1.0)
 
     def merge(self, deltas: Tensor) -> Tensor:
         # Density is measured before outliers are touched: neither switch changes what the other means.
-        ranks = self._ranks(deltas) if self.rank_mode == "task" else [rank_share(deltas)] * len(deltas)
+        ranks = self._ranks(deltas) if self.rank_mode == "task" else [self._rank(deltas)] * len(deltas)
         if self.outlier_mode != "off":
             self._treat_outliers(deltas)
         return task_singular_vectors(deltas, ranks)
+
+    def _rank(self, deltas: Tensor) -> int:
+        """⌊r/T⌋, or what of it the layer's density leaves, at least 1."""
+        most = rank_share(deltas)
+        if self.rank_mode == "off" or self.known is None:
+            return most
+        share = math.pow(self.known, self.gamma)
+        return max(1, math.floor(min(deltas.shape[1:]) / len(deltas) * share + 1e-9))
 
     def _ranks(self, deltas: Tensor) -> list[int]:
         """k_t = ⌊r·(1 − z_t)/Σ_s(1 − z_s)⌋, at least 1."""
@@ -84,3 +147,17 @@ dtype: bfloat16
             mass = torch.stack(masses)
             if float(mass.sum()) > 0:
                 deltas.mul_((len(deltas) * mass / mass.sum())[:, None, None])
+
+
+def _layer(name: str) -> str:
+    """What the names of a layer's matrices have in common."""
+    found = _LAYER.match(name)
+    return found[0] if found else name
+
+
+def _dense(tiles: Iterator[Tile], least: list[float]) -> int:
+    """How many elements of all task vectors are not below their bound."""
+    found = 0
+    for tile in tiles:
+        found += sum(int((d.abs_() >= bound).sum()) for d, bound in zip(tile.task_vectors(), least, strict=True))
+    return found
