@@ -58,12 +58,12 @@ dtype: bfloat16
         return tuple(w * c for w, c in zip(self.weight, super().rest_weights(count), strict=True))
 
     def merge(self, deltas: Tensor) -> Tensor:
-        basis = largest(deltas.transpose(0, 1).reshape(deltas.shape[1], -1), deltas.shape[1]).u
-        coordinates = [basis.T @ delta for delta in deltas]
-        if not basis.shape[1]:
+        found = largest(deltas.transpose(0, 1).reshape(deltas.shape[1], -1), deltas.shape[1])
+        if not len(found.s):
             return torch.zeros_like(deltas[0])
+        coordinates = list(torch.split(found.s[:, None] * found.vh, deltas.shape[2], dim=1))
         ties = Function(registry.get("ties"))
         merged = ties(
             torch.zeros_like(coordinates[0]), coordinates, weight=list(self.weight), density=list(self.density)
         )
-        return torch.mm(basis, merged)
+        return torch.mm(found.u, merged)
