@@ -22,7 +22,7 @@ _SHARE = 8
 """At most one in so many eigenvectors is looked for: with more, the space would be too large to pay."""
 _DENSE = 0.25
 """With an effective rank (Σλ)²/Σλ² above this share of the rows, as of noise, the spectrum is too dense."""
-_SPACE = 0.5
+_SPACE = 0.55
 """The space grows to this share of the rows at most; from there on it costs what `eigh` does."""
 _HOPELESS = 0.1
 """With residuals above this share of the smallest eigenvalue wanted in the first space, it is, too."""
@@ -149,7 +149,7 @@ def _search(space: _Space, k: int, floor: float) -> Leading | None:
         if before is None and residual > _HOPELESS * smallest:
             return None
         check = _forecast(space.size, residual, wanted, before)
-        if check > 1.5 * space.limit:
+        if check > 1.4 * space.limit:
             return None
         check, before = min(check, 1.25 * space.size), (space.size, residual)
     return None
