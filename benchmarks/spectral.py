@@ -1,14 +1,18 @@
 """Spectral methods against the same mathematics with full singular value decompositions, as the published code does it.
 
-    python benchmarks/spectral.py [ROWSxCOLUMNS …]      # by default 768x768 768x3072 2048x512 1536x1536
+    python benchmarks/spectral.py [--spectrum slow|power|noise] [--rounds N] [--methods tsvm,iso_c] [ROWSxCOLUMNS …]
 
-Both sides work on the same float64 task vectors on one thread; the best of two runs counts. A task vector is what fine-tunes
-have: a spectrum that falls off slowly, and noise.
+By default all methods on 768x768 768x3072 3072x768 1536x1536. Both sides work on the same float64 task vectors on one thread,
+in turns; what counts is the median of each side's processor seconds, which other work on the machine disturbs least.
+
+A task vector's spectrum: ``slow``, 1/√i for a quarter of the rank over a floor of noise; ``power``, 1/i to the last; ``noise``,
+that of independent elements, the worst case for whatever looks for leading directions.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
+import statistics
 import time
 from collections.abc import Callable
 
@@ -16,17 +20,22 @@ import torch
 from torch import Tensor
 
 from geomerge.methods import registry
+from geomerge.methods.direct import Function
 
 TASKS = 8
-SHAPES = ((768, 768), (768, 3072), (2048, 512), (1536, 1536))
+SHAPES = ("768x768", "768x3072", "3072x768", "1536x1536")
 
 
-def task_vectors(rows: int, columns: int) -> Tensor:
-    """Random task vectors with singular values like 1/√i over a floor of noise."""
+def task_vectors(rows: int, columns: int, spectrum: str) -> Tensor:
+    """Random task vectors."""
     torch.manual_seed(rows * columns)
-    rank = min(rows, columns) // 4
-    strength = torch.arange(1, rank + 1, dtype=torch.float64) ** -0.5
-    made = torch.randn(TASKS, rows, columns, dtype=torch.float64) * 0.1
+    short = min(rows, columns)
+    made = torch.randn(TASKS, rows, columns, dtype=torch.float64)
+    if spectrum == "noise":
+        return made * 1e-4
+    rank, power = (short // 4, -0.5) if spectrum == "slow" else (short, -1.0)
+    strength = torch.arange(1, rank + 1, dtype=torch.float64) ** power
+    made *= 0.1 if spectrum == "slow" else 0.0
     for delta in made:
         strong = torch.randn(rows, rank, dtype=torch.float64) * strength
         delta.add_(strong @ torch.randn(rank, columns, dtype=torch.float64))
@@ -72,29 +81,63 @@ def iso_cts(deltas: Tensor) -> Tensor:
     return (u @ vh) * torch.cat([*(p[1][:each] for p in parts), common[1]]).mean()
 
 
-def timed(work: Callable[[], Tensor]) -> tuple[float, Tensor]:
-    """Seconds of the better of two runs, and the result."""
-    best = float("inf")
-    for _ in range(2):
-        begun = time.perf_counter()
-        made = work()
-        best = min(best, time.perf_counter() - begun)
-    return best, made
+def low(matrix: Tensor, share: float) -> Tensor:
+    """The nearest matrix of lower rank."""
+    u, s, vh = svd(matrix)
+    k = int(share * len(s) + 1e-9)
+    return (u[:, :k] * s[:k]) @ vh[:k]
 
 
-def main(shapes: list[tuple[int, int]]) -> None:
+def twin(deltas: Tensor) -> Tensor:
+    """Twin-Merging with a tenth of the rank."""
+    shared = 0.3 * deltas.sum(0)
+    merged = shared.clone()
+    for delta in deltas:
+        merged += low(delta - shared, 0.1) / len(deltas)
+    return merged
+
+
+def knots(deltas: Tensor) -> Tensor:
+    """KnOTS-TIES."""
+    u, s, vh = svd(torch.cat(list(deltas), 1))
+    coordinates = list((s[:, None] * vh).split(deltas.shape[2], dim=1))
+    ties = Function(registry.get("ties"))
+    return u @ ties(torch.zeros_like(coordinates[0]), coordinates, weight=1.0, density=0.2)
+
+
+def timed(sides: tuple[Callable[[], Tensor], ...], rounds: int) -> tuple[list[float], list[Tensor]]:
+    """The median processor seconds of each side, run in turns, and their results."""
+    seconds: list[list[float]] = [[] for _ in sides]
+    made: list[Tensor] = []
+    for _ in range(rounds):
+        made = []
+        for side, times in zip(sides, seconds, strict=True):
+            begun = time.thread_time()
+            made.append(side())
+            times.append(time.thread_time() - begun)
+    return [statistics.median(times) for times in seconds], made
+
+
+def main() -> None:
     """Print the table."""
+    references = (tsvm, iso_c, iso_cts, twin, knots)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("shapes", nargs="*", default=list(SHAPES))
+    parser.add_argument("--spectrum", choices=("slow", "power", "noise"), default="slow")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--methods", default=",".join(reference.__name__ for reference in references))
+    given = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"{TASKS} task vectors, float64, one thread")
+    print(f"{TASKS} task vectors, spectrum {given.spectrum}, float64, one thread")
     print(f"{'shape':>12s}  {'method':8s} {'ours':>9s} {'full SVD':>9s} {'faster':>7s} {'difference':>11s}")
-    for rows, columns in shapes:
-        deltas = task_vectors(rows, columns)
-        for reference in (tsvm, iso_c, iso_cts):
+    for name in given.shapes:
+        rows, columns = (int(side) for side in name.split("x"))
+        deltas = task_vectors(rows, columns, given.spectrum)
+        for reference in (r for r in references if r.__name__ in given.methods.split(",")):
             method = registry.get(reference.__name__).make({}, count=TASKS)
-            ours, found = timed(lambda: method.merge(deltas.clone()))  # type: ignore[attr-defined]  # noqa: B023
-            theirs, expected = timed(lambda: reference(deltas))  # noqa: B023
+            sides = (lambda: method.merge(deltas.clone())), (lambda: reference(deltas))  # type: ignore[attr-defined]  # noqa: B023
+            (ours, theirs), (found, expected) = timed(sides, given.rounds)
             difference = float((found - expected).norm() / expected.norm())
-            name = f"{rows}x{columns}"
             print(
                 f"{name:>12s}  {reference.__name__:8s} {ours:8.2f}s {theirs:8.2f}s {theirs / ours:6.1f}x {difference:11.1e}",
                 flush=True,
@@ -102,5 +145,4 @@ def main(shapes: list[tuple[int, int]]) -> None:
 
 
 if __name__ == "__main__":
-    given = [(int(a), int(b)) for a, b in (word.split("x") for word in sys.argv[1:])]
-    main(given or list(SHAPES))
+    main()

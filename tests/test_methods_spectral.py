@@ -325,6 +325,21 @@ def test_polar_at_any_condition(low: float, transposed: bool) -> None:
     assert close(linalg.polar(matrix), expected, 1e-9)
 
 
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+@pytest.mark.parametrize("shape", [(30, 50), (50, 30), (40, 40), (1, 9), (9, 1), (1, 1)])
+def test_polar_of_any_size_and_rank(shape: tuple[int, int], size: float) -> None:
+    """A partial isometry of exactly the matrix's rank: no direction that it lacks is filled up; of zero, zero."""
+    drawn = np.random.default_rng(8)
+    for rank in sorted({0, 1, min(shape) // 3, min(shape)}):
+        left, right = (torch.from_numpy(drawn.standard_normal((n, rank))) for n in shape)
+        matrix = left @ right.T * size
+        found = linalg.polar(matrix)
+        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+        assert close(found, u[:, :rank] @ vh[:rank], 1e-10)
+        assert float(found.square().sum()) == pytest.approx(rank, abs=1e-10)
+        assert float((found * matrix).sum()) == pytest.approx(float(s.sum()))
+
+
 def test_what_is_decomposed_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of what is well conditioned, a few rows where a few values are weak, all where most are."""
     decomposed: list[int] = []
@@ -384,6 +399,29 @@ def test_shrink() -> None:
     matrix = spectrum([3.0, 2.0, 1.0, 0.5])
     assert close(linalg.shrink(matrix, 0.75), spectrum([2.25, 1.25, 0.25]))
     assert torch.equal(linalg.shrink(matrix, 10.0), ZERO)
+
+
+@pytest.mark.parametrize("threshold", [1e-5, 5e-4, 1e-2, 0.5])
+def test_shrink_at_any_threshold(threshold: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weak values are looked at only where the threshold leaves some."""
+    matrix = graded(1e-4)
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    decomposed: list[int] = []
+    svd = linalg.svd
+    monkeypatch.setattr(linalg, "svd", lambda matrix: decomposed.append(len(matrix)) or svd(matrix))
+    expected = (u * (s - threshold).clamp(min=0.0)) @ vh
+    assert close(linalg.shrink(matrix, threshold), expected, 1e-9)
+    assert close(linalg.shrink(matrix.T, threshold), expected.T, 1e-9)
+    assert bool(decomposed) == (threshold < 3e-3)
+
+
+def test_complement() -> None:
+    """Orthonormal, and orthogonal to what is given; of nothing, everything."""
+    rest = linalg.complement(U[:, :7])
+    assert torch.allclose(
+        torch.cat([U[:, :7], rest], 1).T @ rest, torch.eye(24, dtype=torch.float64)[:, 7:], atol=1e-14
+    )
+    assert linalg.complement(U[:, :0]).shape == (24, 24)
 
 
 def test_one_thread_restores_the_setting() -> None:

@@ -15,14 +15,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from geomerge.methods.krylov import NOISE, leading
+
 RANK = 1e-6
 """Singular values below this share of the largest do not count: a matrix in 16 or 32 bits does not hold such."""
 
 _PANEL = 256
 _WEAK = 3e-3
 """Singular values below this share of the largest are not taken from a Gram matrix."""
-_NOISE = 1e-13
-"""Eigenvalues below this share of the largest are zero but for rounding."""
 
 
 class _Threads:
@@ -109,19 +109,26 @@ class _Left(NamedTuple):
         return len(self.s) - len(self.tail)
 
 
-def _left(wide: Tensor, k: int) -> _Left:
+def _left(wide: Tensor, k: int, floor: float = 0.0) -> _Left:
     """The k largest, from the eigenvectors of AAᵀ: several times faster than a decomposition of A.
 
     That squares the condition: an error ε·σ₁² in AAᵀ mixes directions i and j by ε·σ₁²/(σᵢσⱼ), as good as nothing for strong
     ones and everything for weak ones. So the weak ones, σ < `_WEAK`·σ₁, are only taken as a subspace: what A does in it, a few
     rows, is decomposed itself. Where most are weak, all of A is.
+
+    Few strong ones come from a Krylov space, if that is cheaper (`leading`). Values below `floor` are not wanted: where all
+    weak ones are such, none is looked for.
     """
-    values, vectors = torch.linalg.eigh(gram(wide))
+    product = gram(wide)
+    few = leading(product, k, floor=_WEAK**2)
+    if few is not None:
+        return _Left(few.vectors, few.values.sqrt(), wide[:0])
+    values, vectors = torch.linalg.eigh(product)
     values, vectors = values.flip(0).clamp_(min=0.0), vectors.flip(1)
     rows, first = len(values), float(values[0])
     strong = min(k, int((values >= _WEAK**2 * first).sum())) if first > 0.0 else 0
     u, s, tail = vectors[:, :strong], values[:strong].sqrt(), wide[:0]
-    if strong < k and bool((values[strong:] > _NOISE * first).any()):
+    if strong < k and bool((values[strong:] > max(NOISE * first, floor * floor)).any()):
         if 2 * (rows - strong) > rows:
             u, s, tail = (x[:, :k] if i == 0 else x[:k] for i, x in enumerate(svd(wide)))
         else:
@@ -204,6 +211,12 @@ def _truncate_by_energy(matrix: Tensor, energy: float) -> Tensor:
     return found.first(k).matrix()
 
 
+def complement(vectors: Tensor) -> Tensor:
+    """An orthonormal basis of what is orthogonal to some orthonormal columns: shape ``(rows, rows − columns)``."""
+    q: Tensor = torch.linalg.qr(vectors, mode="complete").Q
+    return q[:, vectors.shape[1] :]
+
+
 # -- functions of the singular values ----------------------------------------------------------------------------------
 
 
@@ -216,16 +229,20 @@ def shrink(matrix: Tensor, threshold: float) -> Tensor:
     """Singular value thresholding: UΣ'Vᵀ with σ' = max(σ − threshold, 0)."""
     if float(torch.linalg.matrix_norm(matrix)) <= threshold:
         return torch.zeros_like(matrix)
-    return _scaled(matrix, lambda s: (1.0 - threshold / s).clamp_(min=0.0))
+    return _scaled(matrix, lambda s: (1.0 - threshold / s).clamp_(min=0.0), floor=threshold)
 
 
-def _scaled(matrix: Tensor, factor: Callable[[Tensor], Tensor]) -> Tensor:
-    """Σ f(σᵢ)·σᵢ·uᵢvᵢᵀ, for the strong ones as U f(Σ) Uᵀ·A."""
+def _scaled(matrix: Tensor, factor: Callable[[Tensor], Tensor], floor: float = 0.0) -> Tensor:
+    """Σ f(σᵢ)·σᵢ·uᵢvᵢᵀ over σᵢ > floor, for the strong ones as U f(Σ) Uᵀ·A."""
     wide = _wide(matrix)
-    left = _left(wide, wide.shape[0])
-    f = factor(left.s)
-    u, head = left.u, left.head
-    made = symmetric_product(u[:, :head] * f[:head], u[:, :head].T) @ wide
-    if len(left.tail):
-        made.addmm_(u[:, head:] * (f * left.s)[head:], left.tail)
+    left = _left(wide, wide.shape[0], floor)
+    kept = int((left.s > floor).sum())
+    head = min(left.head, kept)
+    f = factor(left.s[:kept])
+    u = left.u[:, :kept]
+    strong = u[:, :head] * f[:head]
+    few = 2 * head <= len(wide)
+    made = strong @ (u[:, :head].T @ wide) if few else symmetric_product(strong, u[:, :head].T) @ wide
+    if kept > head:
+        made.addmm_(u[:, head:] * (f * left.s[:kept])[head:], left.tail[: kept - head])
     return made if wide is matrix else made.T

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
 from geomerge.methods.base import Matrix, parameter
-from geomerge.methods.linalg import RANK, Triplets, largest, polar
+from geomerge.methods.linalg import RANK, Triplets, complement, largest, polar
 from geomerge.methods.matrix.iso_c import isotropic
 from geomerge.methods.properties import BASE, PERMUTATION, ROTATION, SCALE, SIGN
 from geomerge.methods.registry import register
@@ -59,14 +60,23 @@ dtype: bfloat16
         if not each:
             return isotropic(deltas.sum(0))
         common = largest(deltas.sum(0), short - each * count)
-        parts: list[Triplets] = []
-        for delta in deltas:
-            size = float(torch.linalg.matrix_norm(delta))
-            delta.sub_(common.u @ (common.u.T @ delta))
-            parts.append(largest(delta, each, floor=RANK * size))
-        parts.append(common)
+        parts = [*_specific(deltas, common.u, each), common]
         s = torch.cat([p.s for p in parts])
         if not len(s):
             return torch.zeros_like(deltas[0])
         u, v = polar(torch.cat([p.u for p in parts], 1)), polar(torch.cat([p.vh for p in parts]))
         return (u @ v).mul_(s.mean())
+
+
+def _specific(deltas: Tensor, common: Tensor, each: int) -> Iterator[Triplets]:
+    """The strongest directions of each τₜ − U_c U_cᵀ τₜ."""
+    wide = deltas.shape[1] <= deltas.shape[2]
+    # Few rows are left of a wide residual when it is written in a basis of what U_c leaves out.
+    basis = complement(common) if wide else None
+    for delta in deltas:
+        floor = RANK * float(torch.linalg.matrix_norm(delta))
+        if basis is None:
+            yield largest(delta.sub_(common @ (common.T @ delta)), each, floor=floor)
+        else:
+            found = largest(basis.T @ delta, each, floor=floor)
+            yield found._replace(u=basis @ found.u)

@@ -98,8 +98,8 @@ dtype: bfloat16
 
 def _coordinates(deltas: Tensor) -> tuple[Tensor, list[Tensor]]:
     """U, shape ``(rows, k)``, and the Rₜ, each ``(k, columns)``."""
-    basis = largest(deltas.transpose(0, 1).reshape(deltas.shape[1], -1), deltas.shape[1]).u
-    return basis, [basis.T @ delta for delta in deltas]
+    found = largest(deltas.transpose(0, 1).reshape(deltas.shape[1], -1), deltas.shape[1])
+    return found.u, list(torch.split(found.s[:, None] * found.vh, deltas.shape[2], dim=1))
 
 
 def _scan_of_coordinates(scan: Scan) -> Scan:
