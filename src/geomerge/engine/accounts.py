@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from geomerge.anatomy import Part
+from geomerge.engine.components import Components
 from geomerge.engine.lineup import Lineup
 from geomerge.engine.models import Model
 from geomerge.engine.plan import Node
@@ -26,6 +27,7 @@ class Accounts:
         slots: The output's tensors.
         lineups: Who goes into them.
         copy: Makes a node that copies a model's tensor: name, model, stored name, rule.
+        components: The recipe's rules for components, if it has any.
 
     Attributes:
         parts: The output's tensors that have a node.
@@ -39,12 +41,15 @@ class Accounts:
         slots: Slots,
         lineups: Sequence[Sequence[Lineup]],
         copy: Callable[[str, Model, str, str], Node],
+        components: Components | None = None,
     ) -> None:
         self.planner, self.recipe, self.slots, self.lineups = planner, recipe, slots, lineups
         self.members, self.donor, self._copy = slots.members, slots.donor, copy
         self.parts: dict[str, Part] = {}
         self.missing: list[str] = []
-        self._used: dict[int, set[str]] = {id(m): set() for m in self.members}
+        self.components = components
+        owners = [] if components is None else [m for m in components.owners.values() if m is not None]
+        self._used: dict[int, set[str]] = {id(m): set() for m in (*self.members, *owners)}
 
     def use(self, model: Model, stored: str) -> None:
         """A parent's tensor goes into the output."""
@@ -53,7 +58,7 @@ class Accounts:
     def leave(self, model: Model, name: str, why: str) -> None:
         """A parent's tensor does not go into the output."""
         self._used[id(model)].add(name)
-        self.planner.left_out[f"{model}: {name}"] = why
+        self.planner.left_out[f"{model}: {model.own.get(name, name)}"] = why
 
     def other_modules(self) -> list[int]:
         """Tensors of modules that the recipe does not list are copied from the donor, so that the output is whole."""
@@ -85,6 +90,8 @@ class Accounts:
     def rest(self) -> list[int]:
         """See to the parents' tensors that the output has not used."""
         made: list[int] = []
+        if self.components is not None:
+            self._leave_components(self.components)
         for model in self.members:
             if not any(e.model is model for row in self.lineups for lineup in row for e in lineup.entrants):
                 continue
@@ -92,7 +99,7 @@ class Accounts:
             for name, part in model.anatomy.parts.items():
                 if name in used:
                     continue
-                key = f"{model}: {name}"
+                key = f"{model}: {model.own.get(name, name)}"
                 if name in model.anatomy.tied:
                     self.planner.left_out[key] = f"tied to {model.anatomy.tied[name]}, which is stored once"
                 elif name in model.anatomy.buffers:
@@ -109,8 +116,27 @@ class Accounts:
                     self.planner.nodes.append(self._copy(name, model, name, f"copy: only in {model}"))
                     self.parts[name] = part
                 else:
-                    self.missing.append(f"{self.donor} has no {name}, which {model} has")
+                    self.missing.append(f"{self.donor} has no {model.own.get(name, name)}, which {model} has")
         return made
+
+    def _leave_components(self, components: Components) -> None:
+        """The components that are taken from other models; all but its component of a model that only gives one."""
+        entered = {id(e.model) for row in self.lineups for lineup in row for e in lineup.entrants}
+        owners = {id(m): m for m in components.owners.values() if m is not None}
+        for model in ({id(m): m for m in self.members} | owners).values():
+            if id(model) not in entered and id(model) not in owners:
+                continue
+            for name, part in model.anatomy.parts.items():
+                if name in self._used[id(model)] or name in model.anatomy.tied:
+                    continue
+                owner = components.owner(part)
+                if owner is not None and owner is not model:
+                    self.leave(model, name, f"component {part.component!r} is taken from {owner}")
+                elif owner is None and id(model) not in entered:
+                    given = [c for c, m in components.owners.items() if m is model]
+                    self.leave(model, name, f"only its {' and '.join(given)} is taken")
+                elif owner is model and id(model) not in entered:
+                    self.missing.append(f"{self.donor} has no {model.own.get(name, name)}, which {model} has")
 
     def _cut_away(self, model: Model, part: Part) -> bool:
         """Whether the recipe takes nothing from this model at the place where the tensor stands."""

@@ -9,6 +9,7 @@ from geomerge.anatomy import Part
 from geomerge.checkpoint.dtypes import DTYPES, parse_dtype
 from geomerge.engine.accounts import Accounts
 from geomerge.engine.alignment import FOLDED, Alignment
+from geomerge.engine.components import Components
 from geomerge.engine.encoding import Encoding
 from geomerge.engine.lineup import Lineup
 from geomerge.engine.matrices import rest, weighs
@@ -44,17 +45,25 @@ class RecipePlan:
                 f"a schedule sets the interpolation parameter t, which {recipe.method} does not have",
                 where=str(recipe.at("schedule")),
             )
+        self.components = Components(planner.models, recipe) if recipe.components else None
+        models = self.components or planner.models
+        if self.components is not None and recipe.align is not None:
+            raise RecipeError("`align` and `components` exclude each other", where=str(recipe.at("align")))
         self.lineups = [
-            [Lineup(recipe, m, s, planner.models, self.used, self.schedule) for s in m.slices] for m in recipe.modules
+            [Lineup(recipe, m, s, models, self.used, self.schedule) for s in m.slices] for m in recipe.modules
         ]
         entrants = [e for row in self.lineups for lineup in row for e in lineup.entrants]
         self.members: list[Model] = list({id(e.model): e.model for e in entrants}.values())
-        base = None if recipe.base_model is None else planner.models.get(recipe.base_model, recipe.at("base_model"))
+        base = None if recipe.base_model is None else models.get(recipe.base_model, recipe.at("base_model"))
         self.donor = base or self.members[0]
         if base is not None and base not in self.members:
             self.members.append(base)
+        if self.components is not None:
+            self.components.check_members((e.model for e in entrants), recipe)
+            self.donor = self.components.template
+            planner.notes += self.components.notes
         self.slots = Slots(self.members, self.donor)
-        self.accounts = Accounts(planner, recipe, self.slots, self.lineups, self._copy)
+        self.accounts = Accounts(planner, recipe, self.slots, self.lineups, self._copy, self.components)
         self.dtype = (
             parse_dtype(recipe.out_dtype or recipe.dtype, recipe.where) if recipe.out_dtype or recipe.dtype else None
         )
@@ -75,7 +84,7 @@ class RecipePlan:
         for each in {id(m): m for m in (*self.members, self.donor)}.values():
             planner.notes += each.checkpoint.notes if each.checkpoint is not None else ()
         planner.notes += [note for m in self.members if (note := m.codes) is not None]
-        self.vocabularies = Vocabularies(recipe, self.members, base, planner.rows, planner.models)
+        self.vocabularies = Vocabularies(recipe, self.members, base, planner.rows, models)
         for model in self.vocabularies.outsiders:
             for name in model.tensors:
                 used = name in model.anatomy.vocabulary and recipe.tokenizer and recipe.tokenizer.missing == "omp"
@@ -85,7 +94,7 @@ class RecipePlan:
             recipe,
             self.members,
             self.donor,
-            planner.models,
+            models,
             self.vocabularies,
             planner.transforms,
             planner.rotations,
@@ -133,6 +142,9 @@ class RecipePlan:
                 if part.name in model.tensors:
                     self.accounts.leave(model, part.name, f"tied to {alias_of}, which is stored once")
             return None
+        owner = None if self.components is None else self.components.owner(part)
+        if owner is not None:
+            return self._taken(part, owner)
         found: list[tuple[Model, str]] = []
         for entrant, name in zip(lineup.entrants, names, strict=True):
             stored = entrant.model.find(name)
@@ -180,6 +192,21 @@ class RecipePlan:
             statistics=self._statistics(names[0], shape),
             lift=lift,
         )
+
+    def _taken(self, part: Part, owner: Model) -> Node | None:
+        """A tensor of a component that is taken whole from one model."""
+        stored = owner.find(part.name)
+        if stored is None:
+            self.accounts.missing.append(f"{owner}, whose {part.component} is to be copied, has no {part.name}")
+            return None
+        own = self.donor.find(part.name)
+        assert own is not None
+        kinds = [self.donor.tensors[own], owner.tensors[stored]]
+        if kinds[0].shape != kinds[1].shape:
+            # The config of the output is the donor's: another tower would not fit it.
+            raise self._shapes_differ(part, [(self.donor, own), (owner, stored)], kinds)
+        self.accounts.use(owner, stored)
+        return self._copy(part.name, owner, stored, f"copy: component {part.component!r} is taken from {owner}")
 
     def _statistics(self, name: str, shape: tuple[int, ...]) -> tuple[Operand, ...]:
         """The tensor's statistics in every file of them."""
