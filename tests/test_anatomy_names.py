@@ -408,6 +408,7 @@ def test_summary_counts_everything_once() -> None:
                 },
             }
         },
+        "components": {},
         "dtypes": {"BF16": {"tensors": 5, "parameters": 152}, "F32": {"tensors": 1, "parameters": 4}},
         "tied": {"lm_head.weight": "transformer.wte.weight"},
         "stored_twice": ["lm_head.weight"],

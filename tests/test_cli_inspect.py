@@ -50,7 +50,7 @@ def test_json(run: Program, tmp_path: Path) -> None:
     said = json.loads(out)
     assert set(said) == {
         "model", "path", "hub_id", "revision", "architectures", "model_type", "files", "bytes", "family", "guessed",
-        "tensors", "parameters", "modules", "dtypes", "tied", "stored_twice", "vocabulary", "buffers", "shapes",
+        "tensors", "parameters", "modules", "components", "dtypes", "tied", "stored_twice", "vocabulary", "buffers", "shapes",
         "quantization", "adapter", "undecodable", "fingerprint", "sha256", "not_finite",
     }  # fmt: skip
     assert said["sha256"] == hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from geomerge.anatomy import families, generic, unet
+from geomerge.anatomy import components, families, generic, unet
 from geomerge.anatomy.families import Family, Module
 from geomerge.anatomy.roles import (
     Position,
@@ -44,6 +44,7 @@ class Part:
         position: "pre" (before the blocks), "block" or "post".
         slot: Which of the name's components that are numbers holds the block's index, counted from 0; None when none
             does. Layers behind the last block (multi-token prediction) have no block, position "post" and a slot.
+        component: The component of a composite model: "language", "vision", "projector", …; "" when there is but one.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Part:
     depth: float | None
     position: Position
     slot: int | None = None
+    component: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,10 @@ class Anatomy:
     vocabulary: Mapping[str, int]
     layer_keys: Mapping[str, tuple[str, ...]]
     buffers: frozenset[str] = field(default_factory=frozenset)
+
+    def components(self) -> tuple[str, ...]:
+        """The components' names in the order of their first tensors; ("",) for a model that is none but itself."""
+        return tuple(dict.fromkeys(part.component for part in self.parts.values()))
 
 
 class _Rule(NamedTuple):
@@ -234,23 +240,25 @@ def _assemble(
             seen[names[template]].add(number)
     renumbered, depth = _number_blocks(modules, seen, config)
 
+    guesses = components.guess(shapes) if guessed else {}
     parts: dict[str, Part] = {}
     vocabulary: dict[str, int] = {}
     buffers: list[str] = []
     for (name, template, _), number in zip(split, raw, strict=True):
         rule, module = rules[template], names[template]
+        component = guesses[name] if guessed else _component(rule.module)
         if number is None:
             where = 0.0 if rule.position == "pre" else 1.0
-            parts[name] = Part(name, rule.role, module, None, where, rule.position)
+            parts[name] = Part(name, rule.role, module, None, where, rule.position, None, component)
         else:
             new = renumbered.get(module)
             block, slot = (number, rule.slot) if new is None else (new[number], None)
             blocks = depth[module]
             if block >= blocks:
-                parts[name] = Part(name, rule.role, module, None, 1.0, "post", slot)
+                parts[name] = Part(name, rule.role, module, None, 1.0, "post", slot, component)
             else:
                 where = block / (blocks - 1) if blocks > 1 else 0.0
-                parts[name] = Part(name, rule.role, module, block, where, "block", slot)
+                parts[name] = Part(name, rule.role, module, block, where, "block", slot, component)
         if rule.axis is not None and rule.axis < len(shapes[name]):
             vocabulary[name] = rule.axis
         if rule.buffer is not None and rule.buffer in (0, len(shapes[name])):
@@ -270,6 +278,10 @@ def _assemble(
         layer_keys={name: _layer_keys(module, config) for name, module in modules.items() if depth[name]},
         buffers=frozenset(buffers),
     )
+
+
+def _component(module: Module) -> str:
+    return module.name if module.component is None else module.component
 
 
 def _number_blocks(

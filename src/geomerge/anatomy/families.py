@@ -28,6 +28,7 @@ class Module:
         counts: Configuration keys that hold the number of blocks, dotted where nested. Every one that is present
             counts; when none is, the first is the one to write.
         numbering: "index": the number in the name; "rank": its rank among those seen; "unet": see `unet.py`.
+        component: The component that it belongs to, as recipes name it; `None`: the module's own name.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Module:
     blocks: str | None = None
     counts: tuple[str, ...] = ()
     numbering: str = "index"
+    component: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,20 +124,23 @@ _PROJECTOR = Module(
     "multi_modal_projector",
     r"multi_modal_projector|mm_projector|projector|merger|merger_list|deepstack_merger_list|connector|aligner|vision_adapter"
     r"|embed_vision|embed_audio|mlp1|img_projection",
+    component="projector",
 )
 _VISION = Module(
     "vision_tower",
     r"vision_tower|visual|vision_model|vision_encoder|vision",
     "blocks|encoder.layers|encoder.layer|transformer.layers|model.layers|layers",
     ("vision_config.num_hidden_layers", "vision_config.depth"),
+    component="vision",
 )
 _AUDIO = Module(
     "audio_tower",
     "audio_tower",
     "layers|conformer",
     ("audio_config.num_hidden_layers", "audio_config.encoder_layers", "audio_config.conf_num_hidden_layers"),
+    component="audio",
 )
-_TEXT = Module("text_decoder", blocks="layers|h", counts=_TEXT_COUNTS)
+_TEXT = Module("text_decoder", blocks="layers|h", counts=_TEXT_COUNTS, component="language")
 _VLM = (_PROJECTOR, _VISION, _TEXT)
 
 
@@ -343,8 +348,15 @@ FAMILIES: tuple[Family, ...] = (
                 "vision_model|visual|visual_projection",
                 "encoder.layers|resblocks",
                 ("vision_config.num_hidden_layers",),
+                component="vision",
             ),
-            Module("text_model", "", "encoder.layers|encoder.layer|resblocks", ("text_config.num_hidden_layers",)),
+            Module(
+                "text_model",
+                "",
+                "encoder.layers|encoder.layer|resblocks",
+                ("text_config.num_hidden_layers",),
+                component="text",
+            ),
         ),
     ),
     Family("clip-tower", ("clip_vision_model", "clip_text_model"), _stack("encoder.layers", "num_hidden_layers")),
@@ -352,8 +364,14 @@ FAMILIES: tuple[Family, ...] = (
         "siglip",
         ("siglip", "siglip2"),
         (
-            Module("vision_model", "vision_model", "encoder.layers", ("vision_config.num_hidden_layers",)),
-            Module("text_model", "", "encoder.layers", ("text_config.num_hidden_layers",)),
+            Module(
+                "vision_model",
+                "vision_model",
+                "encoder.layers",
+                ("vision_config.num_hidden_layers",),
+                component="vision",
+            ),
+            Module("text_model", "", "encoder.layers", ("text_config.num_hidden_layers",), component="text"),
         ),
     ),
     Family(
@@ -412,6 +430,7 @@ FAMILIES: tuple[Family, ...] = (
         _HEAD,
     ),
     Family("idefics", ("idefics2", "idefics3", "smolvlm"), _VLM, _HEAD),
+    Family("mllama", ("mllama",), _VLM, _HEAD),
     Family("glm4v", ("glm4v", "glm4v_moe", "glm46v"), _VLM, _HEAD),
     Family("qwen2_audio", ("qwen2_audio", "voxtral"), (_PROJECTOR, _AUDIO, _TEXT), _HEAD),
     Family(
@@ -419,14 +438,15 @@ FAMILIES: tuple[Family, ...] = (
         ("phi4mm", "phi4_multimodal", "phi3_v"),
         (
             _PROJECTOR,
-            Module("audio_tower", "audio_embed", "encoders", ("audio_config.num_blocks",)),
+            Module("audio_tower", "audio_embed", "encoders", ("audio_config.num_blocks",), component="audio"),
             Module(
                 "vision_tower",
                 "image_embed|vision_embed_tokens",
                 "encoder.layers",
                 ("vision_config.num_hidden_layers",),
+                component="vision",
             ),
-            Module("text_decoder", blocks="layers", counts=("num_hidden_layers",)),
+            Module("text_decoder", blocks="layers", counts=("num_hidden_layers",), component="language"),
         ),
         _HEAD,
     ),
@@ -452,8 +472,16 @@ FAMILIES: tuple[Family, ...] = (
         "flux",
         (),
         (
-            Module("single", "single_transformer_blocks", "single_transformer_blocks", ("num_single_layers",)),
-            Module("double", "", "transformer_blocks|joint_transformer_blocks", ("num_layers", "num_mmdit_layers")),
+            Module(
+                "single", "single_transformer_blocks", "single_transformer_blocks", ("num_single_layers",), component=""
+            ),
+            Module(
+                "double",
+                "",
+                "transformer_blocks|joint_transformer_blocks",
+                ("num_layers", "num_mmdit_layers"),
+                component="",
+            ),
         ),
         # In a single block, `proj_out` closes attention and MLP at once; most of its columns are the MLP's.
         roles=((r"^proj_(?:mlp|out)\.", "mlp"),),

@@ -19,7 +19,8 @@ def summary(anatomy: Anatomy, shapes: Mapping[str, tuple[int, ...]], dtypes: Map
 
     Returns:
         ``family``, ``guessed``, ``tensors``, ``parameters`` (buffers left out, tied tensors once), ``modules`` (name →
-        ``blocks``, ``layer_keys``, ``roles``: role → ``tensors`` and ``parameters``), ``dtypes``, ``tied``,
+        ``blocks``, ``layer_keys``, ``roles``: role → ``tensors`` and ``parameters``), ``components`` (name → ``modules``,
+        ``tensors`` and ``parameters``; empty for a model that has but one), ``dtypes``, ``tied``,
         ``stored_twice`` (aliases that the checkpoint stores beside their twin), ``vocabulary`` (``rows``: None when
         there is no vocabulary, or the tensors disagree; ``tensors``: name → axis), ``buffers``.
     """
@@ -29,6 +30,7 @@ def summary(anatomy: Anatomy, shapes: Mapping[str, tuple[int, ...]], dtypes: Map
         name: {"blocks": blocks, "layer_keys": list(anatomy.layer_keys.get(name, ())), "roles": {}}
         for name, blocks in anatomy.depth.items()
     }
+    components: dict[str, dict[str, Any]] = {}
     by_dtype: dict[str, dict[str, int]] = {}
     total = 0
     for name, part in anatomy.parts.items():
@@ -37,6 +39,10 @@ def summary(anatomy: Anatomy, shapes: Mapping[str, tuple[int, ...]], dtypes: Map
         counts = [roles.setdefault(part.role, {"tensors": 0, "parameters": 0})]
         if name in dtypes:
             counts.append(by_dtype.setdefault(dtypes[name], {"tensors": 0, "parameters": 0}))
+        component = components.setdefault(part.component, {"modules": [], "tensors": 0, "parameters": 0})
+        if part.module not in component["modules"]:
+            component["modules"].append(part.module)
+        counts.append(component)
         for count in counts:
             count["tensors"] += 1
             count["parameters"] += 0 if name in uncounted else size
@@ -48,6 +54,7 @@ def summary(anatomy: Anatomy, shapes: Mapping[str, tuple[int, ...]], dtypes: Map
         "tensors": len(anatomy.parts),
         "parameters": total,
         "modules": modules,
+        "components": components if set(components) != {""} else {},
         "dtypes": by_dtype,
         "tied": dict(anatomy.tied),
         "stored_twice": twice,

@@ -16,7 +16,10 @@ def show_model(model: dict[str, Any]) -> None:
     Args:
         model: What ``geomerge inspect --json`` prints.
     """
-    show(facts(_header(model)), heading("modules"), _modules(model), heading("tensors"), *_shapes(model))
+    show(facts(_header(model)), heading("modules"), _modules(model))
+    if model["components"]:
+        show(heading("components"), _components(model))
+    show(heading("tensors"), *_shapes(model))
     if model["not_finite"]:
         show(heading("not finite"), *_not_finite(model["not_finite"]))
 
@@ -85,6 +88,14 @@ def _modules(model: dict[str, Any]) -> Any:
             first = ("", "")
     columns = ("module", "blocks", "role", "tensors", "parameters")
     return table(columns, rows, right=("blocks", "tensors", "parameters"))
+
+
+def _components(model: dict[str, Any]) -> Any:
+    rows = [
+        (clean(name), clean(", ".join(m for m in c["modules"] if m)), f"{c['tensors']:,}", _number(c["parameters"]))
+        for name, c in model["components"].items()
+    ]
+    return table(("component", "modules", "tensors", "parameters"), rows, right=("tensors", "parameters"))
 
 
 def _shapes(model: dict[str, Any]) -> list[Any]:

@@ -37,6 +37,7 @@ class Model:
         checkpoint: The opened files; `None` for the result of an earlier stage.
         folder: Where its tokenizer and other side files lie; `None` when it has none.
         vocabulary: Its tokenizer's, read when first asked for.
+        own: For a model that goes by another one's names: those → its own.
     """
 
     ref: ModelRef
@@ -46,6 +47,7 @@ class Model:
     operand: Callable[[str], Operand]
     checkpoint: Checkpoint | None
     folder: Path | None
+    own: Mapping[str, str] = field(default_factory=dict)
     _vocabulary: list[Vocabulary | None] = field(default_factory=list)
 
     def __str__(self) -> str:

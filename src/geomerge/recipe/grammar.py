@@ -66,6 +66,11 @@ RECIPE = Shape(
         ),
         Key("parameters", "parameters", _PARAMETERS.format("the whole merge")),
         Key(
+            "components",
+            "components",
+            "For models of several components (language, vision, projector, …): merge, or {copy: model}, for each.",
+        ),
+        Key(
             "dtype",
             "dtype",
             "The number format of the output, unless out_dtype is given. Arithmetic never depends on it.",
@@ -167,6 +172,7 @@ ENTRY = Shape(
         Key("value", "value", "A value, or a list of values over the depth.", required=True),
         Key("filter", "filter", "A piece of the tensor's name, '*', a glob over the name, or /a regular expression/."),
         Key("role", "role", "Tensors with this role only.", choices=ROLES),
+        Key("component", "word", "Tensors of this component only, such as vision; `geomerge inspect` lists them."),
         Key("block", "block", "This block only, or first-last, both included."),
     ),
 )
@@ -215,6 +221,11 @@ ALIGN = Shape(
         Key("normalise", "flag", "Scale the embeddings to length 1 before the rotation is found."),
         Key("weight", "choice", "How much each token counts.", choices=("none", "log_frequency")),
     ),
+)
+
+COMPONENT = Shape(
+    "a component's rule",
+    (Key("copy", "model", "The model from which the component is taken whole.", required=True),),
 )
 
 TOKEN = Shape(

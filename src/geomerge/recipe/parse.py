@@ -22,6 +22,7 @@ from geomerge.recipe.pipeline import in_order
 from geomerge.recipe.references import expand_home, parse_reference
 from geomerge.recipe.values import (
     AlignSpec,
+    Component,
     Entry,
     Filter,
     ModelRef,
@@ -110,6 +111,9 @@ class _Reader:
             modules = self._one_module(None, found, where, "'models', 'slices' and 'modules'")
         elif "models" in found or "slices" in found:
             raise _refuse(where, "a recipe has exactly one of 'models', 'slices' and 'modules'")
+        if "components" in found and (len(modules) > 1 or "models" not in found):
+            at = self.document.entries["components"][0]
+            raise _refuse(at, "'components' goes with 'models': slices and modules say themselves what is taken", None)
         for key in ("models", "slices"):
             found.pop(key, None)
         source = found.pop("tokenizer_source", None)
@@ -281,7 +285,7 @@ class _Reader:
     def _entry(self, node: Node) -> Entry:
         found = self._table(node, grammar.ENTRY)
         name, kind = found.get("filter", (None, "substring"))
-        chosen = Filter(name, found.get("role"), found.get("block"), kind)
+        chosen = Filter(name, found.get("role"), found.get("block"), kind, found.get("component"))
         return Entry(None if chosen == Filter() else chosen, found["value"], node.where)
 
     def read_value(self, node: Node, _: Key) -> Scalar | tuple[Scalar, ...]:
@@ -394,6 +398,19 @@ class _Reader:
             scope = next(k for k in grammar.ALIGN.keys if k.name == "scope")
             return AlignSpec(cast('Literal["embedding", "residual"]', self.read_choice(node, scope)), where=node.where)
         return AlignSpec(**self._table(node, grammar.ALIGN), where=node.where)
+
+    def read_components(self, node: Node, key: Key) -> dict[str, Component]:
+        rules = {}
+        for name, (where, value) in _entries(node, key).items():
+            if isinstance(value, Table):
+                rules[name] = Component(self._table(value, grammar.COMPONENT)["copy"], where)
+            elif isinstance(value, Text) and value.text == "merge":
+                rules[name] = Component(None, where)
+            else:
+                raise _refuse(where, f"the component {name!r} is either 'merge' or '{{copy: model}}'")
+        if not rules:
+            raise _refuse(node.where, "'components' is empty")
+        return rules
 
     def read_tokens(self, node: Node, key: Key) -> tuple[TokenRule, ...]:
         rules = []

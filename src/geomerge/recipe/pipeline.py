@@ -96,6 +96,7 @@ def _references(recipe: Recipe) -> Iterator[ModelRef]:
         yield model
         if model.lora is not None:
             yield model.lora
+    yield from (rule.copy for rule in recipe.components.values() if rule.copy is not None)
     if recipe.tokenizer is not None:
         if isinstance(recipe.tokenizer.source, ModelRef):
             yield recipe.tokenizer.source

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from geomerge.errors import RecipeError
+from geomerge.errors import RecipeError, did_you_mean
 from geomerge.recipe.values import Entry, Module, Parameters, Recipe, Scalar, Slice, Source, Where
 
 if TYPE_CHECKING:
@@ -157,6 +157,13 @@ def check_filters(recipe: Recipe, used: set[int], parts: Iterable[Part]) -> tupl
         what = f"'{entry.filter}' of {parameter!r} matches no tensor"
         if recipe.compat != "mergekit":
             hint = f"for example {tensors[len(tensors) // 2].name!r} is a tensor's name" if tensors else None
+            components = sorted({part.component for part in tensors} - {""})
+            if entry.filter.component is not None and entry.filter.component not in components:
+                hint = did_you_mean(entry.filter.component, components) or (
+                    f"the components are: {', '.join(components)}"
+                    if components
+                    else "the models have but one component"
+                )
             raise RecipeError(what, where=str(entry.where), hint=hint)
         notes.append(f"{entry.where}: {what}")
     return tuple(notes)

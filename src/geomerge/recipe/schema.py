@@ -155,6 +155,11 @@ def _definitions() -> dict[str, _Schema]:
         "missing": {"anyOf": [{"enum": ["mean", "zero", "average", "omp"]}, {"type": "string", "pattern": "^copy:."}]},
         "tokens_policy": {"anyOf": [{"$ref": "#/$defs/vocabulary"}, _object(grammar.TOKENS)]},
         "align": {"anyOf": [{"enum": ["embedding", "residual"]}, _object(grammar.ALIGN)]},
+        "components": {
+            "type": "object",
+            "minProperties": 1,
+            "additionalProperties": {"anyOf": [{"const": "merge"}, _object(grammar.COMPONENT)]},
+        },
         "tokens": {"type": "object", "additionalProperties": _object(grammar.TOKEN)},
         "token_source": {"anyOf": [{"$ref": "#/$defs/model"}, _object(grammar.TOKEN_SOURCE)]},
         "steps": _list({"anyOf": [{"enum": list(grammar.STEPS)}, *steps]}),

@@ -67,16 +67,20 @@ class Filter:
         role: A role of `geomerge.anatomy`, such as ``attention``.
         blocks: First and last block, both included.
         kind: How `name` is meant.
+        component: A component of a composite model, such as ``vision``.
     """
 
     name: str | None = None
     role: str | None = None
     blocks: tuple[int, int] | None = None
     kind: Kind = "substring"
+    component: str | None = None
 
     def matches(self, part: Part) -> bool:
         """Whether the tensor is meant."""
         if self.role is not None and part.role != self.role:
+            return False
+        if self.component is not None and part.component != self.component:
             return False
         if self.blocks is not None and (part.block is None or not self.blocks[0] <= part.block <= self.blocks[1]):
             return False
@@ -89,7 +93,8 @@ class Filter:
     @property
     def everywhere(self) -> bool:
         """Whether the filter holds for every tensor."""
-        return self.name in (None, "", "*") and self.role is None and self.blocks is None
+        limited = self.role is not None or self.component is not None or self.blocks is not None
+        return self.name in (None, "", "*") and not limited
 
     def __str__(self) -> str:
         said = []
@@ -97,6 +102,8 @@ class Filter:
             said.append(f"filter: {f'/{self.name}/' if self.kind == 'regex' else self.name}")
         if self.role is not None:
             said.append(f"role: {self.role}")
+        if self.component is not None:
+            said.append(f"component: {self.component}")
         if self.blocks is not None:
             first, last = self.blocks
             said.append(f"block: {first}" if first == last else f"block: {first}-{last}")
@@ -247,6 +254,14 @@ class AlignSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class Component:
+    """What becomes of one component of a composite model: merged by the recipe's method, or copied from `copy`."""
+
+    copy: ModelRef | None = None
+    where: Where = field(default=NOWHERE, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
 class Step:
     """Something done to the merged task vector after the method."""
 
@@ -266,6 +281,7 @@ class Recipe:
             ``models`` one slice without layer ranges.
         schedule: geomerge's schedule over depth, as plain data: a preset's name or a mapping.
         statistics: Files with a non-negative number for each weight (Fisher diagonals): their sum weights inner products.
+        components: For composite models: what becomes of each component; those that are not named are merged.
         text: The whole file's text, which is stored beside the merge.
         notes: What was accepted but has no effect, each with its ``file:line``.
         lines: Where the top-level keys stand; see `at`.
@@ -284,6 +300,7 @@ class Recipe:
     schedule: Mapping[str, Any] | str | None = None
     statistics: tuple[ModelRef, ...] = ()
     steps: tuple[Step, ...] = ()
+    components: Mapping[str, Component] = field(default_factory=dict)
     compat: Literal["mergekit"] | None = None
     seed: int = 0
     guardrails: Literal["warn", "enforce", "off"] | None = None
