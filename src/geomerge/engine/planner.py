@@ -19,7 +19,9 @@ from geomerge.anatomy import Part
 from geomerge.checkpoint.checkpoint import Checkpoint
 from geomerge.checkpoint.collector import collector_paused
 from geomerge.checkpoint.dtypes import DTYPES, parse_dtype
+from geomerge.engine.activations import Activations
 from geomerge.engine.alignment import FOLDED, Alignment
+from geomerge.engine.chain import Chain
 from geomerge.engine.encoding import Encoding
 from geomerge.engine.lineup import Entrant, Lineup
 from geomerge.engine.matrices import rest, weighs
@@ -191,7 +193,13 @@ class _Recipe:
         self.untied |= self.alignment.untied
         planner.notes += self.alignment.notes
         planner.alignment += self.alignment.facts
+        self.chains = {
+            id(lineup): Chain(m, lineup, self.used)
+            for m, row in zip(recipe.modules, self.lineups, strict=True)
+            for lineup in row
+        }
         self.steps = Steps(recipe.steps, self.used)
+        self.activations = self._activations(base)
         self.block_maps: dict[str, list[int]] = {}
         self.taken: set[tuple[int, str, int | str]] = set()
         self.covered: dict[str | None, list[Lineup]] = {}
@@ -219,6 +227,7 @@ class _Recipe:
             self._refuse_missing()
         if self.schedule is not None:
             self.schedule.check_used()
+        self.planner.notes += [each.note for each in self.activations]
         everything = [*self.parts.values(), *(p for m in self.members for p in m.anatomy.parts.values())]
         self.planner.notes += check_filters(self.recipe, self.used, everything)
         return made
@@ -390,6 +399,7 @@ class _Recipe:
         if isinstance(method, Matrix) and not weighs(method, part, shape):
             rule, method, operands = rest(method, operands)
         scale, lift = self.steps.at(part, t)
+        columns = [c for a in self.activations if (c := a.at(part, names[0], shape, t)) is not None]
         return Node(
             part.name,
             shape,
@@ -402,7 +412,22 @@ class _Recipe:
             group=_group(part) if isinstance(method, Span) and method.grouped else "",
             statistics=self._statistics(names[0], shape),
             lift=lift,
+            chain=self.chains[id(lineup)].at(part, inputs[1:], shape, t) if len(operands) > 1 else (),
+            columns=tuple(columns),
         )
+
+    def _activations(self, base: Model | None) -> list[Activations]:
+        """The activations of the recipe's AIM steps."""
+        found = []
+        for step in (s for s in self.recipe.steps if s.name == "aim"):
+            if base is None or not all(lineup.based for row in self.lineups for lineup in row):
+                raise RecipeError(
+                    f"the step 'aim' weighs the change of a base model's columns, and {self.recipe.method} has none",
+                    where=str(step.where),
+                    hint="add `base_model: PATH`, and take a method that works from it",
+                )
+            found.append(Activations(step, self.planner.models, base, self.used))
+        return found
 
     def _statistics(self, name: str, shape: tuple[int, ...]) -> tuple[Operand, ...]:
         """The tensor's statistics in every file of them."""

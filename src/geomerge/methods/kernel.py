@@ -16,6 +16,7 @@ from torch import Tensor
 from geomerge.errors import RunError, UsageError
 from geomerge.methods import gram
 from geomerge.methods.base import Elementwise, Matrix, Method, Span
+from geomerge.methods.combine import exactly, weighted_sum
 from geomerge.methods.linalg import one_thread
 from geomerge.methods.rest import is_matrix, rest_method
 from geomerge.methods.tile import Scan, Segment, Tile
@@ -49,7 +50,7 @@ class Prepared:
     def copies(self) -> int | None:
         """The one input that the output equals bit for bit, if the coefficients say so."""
         c = self.coefficients
-        if c is not None and sum(x != 0.0 for x in c) == 1 and 1.0 in c:
+        if c is not None and self.scan.thinning is None and sum(x != 0.0 for x in c) == 1 and 1.0 in c:
             return c.index(1.0)
         return None
 
@@ -106,7 +107,9 @@ def prepare(
             raise UsageError(error.what, where=scan.name, hint=error.hint) from None
         coefficients = tuple(_scaled(vector, scale).tolist())
         combine = _combine_differences if _cancels(coefficients) else _combine
-        if not method.needs_gram and all(coefficients):
+        if scan.thinning is not None:
+            combine = _combine_thinned
+        elif not method.needs_gram and all(coefficients):
             # What is not finite in an input shows in the output: one look instead of one for each input.
             scan, combine = open_scan(check=False), functools.partial(_looked_at, combine)
         return Prepared(scan, functools.partial(combine, coefficients), coefficients)
@@ -120,6 +123,28 @@ def prepare(
     if scale == 1.0:
         return Prepared(scan, lambda tile: method.blend(tile, stats))
     return Prepared(scan, lambda tile: _rescale(tile.base.clone(), method.blend(tile, stats), scale))
+
+
+def columnwise(prepared: Prepared, factors: Tensor, stride: int) -> Prepared:
+    """The same with each column of the merged task vector multiplied by a factor: θ₀ + f ⊙ (merge − θ₀).
+
+    As such factors are diagonal, they and `scale` may follow each other in any order.
+
+    Args:
+        prepared: The method bound to a tensor whose tiles are float64.
+        factors: fⱼ, float64.
+        stride: Elements between one column's and the next one's (1: columns lie along the last dimension).
+    """
+
+    def blend(tile: Tile) -> Tensor:
+        base = tile.base.clone().reshape(-1)
+        merged = prepared.blend(tile).reshape(-1)
+        place = torch.arange(tile.start, tile.start + tile.numel, device=base.device)
+        return base.addcmul_(
+            merged.sub_(base), factors[place.div_(stride, rounding_mode="floor").remainder_(len(factors))]
+        )
+
+    return replace(prepared, blend=blend, coefficients=None)
 
 
 def elementwise_scan(
@@ -145,9 +170,10 @@ def _prepare_matrix(
         whole = merge_matrix(method, open_scan(), shape) if measured is None else measured
         return whole if factor == 1.0 else whole * factor
 
-    merged = _Once(compute)
+    merged = Once(compute)
     scan = open_scan(check=False)  # every element has been looked at by then
     del scan.sources[1:]
+    scan.thinning = None
 
     def blend(tile: Tile) -> Tensor:
         piece = merged()[tile.start : tile.start + tile.numel]
@@ -165,16 +191,9 @@ def merge_matrix(method: Matrix, scan: Scan, shape: tuple[int, ...]) -> Tensor:
         NotFiniteError: An input holds NaN or Inf.
         RunError: The result does.
     """
-    based = method.base_use == "required"
-    count = len(scan.sources) - based
-    whole = torch.empty(count, scan.numel, dtype=torch.float64, device=scan.device)
-    # Not `scan.over`: its threads may be the ones that wait for this very matrix.
-    for tile in (tile for segment in scan.segments for tile in scan.tiles(segment)):
-        values = tile.task_vectors() if based else tile.inputs
-        for row, each in zip(whole, values, strict=True):
-            row[tile.start : tile.start + tile.numel] = each
+    whole = whole_inputs(scan, based=method.base_use == "required")
     with one_thread():
-        merged = method.merge(whole.view(count, *shape))
+        merged = method.merge(whole.view(len(whole), *shape))
     if merged.shape != shape:
         raise TypeError(f"{type(method).__name__}.merge returned {list(merged.shape)} for matrices of {list(shape)}")
     flat = merged.reshape(-1)
@@ -185,7 +204,18 @@ def merge_matrix(method: Matrix, scan: Scan, shape: tuple[int, ...]) -> Tensor:
     return flat
 
 
-class _Once:
+def whole_inputs(scan: Scan, *, based: bool) -> Tensor:
+    """The task vectors (without a base: the inputs) of one tensor, whole: shape ``(T, elements)``."""
+    whole = torch.empty(len(scan.sources) - based, scan.numel, dtype=torch.float64, device=scan.device)
+    # Not `scan.over`: its threads may be the ones that wait for this very matrix.
+    for tile in (tile for segment in scan.segments for tile in scan.tiles(segment)):
+        values = tile.task_vectors() if based else tile.inputs
+        for row, each in zip(whole, values, strict=True):
+            row[tile.start : tile.start + tile.numel] = each
+    return whole
+
+
+class Once:
     """A matrix that is computed at most once, by whichever thread asks first."""
 
     def __init__(self, compute: Callable[[], Tensor]) -> None:
@@ -202,7 +232,7 @@ class _Once:
 
 def _narrow(scan: Scan) -> bool:
     """Whether float32 holds the differences of all inputs."""
-    return all(source.dtype in _NARROW for source in scan.sources)
+    return not scan.exact and all(source.dtype in _NARROW for source in scan.sources)
 
 
 def measure_gram(open_scan: Open) -> gram.Gram:
@@ -270,6 +300,14 @@ def _combine_differences(coefficients: tuple[float, ...], tile: Tile) -> Tensor:
     for c, delta in zip(coefficients[1:], tile.task_vectors(), strict=True):
         tile.base.add_(delta, alpha=c)
     return tile.base
+
+
+def _combine_thinned(coefficients: tuple[float, ...], tile: Tile) -> Tensor:
+    """(Σ cᵢ)·θ₀ + Σ cᵢ·τ̂ᵢ, the same as `_combine` of the models that have these task vectors, without rounding them."""
+    total = math.fsum(coefficients)
+    if abs(total - 1.0) > 1e-12 * max(map(abs, coefficients)):
+        tile.base.mul_(total)
+    return weighted_sum(tile.base, tile.stack[1:], coefficients[1:], functools.partial(exactly, tile), 0.0)
 
 
 def _combine_columns(columns: Tensor, tile: Tile) -> Tensor:

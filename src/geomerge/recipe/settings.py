@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from geomerge.errors import RecipeError, UsageError, did_you_mean
@@ -16,7 +16,7 @@ from geomerge.recipe import grammar
 from geomerge.recipe.document import Items, Node, Table, Text, said_kind
 from geomerge.recipe.grammar import Key, Shape
 from geomerge.recipe.patterns import classify
-from geomerge.recipe.values import Entry, Filter, Scalar, Setting, Step, Where
+from geomerge.recipe.values import Entry, Filter, ModelRef, Scalar, Setting, Step, Where
 
 if TYPE_CHECKING:
     from geomerge.methods.base import Parameter
@@ -88,15 +88,16 @@ class Reader:
 
     def read_parameters(self, node: Node, key: Key) -> dict[str, Setting]:
         settings = {}
+        beside = _beside(self.document)
         inert = (*grammar.INERT["*"], *grammar.INERT.get(self.method, ()))
         for name, (where, value) in entries(node, key).items():
-            if name in self.known:
+            if name in self.known or name in beside:
                 settings[name] = self._setting(name, value, where)
             elif name in inert:
                 self._setting(name, value, where)
                 self._note(where, f"the parameter {name!r} has no effect")
             elif self.method:
-                self._unknown(f"{self.method} has no parameter {name!r}", where, did_you_mean(name, self.known))
+                self._unknown(f"{self.method} has no parameter {name!r}", where, _meant(name, (*self.known, *beside)))
         return settings
 
     def _setting(self, name: str, node: Node, where: Where) -> Setting:
@@ -142,33 +143,58 @@ class Reader:
         return first, last
 
     def read_steps(self, node: Node, key: Key) -> tuple[Step, ...]:
-        steps = []
+        steps: list[Step] = []
         for item in items(node, key):
-            if isinstance(item, Text):
-                name, where, value = item.text, item.where, None
-            elif isinstance(item, Table) and len(item.entries) == 1:
-                ((name, (where, value)),) = item.entries.items()
-            else:
-                raise refuse(item.where, "a step is a mapping with one key, its name", "as in '- scale: 0.7'")
-            if name not in grammar.STEPS:
-                raise refuse(where, f"there is no step {name!r}", did_you_mean(name, grammar.STEPS))
-            steps.append(Step(name, self._step_parameters(name, value), where))
+            written, where, value = _step(item)
+            if written not in grammar.STEPS:
+                raise refuse(where, f"there is no step {written!r}", did_you_mean(written, grammar.STEPS))
+            name = grammar.STEP_ALIASES.get(written, written)
+            if name in grammar.BEFORE:
+                self._check_place(name, where, steps)
+            settings, statistics = self._step_parameters(name, value)
+            if name == "aim" and statistics is None:
+                raise refuse(where, "the step 'aim' needs statistics", "as in '- aim: {statistics: ./act.safetensors}'")
+            steps.append(Step(name, settings, where, statistics))
         return tuple(steps)
 
-    def _step_parameters(self, step: str, node: Node | None) -> dict[str, Setting]:
+    def _check_place(self, name: str, where: Where, before: list[Step]) -> None:
+        """Refuse a sparsifier after a step on the merged task vector, or a second time."""
+        late = next((s for s in before if s.name in grammar.AFTER), None)
+        if late is not None:
+            raise refuse(
+                where,
+                f"the step {name!r} comes after {late.name!r}",
+                f"{name!r} thins the models' task vectors before the method, {late.name!r} scales the merged one after it: "
+                f"write {name!r} first",
+            )
+        if any(s.name == name for s in before):
+            raise refuse(
+                where, f"the step {name!r} is given twice", "one step with the product of the densities does it"
+            )
+
+    def _step_parameters(self, step: str, node: Node | None) -> tuple[dict[str, Setting], ModelRef | None]:
         known = grammar.STEPS[step]
         if node is None or empty(node):
-            return {}
-        if len(known) == 1:
-            return {known[0]: self._setting(known[0], node, node.where)}
+            return {}, None
+        bare = not isinstance(node, Table) or "value" in node.entries
+        if len(known) == 1 or (known[0] == "density" and bare):
+            return {known[0]: self._setting(known[0], node, node.where)}, None
         if not isinstance(node, Table):
             raise refuse(node.where, f"the step {step!r} takes {' and '.join(known)}, not {said_kind(node)}")
-        settings = {}
+        settings: dict[str, Setting] = {}
+        statistics = None
         for name, (where, value) in node.entries.items():
             if name not in known:
                 raise refuse(where, f"the step {step!r} has no parameter {name!r}", did_you_mean(name, known))
-            settings[name] = self._setting(name, value, where)
-        return settings
+            if name == "statistics":
+                statistics = self.read_model(value, Key("statistics", "model", ""))
+            else:
+                settings[name] = self._setting(name, value, where)
+        return settings, statistics
+
+    def read_model(self, node: Node, key: Key) -> ModelRef:
+        """A model, or another file of tensors."""
+        raise NotImplementedError
 
     # Single values
 
@@ -245,6 +271,33 @@ def _scalar(node: Node) -> Scalar:
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"must be finite, not {said_kind(node)}")
     return value
+
+
+def _step(item: Node) -> tuple[str, Where, Node | None]:
+    """A step's name, its place, and its parameters."""
+    if isinstance(item, Text):
+        return item.text, item.where, None
+    if isinstance(item, Table) and len(item.entries) == 1:
+        ((name, (where, value)),) = item.entries.items()
+        return name, where, value
+    raise refuse(item.where, "a step is a mapping with one key, its name", "as in '- scale: 0.7'")
+
+
+def _beside(document: Table) -> tuple[str, ...]:
+    """The parameters of the document's steps that a model may have values of its own for."""
+    written = document.entries.get("steps", (None, None))[1]
+    found = []
+    for item in written.items if isinstance(written, Items) else ():
+        name = item.text if isinstance(item, Text) else next(iter(item.entries), "") if isinstance(item, Table) else ""
+        known = grammar.BEFORE.get(name, ())
+        found += [f"{grammar.STEP_ALIASES.get(name, name)}.{p}" for p in known if p in grammar.BESIDE]
+    return tuple(found)
+
+
+def _meant(name: str, known: Sequence[str]) -> str | None:
+    """The hint for an unknown parameter; one that a step has is written with the step's name."""
+    step = next((k for k in known if k.endswith(f".{name}")), None)
+    return f"the step's is written {step}" if step is not None else did_you_mean(name, known)
 
 
 def items(node: Node, key: Key) -> tuple[Node, ...]:
