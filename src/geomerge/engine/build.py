@@ -104,7 +104,9 @@ class Builder:
                 hint="they are the mean absolute value of each input feature",
             )
         most = activity.max() if activity.numel() else activity.sum()
-        return 1.0 - activity * ((1.0 - columns.omega) / most) if bool(most > 0) else torch.ones_like(activity)
+        if not bool(most > 0):
+            return torch.ones_like(activity)
+        return 1.0 - (activity / most) * (1.0 - columns.omega)  # exactly ω where a is largest
 
     def _group_gram(self, node: Node) -> Gram:
         """The sum of the Gram matrices of a node's group, measured once in a process."""
