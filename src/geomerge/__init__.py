@@ -29,7 +29,7 @@ from geomerge.errors import (
 from geomerge.version import __version__
 
 if TYPE_CHECKING:
-    from geomerge import diagnose, evaluate, methods, moe, search
+    from geomerge import diagnose, evaluate, methods, moe, observe, search
     from geomerge.api import continue_merge, inspect, load_recipe, merge, merge_state_dicts, plan, transplant
     from geomerge.export import export_gguf
 
@@ -55,12 +55,13 @@ __all__ = [
     "merge_state_dicts",
     "methods",
     "moe",
+    "observe",
     "plan",
     "search",
     "transplant",
 ]
 
-_PACKAGES = ("diagnose", "evaluate", "methods", "moe", "search")
+_PACKAGES = ("diagnose", "evaluate", "methods", "moe", "observe", "search")
 _FROM_API = ("continue_merge", "inspect", "load_recipe", "merge", "merge_state_dicts", "plan", "transplant")
 
 

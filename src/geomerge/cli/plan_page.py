@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from geomerge.engine.curves import Curves
     from geomerge.engine.estimate import Estimate
     from geomerge.engine.plan import InputModel, Node, Operand, Plan
+    from geomerge.methods.base import Method
 
 WORTH_SAYING = 0.01
 """A smaller rounding loss is not mentioned to people."""
@@ -140,7 +141,8 @@ def _tensor_table(nodes: Sequence[Node], names: _Names) -> list[Any]:
     def alike(node: Node) -> Hashable:
         # Tensors of one line may differ in their parameters' values, not in where they come from or what is done.
         how = node.rule if node.method is None else (type(node.method), node.rule)
-        return how, node.dtype, tuple((o.input, o.rows >= 0, names.shift(o, node.name)) for o in node.operands)
+        steps = tuple(type(step) for step in node.chain), len(node.columns)
+        return how, steps, node.dtype, tuple((o.input, o.rows >= 0, names.shift(o, node.name)) for o in node.operands)
 
     def key(group: Group[Node]) -> tuple[str, str, str]:
         first = group.items[0]
@@ -242,10 +244,10 @@ class _Described:
 
     def __init__(self, *, every: bool = False) -> None:
         self._every = every
-        self._known: dict[tuple[int, float, str], str] = {}
+        self._known: dict[Hashable, str] = {}
 
     def __call__(self, node: Node) -> str:
-        key = (id(node.method), node.scale, node.rule)
+        key = (id(node.method), node.scale, node.rule, node.chain, tuple(c.omega for c in node.columns))
         if key not in self._known:
             self._known[key] = clean(self._say([node]))
         return self._known[key]
@@ -259,10 +261,21 @@ class _Described:
         method = nodes[0].method
         if method is None:
             return nodes[0].rule
+        before = [self._called([n.chain[i] for n in nodes]) for i in range(len(nodes[0].chain))]
+        text = " → ".join([*before, self._called([n.method for n in nodes if n.method is not None])])
+        scale = _course([n.scale for n in nodes])
+        text = text if scale == "1" else f"{text} × {scale}"
+        for i in range(len(nodes[0].columns)):
+            text += f" → aim(omega={_course([n.columns[i].omega for n in nodes])})"
+        return f"{nodes[0].rule}: {text}" if nodes[0].rule.startswith(REST) else text
+
+    def _called(self, methods: Sequence[Method]) -> str:
+        """The name and parameters of several nodes' method, or step."""
+        method = methods[0]
         said = []
         for name, p in type(method).parameters().items():
             course: list[tuple[Any, ...]] = []
-            for value in (getattr(n.method, p.attribute) for n in nodes):
+            for value in (getattr(m, p.attribute) for m in methods):
                 several = value if isinstance(value, tuple) else (value,)
                 if not course or course[-1] != several:
                     course.append(several)
@@ -270,10 +283,7 @@ class _Described:
                 models = [_course([v[k] for v in course]) for k in range(len(course[0]))]
                 values = models[0] if len(set(models)) == 1 else f"[{', '.join(models)}]"
                 said.append(f"{name}={values}")
-        text = f"{method.name}({', '.join(said)})" if said else method.name
-        scale = _course([n.scale for n in nodes])
-        text = text if scale == "1" else f"{text} × {scale}"
-        return f"{nodes[0].rule}: {text}" if nodes[0].rule.startswith(REST) else text
+        return f"{method.name}({', '.join(said)})" if said else method.name
 
 
 def _course(values: Sequence[Any]) -> str:
@@ -334,6 +344,8 @@ def _tensor(plan: Plan, node: Node) -> dict[str, Any]:
         "rule": node.rule,
         "method": None if node.method is None else node.method.name,
         "parameters": None if node.method is None else node.method.values(),
+        "before": [{"step": step.name, "parameters": step.values()} for step in node.chain],
         "scale": node.scale,
+        "aim": [{"statistics": source(c.statistics), "omega": c.omega, "axis": c.axis} for c in node.columns],
         "inputs": [source(o) for o in node.operands],
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,14 +20,16 @@ from geomerge.engine.codes import own_error
 from geomerge.engine.lora import LoraSource
 from geomerge.engine.matrices import ROOM
 from geomerge.engine.mixtures import Mixtures
-from geomerge.engine.plan import Node, Operand, Plan
+from geomerge.engine.plan import Columns, Node, Operand, Plan
 from geomerge.engine.sources import FileSource, HeldSource, RowSource, StageSource, StoredParts
 from geomerge.engine.stored import stored_source
 from geomerge.engine.transforms import Transforms
+from geomerge.errors import IncompatibleModels
 from geomerge.methods import gram
 from geomerge.methods.base import Matrix, Span
+from geomerge.methods.chain import thinned
 from geomerge.methods.gram import Gram
-from geomerge.methods.kernel import Open, Prepared, measure_gram, merge_matrix, prepare
+from geomerge.methods.kernel import Open, Prepared, columnwise, measure_gram, merge_matrix, prepare
 from geomerge.methods.rest import is_matrix
 from geomerge.methods.tile import TILE, Scan, Segment, Source
 
@@ -85,7 +87,26 @@ class Builder:
                 measured = self._weighted_gram(node, run)
             elif self._kept is not None and node.method.axis == "tensor":
                 measured = self._kept_gram(node, run)
-        return prepare(node.method, open_scan, node.shape, node.scale, to_torch(node.dtype), measured)
+        prepared = prepare(node.method, open_scan, node.shape, node.scale, to_torch(node.dtype), measured)
+        for each in node.columns:
+            prepared = columnwise(prepared, self._factors(each, node), math.prod(node.shape[each.axis + 1 :]))
+        return prepared
+
+    def _factors(self, columns: Columns, node: Node) -> Tensor:
+        """1 − (1 − ω)·aⱼ / max a for each input feature j."""
+        activity = torch.empty(node.shape[columns.axis], dtype=torch.float64, device=self.device)
+        source = self.source(columns.statistics, node)
+        source.read(0, activity)
+        if not bool(torch.isfinite(activity).all()) or bool((activity < 0).any()):
+            raise IncompatibleModels(
+                "the activations hold a number that is negative or not finite",
+                where=source.label,
+                hint="they are the mean absolute value of each input feature",
+            )
+        most = activity.max() if activity.numel() else activity.sum()
+        if not bool(most > 0):
+            return torch.ones_like(activity)
+        return 1.0 - (activity / most) * (1.0 - columns.omega)  # exactly ω where a is largest
 
     def _group_gram(self, node: Node) -> Gram:
         """The sum of the Gram matrices of a node's group, measured once in a process."""
@@ -125,11 +146,13 @@ class Builder:
                 self._kept[key] = found
         return found
 
-    def _inputs_of(self, node: Node) -> tuple[tuple[str, str], ...] | None:
-        """A node's operands by model and tensor, if all of them are read as they are."""
+    def _inputs_of(self, node: Node) -> tuple[Hashable, ...] | None:
+        """A node's operands by model and tensor, if all of them are read as they are, and the steps that thin them."""
         if any(o.node >= 0 or o.rows >= 0 or o.transform >= 0 for o in node.operands):
             return None
-        return tuple((self.plan.inputs[o.input].ref, o.tensor) for o in node.operands)
+        inputs = tuple((self.plan.inputs[o.input].ref, o.tensor) for o in node.operands)
+        # Random steps draw by the seed and the output's name.
+        return (*node.chain, self.plan.stages[node.stage].seed, node.name, *inputs) if node.chain else inputs
 
     def _weighted_gram(self, node: Node, run: Run) -> Gram:
         scan = self.opener(node, (*node.operands, *node.statistics), run)()
@@ -143,6 +166,8 @@ class Builder:
             sources = [HeldSource(s, node.numel) if isinstance(s, FileSource | LoraSource) else s for s in sources]
 
         def open_scan(**tiling: Any) -> Scan:
+            if node.columns:
+                tiling["exact"] = True
             return Scan(
                 sources,
                 node.shape,
@@ -156,7 +181,7 @@ class Builder:
                 **tiling,
             )
 
-        return open_scan
+        return thinned(open_scan, node.chain, node.shape, len(node.operands) - 1)
 
     def node(self, name: str) -> Node:
         """The output's node of a name."""

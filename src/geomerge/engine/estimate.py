@@ -18,6 +18,7 @@ from geomerge.engine.loss import RoundingLoss
 from geomerge.engine.matrices import ROOM, whole_matrices
 from geomerge.engine.plan import Node, Plan
 from geomerge.methods.base import Matrix
+from geomerge.methods.chain import thinned
 from geomerge.methods.kernel import prepare
 from geomerge.methods.rest import is_matrix
 from geomerge.methods.tile import TILE, Scan, TensorSource
@@ -102,7 +103,8 @@ def _sampled(plan: Plan) -> list[Node]:
 
 
 def _is_whole(node: Node) -> bool:
-    return isinstance(node.method, Matrix) and is_matrix(node.shape)
+    whole = isinstance(node.method, Matrix) or any(step.whole for step in node.chain)
+    return whole and is_matrix(node.shape)
 
 
 def _stages(plan: Plan, node: Node) -> list[Node]:
@@ -149,7 +151,8 @@ def _try(builder: Builder, node: Node) -> tuple[float, int, RoundingLoss]:
     def open_scan(**tiling: Any) -> Scan:
         return Scan(sources, shape, name=node.name, seed=builder.plan.stages[node.stage].seed, **tiling)
 
-    prepared = prepare(node.method, open_scan, shape, node.scale, to_torch(node.dtype))
+    chained = thinned(open_scan, node.chain, shape, len(pieces) - 1)
+    prepared = prepare(node.method, chained, shape, node.scale, to_torch(node.dtype))
     round_ = builder.rounding(node)
     loss = RoundingLoss()
     aside = 0.0
@@ -169,7 +172,7 @@ def _bytes_read(plan: Plan, node: Node, inputs: Sequence[Checkpoint]) -> int:
     if node.method is not None and (getattr(node.method, "needs_gram", False) or node.method.family == "elementwise"):
         passes = 2
     if node.method is not None:
-        passes += node.method.surveys + (node.lift is not None)
+        passes += node.method.surveys + (node.lift is not None) + sum(not s.free for s in node.chain)
     total = 0
     for operand in node.operands:
         if operand.node >= 0:

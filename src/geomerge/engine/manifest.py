@@ -11,8 +11,9 @@ from pathlib import PurePath
 from typing import Any
 
 from geomerge.engine.loss import RoundingLoss
-from geomerge.engine.plan import Plan
+from geomerge.engine.plan import InputModel, Plan
 from geomerge.methods.base import Elementwise, Method
+from geomerge.methods.chain import Step
 from geomerge.version import __version__
 
 
@@ -25,6 +26,7 @@ def manifest(plan: Plan, facts: Mapping[int, Mapping[str, Any]]) -> dict[str, An
     """
     methods: list[dict[str, Any]] = []
     known: dict[Method, int] = {}
+    steps: dict[Step, int] = {}
     tensors: dict[str, Any] = {}
     for position, node in enumerate(plan.output_nodes()):
         entry: dict[str, Any] = {"rule": node.rule}
@@ -35,8 +37,15 @@ def manifest(plan: Plan, facts: Mapping[int, Mapping[str, Any]]) -> dict[str, An
             entry["method"] = index
         found = facts.get(position, {})
         scale = found.get("scale", node.scale)
+        if node.chain:
+            entry["before"] = [steps.setdefault(step, len(steps)) for step in node.chain]
         if scale != 1.0:
             entry["scale"] = scale
+        if node.columns:
+            entry["aim"] = [
+                {"statistics": _named(plan.inputs[c.statistics.input]), "omega": c.omega, "axis": c.axis}
+                for c in node.columns
+            ]
         if "coefficients" in found:
             entry["coefficients"] = found["coefficients"]
         if "kept" in found:
@@ -54,13 +63,15 @@ def manifest(plan: Plan, facts: Mapping[int, Mapping[str, Any]]) -> dict[str, An
         asked["alignment"] = [dict(a) for a in plan.alignment]
     if plan.guardrails:
         asked["guardrails"] = dict(plan.guardrails)
+    if steps:
+        asked["steps"] = [{"name": s.name, "parameters": s.values()} for s in steps]
     return {
         "geomerge": __version__,
         "versions": versions(),
         "plan": plan.hash,
         "inputs": [
             {
-                "model": i.hub_id or (PurePath(i.path).name if i.path else i.ref),
+                "model": _named(i),
                 **({"adapter": PurePath(i.adapter).name} if i.adapter else {}),
                 "revision": i.revision,
                 "fingerprint": i.fingerprint,
@@ -89,6 +100,11 @@ def notes(plan: Plan, facts: Mapping[int, Mapping[str, Any]]) -> tuple[str, ...]
             made.setdefault(type(node.method), []).append((node.method, node.numel, facts[position]))
     found = (each[0][0].warning([(numel, told) for _, numel, told in each]) for each in made.values())
     return (*plan.notes, *(warning for warning in found if warning is not None))
+
+
+def _named(model: InputModel) -> str:
+    """An input's name without its path."""
+    return model.hub_id or (PurePath(model.path).name if model.path else model.ref)
 
 
 def total_loss(facts: Mapping[int, Mapping[str, Any]]) -> RoundingLoss:

@@ -53,6 +53,8 @@ def whole_matrices(plan: Plan, node: Node) -> int:
     if isinstance(node.method, Matrix):
         count = len(node.operands)
         found = 8 * node.numel * (count + node.method.workspace(count))
+    if is_matrix(node.shape) and any(step.whole for step in node.chain):
+        found += 8 * node.numel * (len(node.operands) + 14)
     return found + sum(whole_matrices(plan, plan.nodes[i]) for i in _stages(plan, node))
 
 

@@ -12,18 +12,21 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from geomerge.checkpoint.dtypes import DTYPES
 from geomerge.errors import UsageError
-from geomerge.methods import registry
+from geomerge.methods import chain, registry
 from geomerge.methods.base import Method
+from geomerge.methods.chain import Step
 from geomerge.tokens.rows import IntArray, RowPlan
 from geomerge.version import __version__
 
-FORMAT = 5
+M = TypeVar("M", bound=Method)
+
+FORMAT = 6
 """The version of the saved form. A plan of another version is refused, not guessed at."""
 
 SCALES = "scales of codes"
@@ -54,6 +57,20 @@ class Operand(NamedTuple):
     transform: int = -1
 
 
+class Columns(NamedTuple):
+    """Factors of a merged task vector's columns, from the activations of its input features (AIM).
+
+    Attributes:
+        statistics: Mean |xⱼ| of each input feature j.
+        omega: What the most active feature keeps: the factor is 1 − (1 − ω)·aⱼ / max a.
+        axis: The tensor's dimension of the input features.
+    """
+
+    statistics: Operand
+    omega: float
+    axis: int
+
+
 @dataclass(frozen=True, slots=True)
 class Node:
     """One tensor that is made: of the output, or of an earlier stage.
@@ -63,6 +80,8 @@ class Node:
         operands: Its inputs, base first.
         method: The method with its parameters; `None` copies the first operand's bytes.
         scale: What the steps after the method multiply the merged task vector by.
+        chain: The steps that thin each expert's task vector before the method.
+        columns: What the steps after the method multiply each column of the merged task vector by.
         lift: Of LiNeS with `alpha: auto`: β·depth; the survey finds α and multiplies `scale` by α + β·depth.
         rule: In words why it is done so: ``"merge"``, ``"copy: integer buffer"``, …
         stage: Which recipe of the pipeline makes it.
@@ -83,6 +102,8 @@ class Node:
     statistics: tuple[Operand, ...] = ()
     scales: str = ""
     lift: float | None = None
+    chain: tuple[Step, ...] = ()
+    columns: tuple[Columns, ...] = ()
 
     @property
     def numel(self) -> int:
@@ -189,6 +210,7 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """Plain data, from which `from_dict` makes an equal plan."""
         methods: dict[Method | None, int] = {}
+        steps: dict[Step, int] = {}
         nodes = []
         for n in self.nodes:
             index = methods.setdefault(n.method, len(methods))
@@ -208,6 +230,8 @@ class Plan:
                     statistics,
                     n.scales,
                     n.lift,
+                    [steps.setdefault(s, len(steps)) for s in n.chain],
+                    [[list(c.statistics), c.omega, c.axis] for c in n.columns],
                 ]
             )
         return {
@@ -228,6 +252,7 @@ class Plan:
             ],
             "stages": [[s.name, s.method, s.seed, s.rounding, s.compat] for s in self.stages],
             "methods": [None if m is None else {"name": m.name, "parameters": _plain(m.values())} for m in methods],
+            "steps": [{"name": s.name, "parameters": _plain(s.values())} for s in steps],
             "nodes": nodes,
             "outputs": list(self.outputs),
             "left_out": dict(self.left_out),
@@ -255,7 +280,8 @@ class Plan:
                 f"this is not a plan of format {FORMAT}", hint="make it again with `geomerge plan RECIPE --save FILE`"
             )
         try:
-            methods = [None if m is None else _method(m) for m in data["methods"]]
+            methods = [None if m is None else _made(registry.get(m["name"]), m) for m in data["methods"]]
+            steps = [_made(chain.get(s["name"]), s) for s in data["steps"]]
             nodes = tuple(
                 Node(
                     name,
@@ -270,10 +296,25 @@ class Plan:
                     tuple(Operand(*o) for o in statistics),
                     scales,
                     lift,
+                    tuple(steps[s] for s in before),
+                    tuple(Columns(Operand(*o), omega, axis) for o, omega, axis in columns),
                 )
-                for name, shape, dtype, operands, m, scale, rule, stage, group, statistics, scales, lift in data[
-                    "nodes"
-                ]
+                for (
+                    name,
+                    shape,
+                    dtype,
+                    operands,
+                    m,
+                    scale,
+                    rule,
+                    stage,
+                    group,
+                    statistics,
+                    scales,
+                    lift,
+                    before,
+                    columns,
+                ) in data["nodes"]
             )
             return cls(
                 inputs=tuple(
@@ -425,8 +466,8 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
-def _method(data: Mapping[str, Any]) -> Method:
-    cls = registry.get(data["name"])
+def _made(cls: type[M], data: Mapping[str, Any]) -> M:
+    """A method or a step with its parameters."""
     parameters = cls.parameters()
     values = {}
     for name, value in data["parameters"].items():

@@ -429,6 +429,8 @@ def _card(plan: Plan, name: str, said: Sequence[str]) -> str:
     mixture = plan.stages[-1].method == MIXTURE
     method = None if mixture else registry.get(plan.stages[-1].method)
     based = mixture or (method is not None and method.base_use == "required")
+    # Files of statistics are inputs, but no parents.
+    numbers = {o.input for n in plan.nodes for o in (*n.statistics, *(c.statistics for c in n.columns))}
     parents = [
         Parent(
             name=(i.hub_id or (Path(i.path).name if i.path else i.ref))
@@ -440,6 +442,7 @@ def _card(plan: Plan, name: str, said: Sequence[str]) -> str:
             base=based and any(n.operands and n.operands[0].input == k for n in plan.output_nodes()),
         )
         for k, i in enumerate(plan.inputs)
+        if k not in numbers
     ]
     library = library_of(plan.config) or "safetensors"
     if mixture:  # everything but the experts comes from the first model; the last input are the gates

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 from geomerge.anatomy import Part
 from geomerge.checkpoint.dtypes import DTYPES, parse_dtype
 from geomerge.engine.accounts import Accounts
+from geomerge.engine.activations import Activations
 from geomerge.engine.alignment import FOLDED, Alignment
+from geomerge.engine.chain import Chain
 from geomerge.engine.components import Components
 from geomerge.engine.encoding import Encoding
 from geomerge.engine.lineup import Lineup
@@ -104,7 +106,13 @@ class RecipePlan:
         self.slots.untied |= self.alignment.untied
         planner.notes += self.alignment.notes
         planner.alignment += self.alignment.facts
+        self.chains = {
+            id(lineup): Chain(m, lineup, self.used)
+            for m, row in zip(recipe.modules, self.lineups, strict=True)
+            for lineup in row
+        }
         self.steps = Steps(recipe.steps, self.used)
+        self.activations = self._activations(base)
         if self.donor.anatomy.guessed:
             planner.notes.append(
                 f"the architecture of {self.donor} is not a known one: blocks and roles were guessed from tensor names"
@@ -129,6 +137,7 @@ class RecipePlan:
             self.accounts.refuse_missing()
         if self.schedule is not None:
             self.schedule.check_used()
+        self.planner.notes += [each.note for each in self.activations]
         everything = [*self.accounts.parts.values(), *(p for m in self.members for p in m.anatomy.parts.values())]
         self.planner.notes += check_filters(self.recipe, self.used, everything)
         return made
@@ -179,6 +188,7 @@ class RecipePlan:
         if isinstance(method, Matrix) and not weighs(method, part, shape):
             rule, method, operands = rest(method, operands)
         scale, lift = self.steps.at(part, t)
+        columns = [c for a in self.activations if (c := a.at(part, names[0], shape, t)) is not None]
         return Node(
             part.name,
             shape,
@@ -191,6 +201,8 @@ class RecipePlan:
             group=_group(part) if isinstance(method, Span) and method.grouped else "",
             statistics=self._statistics(names[0], shape),
             lift=lift,
+            chain=self.chains[id(lineup)].at(part, inputs[1:], shape, t) if len(operands) > 1 else (),
+            columns=tuple(columns),
         )
 
     def _taken(self, part: Part, owner: Model) -> Node | None:
@@ -207,6 +219,19 @@ class RecipePlan:
             raise self._shapes_differ(part, [(self.donor, own), (owner, stored)], kinds)
         self.accounts.use(owner, stored)
         return self._copy(part.name, owner, stored, f"copy: component {part.component!r} is taken from {owner}")
+
+    def _activations(self, base: Model | None) -> list[Activations]:
+        """The activations of the recipe's AIM steps."""
+        found = []
+        for step in (s for s in self.recipe.steps if s.name == "aim"):
+            if base is None or not all(lineup.based for row in self.lineups for lineup in row):
+                raise RecipeError(
+                    f"the step 'aim' weighs the change of a base model's columns, and {self.recipe.method} has none",
+                    where=str(step.where),
+                    hint="add `base_model: PATH`, and take a method that works from it",
+                )
+            found.append(Activations(step, self.planner.models, base, self.used))
+        return found
 
     def _statistics(self, name: str, shape: tuple[int, ...]) -> tuple[Operand, ...]:
         """The tensor's statistics in every file of them."""

@@ -1,4 +1,4 @@
-"""The steps after a method: what the merged task vector of each tensor is multiplied by."""
+"""The steps after a method that scale the merged task vector of each tensor by a number (column factors: see `activations`)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ class Steps:
     """
 
     def __init__(self, steps: Sequence[Step], used: set[int]) -> None:
-        self._steps = [(s.name, {k: Lookup(k, (s.parameters,), used) for k in s.parameters}, s.where) for s in steps]
+        mine = [s for s in steps if s.name in ("scale", "lines")]
+        self._steps = [(s.name, {k: Lookup(k, (s.parameters,), used) for k in s.parameters}, s.where) for s in mine]
 
     def at(self, part: Part, t: float) -> tuple[float, float | None]:
         """The product of all steps; and β·depth of LiNeS whose α is found from the model (see `Node.lift`).

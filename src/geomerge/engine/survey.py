@@ -126,7 +126,14 @@ def _opener(builder: Builder, node: Node) -> Callable[[], Scan]:
     method = node.method
     assert method is not None
     open_scan = builder.opener(node, node.operands, map)
-    return lambda: survey_scan(method, open_scan, node.shape, node.scale, to_torch(node.dtype))
+
+    def opened() -> Scan:
+        # What a step has decomposed is as large as the tensor: not to be kept for the whole model.
+        anew = any(step.whole for step in node.chain)
+        each = builder.opener(node, node.operands, map) if anew else open_scan
+        return survey_scan(method, each, node.shape, node.scale, to_torch(node.dtype))
+
+    return opened
 
 
 def _counted(
@@ -167,7 +174,7 @@ def _lifted(
     if not members:
         return plan
     builder = make(plan)
-    mine = [replace(plan.nodes[i], scale=1.0) for i in members]
+    mine = [replace(plan.nodes[i], scale=1.0, columns=()) for i in members]
     run = _counted(plan, mine, crew, 1, advance)
     found = list(run(lambda node: _norms(builder, node), mine))
     summed, merged = (math.fsum(column) for column in zip(*found, strict=True))

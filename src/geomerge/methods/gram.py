@@ -127,7 +127,8 @@ def _block_products(tiles: Iterator[Tile], k: int) -> list[list[float]]:
     found: list[list[float]] = []
     for tile in tiles:
         models, statistics = tile.stack[:k], tile.stack[k:]
-        models[1:].sub_(models[0])
+        if not tile.thinned:
+            models[1:].sub_(models[0])
         if len(statistics):
             if bool((statistics < 0).any()):
                 raise UsageError("the statistics hold a negative number", where=tile.scan.name)

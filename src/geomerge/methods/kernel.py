@@ -16,6 +16,7 @@ from torch import Tensor
 from geomerge.errors import RunError, UsageError
 from geomerge.methods import gram
 from geomerge.methods.base import Elementwise, Matrix, Method, Span
+from geomerge.methods.combine import exactly, weighted_sum
 from geomerge.methods.linalg import one_thread
 from geomerge.methods.rest import is_matrix, rest_method
 from geomerge.methods.tile import Scan, Segment, Tile
@@ -51,7 +52,7 @@ class Prepared:
     def copies(self) -> int | None:
         """The one input that the output equals bit for bit, if the coefficients say so."""
         c = self.coefficients
-        if c is not None and sum(x != 0.0 for x in c) == 1 and 1.0 in c:
+        if c is not None and self.scan.thinning is None and sum(x != 0.0 for x in c) == 1 and 1.0 in c:
             return c.index(1.0)
         return None
 
@@ -108,7 +109,9 @@ def prepare(
             raise UsageError(error.what, where=scan.name, hint=error.hint) from None
         coefficients = tuple(_scaled(vector, scale).tolist())
         combine = _combine_differences if _cancels(coefficients) else _combine
-        if not method.needs_gram and all(coefficients):
+        if scan.thinning is not None:
+            combine = _combine_thinned
+        elif not method.needs_gram and all(coefficients):
             # What is not finite in an input shows in the output: one look instead of one for each input.
             scan, combine = open_scan(check=False), functools.partial(_looked_at, combine)
         return Prepared(scan, functools.partial(combine, coefficients), coefficients)
@@ -123,6 +126,28 @@ def prepare(
     if scale == 1.0:
         return Prepared(scan, lambda tile: method.blend(tile, stats), told=told)
     return Prepared(scan, lambda tile: _rescale(tile.base.clone(), method.blend(tile, stats), scale), told=told)
+
+
+def columnwise(prepared: Prepared, factors: Tensor, stride: int) -> Prepared:
+    """The same with each column of the merged task vector multiplied by a factor: θ₀ + f ⊙ (merge − θ₀).
+
+    As such factors are diagonal, they and `scale` may follow each other in any order.
+
+    Args:
+        prepared: The method bound to a tensor whose tiles are float64.
+        factors: fⱼ, float64.
+        stride: Elements between one column's and the next one's (1: columns lie along the last dimension).
+    """
+
+    def blend(tile: Tile) -> Tensor:
+        base = tile.base.clone().reshape(-1)
+        merged = prepared.blend(tile).reshape(-1)
+        place = torch.arange(tile.start, tile.start + tile.numel, device=base.device)
+        return base.addcmul_(
+            merged.sub_(base), factors[place.div_(stride, rounding_mode="floor").remainder_(len(factors))]
+        )
+
+    return replace(prepared, blend=blend, coefficients=None)
 
 
 def elementwise_scan(
@@ -155,9 +180,10 @@ def _prepare_matrix(
         made = merge_matrix(method, open_scan(), shape) if measured is None else measured
         return made if factor == 1.0 else made * factor
 
-    merged = _Once(compute)
+    merged = Once(compute)
     scan = open_scan(check=False)  # every element has been looked at by then
     del scan.sources[1:]
+    scan.thinning = None
 
     def blend(tile: Tile) -> Tensor:
         piece = merged()[tile.start : tile.start + tile.numel]
@@ -189,7 +215,7 @@ def merge_matrix(method: Matrix, scan: Scan, shape: tuple[int, ...]) -> Tensor:
     return flat
 
 
-class _Once:
+class Once:
     """A matrix that is computed at most once, by whichever thread asks first."""
 
     def __init__(self, compute: Callable[[], Tensor]) -> None:
@@ -206,7 +232,7 @@ class _Once:
 
 def _narrow(scan: Scan) -> bool:
     """Whether float32 holds the differences of all inputs."""
-    return all(source.dtype in _NARROW for source in scan.sources)
+    return not scan.exact and all(source.dtype in _NARROW for source in scan.sources)
 
 
 def measure_gram(open_scan: Open) -> gram.Gram:
@@ -274,6 +300,14 @@ def _combine_differences(coefficients: tuple[float, ...], tile: Tile) -> Tensor:
     for c, delta in zip(coefficients[1:], tile.task_vectors(), strict=True):
         tile.base.add_(delta, alpha=c)
     return tile.base
+
+
+def _combine_thinned(coefficients: tuple[float, ...], tile: Tile) -> Tensor:
+    """(Σ cᵢ)·θ₀ + Σ cᵢ·τ̂ᵢ, the same as `_combine` of the models that have these task vectors, without rounding them."""
+    total = math.fsum(coefficients)
+    if abs(total - 1.0) > 1e-12 * max(map(abs, coefficients)):
+        tile.base.mul_(total)
+    return weighted_sum(tile.base, tile.stack[1:], coefficients[1:], functools.partial(exactly, tile), 0.0)
 
 
 def _combine_columns(columns: Tensor, tile: Tile) -> Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -48,11 +48,14 @@ class Selection:
         keep: How many of the elements equal to the threshold are among the k.
         equal: How many elements equal it, in each segment.
         every: All elements equal to the threshold are kept, or all of them are zeros.
+        last: Flat index of the last element equal to the threshold that is kept, where it was looked for (see `placed`): tiles
+            may then come in any order, and cut in any way.
     """
 
     threshold: float
     keep: int
     equal: tuple[int, ...]
+    last: int | None = None
 
     @property
     def every(self) -> bool:
@@ -77,6 +80,12 @@ class Selection:
         below = _next_below(self.threshold, values.dtype)
         if self.every:
             return torch.hardshrink(values, below, out=values)
+        if self.last is not None:
+            flat_values = values.view(-1)
+            kept = min(max(self.last + 1 - tile.start, 0), flat_values.numel())
+            for piece, limit in ((flat_values[:kept], below), (flat_values[kept:], self.threshold)):
+                torch.hardshrink(piece, limit, out=piece)
+            return values
         key = ("equal", label)
         left = tile.carry.get(key)
         if left is None:
@@ -126,6 +135,25 @@ def largest(scan: Scan, magnitudes: Magnitudes, counts: Sequence[int]) -> list[S
         segments = scan.over(lambda tiles: _collect(tiles, magnitudes, brackets, budget))
         for i in wanted:
             found[i] = _choose([s[i] for s in segments], counts[i]) or _by_counting(scan.over, magnitudes, i, counts[i])
+    return found
+
+
+def placed(scan: Scan, magnitudes: Magnitudes, selections: Sequence[Selection]) -> list[Selection]:
+    """The selections with the place of the last of the equal elements that are kept, each found in one segment."""
+    found = []
+    for i, selection in enumerate(selections):
+        if selection.threshold == math.inf or selection.every:
+            found.append(selection)
+            continue
+        reached = np.cumsum(selection.equal)
+        index = int(np.searchsorted(reached, selection.keep))
+        left = selection.keep - int(reached[index] - selection.equal[index])
+        for tile in scan.tiles(scan.segments[index]):
+            equal = np.flatnonzero(magnitudes(tile)[i].reshape(-1).cpu().numpy() == selection.threshold)
+            if left <= equal.size:
+                found.append(replace(selection, last=tile.start + int(equal[left - 1])))
+                break
+            left -= equal.size
     return found
 
 

@@ -57,6 +57,20 @@ class Source(Protocol):
         """
 
 
+class Thinning(Protocol):
+    """What happens to the task vectors of one tensor before a method sees them: see `geomerge.methods.chain`."""
+
+    @property
+    def rows(self) -> int:
+        """Elements that must be seen together: a row's, or 1."""
+
+    def begin(self) -> None:
+        """Called before a piece is read; what it computes may use the thread's tile buffers."""
+
+    def thin_(self, stack: Tensor, start: int, scan: Scan) -> None:
+        """Put thinned task vectors in place of the experts' elements: shape ``(K, n)``, whole rows from `start` on."""
+
+
 class TensorSource:
     """A tensor in memory as a `Source`."""
 
@@ -89,6 +103,7 @@ class Tile:
         segment: Index of the segment.
         scan: Where the tile comes from.
         carry: A dictionary that lives from the first tile of a segment to its last.
+        thinned: The experts' elements are task vectors already, those that a chain of steps has thinned.
     """
 
     stack: Tensor
@@ -96,10 +111,14 @@ class Tile:
     segment: int
     scan: Scan
     carry: dict[Any, Any] = field(default_factory=dict)
+    thinned: bool = False
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
         """The inputs one by one: views of `stack`."""
+        if self.thinned:  # the models that have the thinned task vectors
+            self.stack[1:].add_(self.stack[0])
+            self.thinned = False
         return self.stack.unbind(0)
 
     @property
@@ -109,7 +128,7 @@ class Tile:
 
     def task_vectors(self) -> tuple[Tensor, ...]:
         """θ_k − θ₀ for the inputs after the base, in place of them."""
-        return self.stack[1:].sub_(self.stack[0]).unbind(0)
+        return self.stack[1:].unbind(0) if self.thinned else self.stack[1:].sub_(self.stack[0]).unbind(0)
 
     @property
     def numel(self) -> int:
@@ -134,6 +153,8 @@ class Scan:
             transfers would otherwise wait for the arithmetic.
         dtype: Of the tiles.
         check: Refuse inputs that are not finite.
+        thinning: Thins the task vectors as they are read. Inputs are then always checked: what is dropped would not show.
+        exact: Tiles are to be float64 whatever a method could do with less.
     """
 
     def __init__(
@@ -151,6 +172,8 @@ class Scan:
         read_ahead: bool = False,
         dtype: torch.dtype = torch.float64,
         check: bool = True,
+        thinning: Thinning | None = None,
+        exact: bool = False,
     ) -> None:
         self.sources = list(sources)
         self.shape = tuple(shape)
@@ -165,7 +188,8 @@ class Scan:
         self.tile = max(tile // unit, 1) * unit
         segment = max(SEGMENT // unit, 1) * unit
         self.dtype = dtype
-        self._finite = not check
+        self.thinning, self.exact = thinning, exact or thinning is not None
+        self._finite = not check and thinning is None
         starts = range(0, self.numel, segment)
         self.segments = [Segment(i, s, min(s + segment, self.numel)) for i, s in enumerate(starts)]
         self._run = run
@@ -191,7 +215,7 @@ class Scan:
             else (self._read(s, self._count(segment, s)) for s in starts)
         )
         for start, inputs in zip(starts, read, strict=True):
-            yield Tile(inputs, start, segment.index, self, carry)
+            yield Tile(inputs, start, segment.index, self, carry, self.thinning is not None)
 
     def _count(self, segment: Segment, start: int) -> int:
         return min(self.tile, segment.stop - start)
@@ -220,10 +244,24 @@ class Scan:
                 yield inputs
 
     def _fresh_buffers(self) -> Tensor:
-        size = len(self.sources) * min(self.tile, max(self.numel, 1))
+        around = 0 if self.thinning is None else 2 * self.thinning.rows
+        size = len(self.sources) * min(self.tile + around, max(self.numel, 1))
         return empty(size, self.dtype, self.device)
 
     def _read(self, start: int, count: int, buffer: Tensor | None = None) -> Tensor:
+        if self.thinning is None:
+            stack = self._fetch(start, count, buffer)
+        else:
+            rows = self.thinning.rows
+            first, stop = start // rows * rows, min(-(-(start + count) // rows) * rows, self.numel)
+            self.thinning.begin()
+            around = self._fetch(first, stop - first, buffer)
+            self.thinning.thin_(around, first, self)
+            stack = around[:, start - first : start - first + count]
+        return stack if self.columns is None else stack.view(len(stack), -1, max(self.columns, 1))
+
+    def _fetch(self, start: int, count: int, buffer: Tensor | None) -> Tensor:
+        """The inputs' elements as they are: shape ``(K, count)``."""
         k = len(self.sources)
         flat = _buffer(self.level, k * count, self.dtype, self.device) if buffer is None else buffer[: k * count]
         stack = flat.view(k, count)
@@ -232,7 +270,7 @@ class Scan:
         # A sum is not finite when an element is not: ten times cheaper than isfinite on each element.
         if not self._finite and not math.isfinite(flat.sum().item()):
             self.refuse_not_finite(stack)
-        return stack if self.columns is None else stack.view(k, -1, max(self.columns, 1))
+        return stack
 
     def look_again(self, start: int, count: int) -> None:
         """Read some elements anew to find out whether an input is not finite.
@@ -282,7 +320,7 @@ class Scan:
         last = (self.numel - piece) // piece
         for i in range(number):
             start = (last * i // max(number - 1, 1)) * piece
-            yield Tile(self._read(start, piece), start, -1, self)
+            yield Tile(self._read(start, piece), start, -1, self, thinned=self.thinning is not None)
 
 
 def block_sums(values: Tensor) -> list[float]:

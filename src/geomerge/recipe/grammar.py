@@ -45,8 +45,30 @@ class Shape:
         return tuple(key.name for key in self.keys)
 
 
-STEPS: Mapping[str, tuple[str, ...]] = {"scale": ("value",), "lines": ("alpha", "beta")}
-"""The steps that may follow a method, and their parameters. A step's only parameter may be given without its name."""
+_THIN = ("density", "rescale", "rescale_norm")
+
+BEFORE: Mapping[str, tuple[str, ...]] = {
+    "trim": (*_THIN, "top_k"),
+    "magnitude": (*_THIN, "top_k"),
+    "dare": _THIN,
+    "della": (*_THIN, "epsilon"),
+    "magprune": (*_THIN, "epsilon"),
+    "breadcrumbs": (*_THIN, "gamma"),
+    "svd_compress": ("rank", "ratio", "energy", "rest", "matrix"),
+    "tsv_compress": ("rank", "ratio", "energy", "rest", "matrix"),
+}
+"""The steps that thin each expert's task vector before the method, and their parameters: see `geomerge.methods.chain`."""
+
+AFTER: Mapping[str, tuple[str, ...]] = {"scale": ("value",), "lines": ("alpha", "beta"), "aim": ("statistics", "omega")}
+"""The steps that scale the merged task vector after the method, and their parameters."""
+
+STEPS: Mapping[str, tuple[str, ...]] = {**BEFORE, **AFTER}
+"""All steps. A step's only parameter, and the density of one that has it, may be given without its name."""
+
+STEP_ALIASES: Mapping[str, str] = {"magnitude": "trim", "magprune": "della", "tsv_compress": "svd_compress"}
+
+BESIDE: tuple[str, ...] = ("density", "epsilon", "gamma")
+"""The parameters of steps that may have another value for each model: ``dare.density`` among the model's parameters."""
 
 INERT: Mapping[str, tuple[str, ...]] = {"*": ("int8_mask",), "task_arithmetic": ("density", "rescale")}
 """Parameters that mergekit accepts and that never change a result, by method (``*``: all)."""
@@ -91,7 +113,11 @@ RECIPE = Shape(
             "references",
             "Files of weight-wise statistics (Fisher diagonals) in the tensors' names: their sum weights angles and norms.",
         ),
-        Key("steps", "steps", "What is done to the merged task vector after the method."),
+        Key(
+            "steps",
+            "steps",
+            "What thins each model's task vector before the method, then what scales the merged one after it.",
+        ),
         Key("compat", "choice", "Whose numeric choices to reproduce.", choices=("mergekit",)),
         Key("seed", "seed", "The seed of every random draw."),
         Key("guardrails", "choice", "What the checks for a doomed merge do.", choices=("warn", "enforce", "off")),

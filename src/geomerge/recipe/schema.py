@@ -126,10 +126,12 @@ def _definitions() -> dict[str, _Schema]:
     for name, parameters in grammar.STEPS.items():
         inner: _Schema = {
             "type": "object",
-            "properties": {parameter: {"$ref": "#/$defs/setting"} for parameter in parameters},
+            "properties": {p: {"$ref": f"#/$defs/{'model' if p == 'statistics' else 'setting'}"} for p in parameters},
             "additionalProperties": False,
         }
         given = {"$ref": "#/$defs/setting"} if len(parameters) == 1 else inner
+        if parameters[0] == "density":
+            given = {"anyOf": [{"$ref": "#/$defs/setting"}, inner]}
         steps.append({"type": "object", "properties": {name: given}, "required": [name], "additionalProperties": False})
     return {
         "value": {"anyOf": [scalar, _list(scalar)], "description": "A value, or a list of values over the depth."},
@@ -179,6 +181,9 @@ def _parameters_of(known: Mapping[str, Parameter], inert: tuple[str, ...]) -> _S
             told.append("in [{:g}, {:g}]".format(*parameter.within))
         told.append("required" if parameter.required else f"default {parameter.default}")
         properties[name] = {"description": "; ".join(told)}
+    for step, parameters in grammar.BEFORE.items():
+        for each in (p for p in parameters if p in grammar.BESIDE and step not in grammar.STEP_ALIASES):
+            properties[f"{step}.{each}"] = {"description": f"Of the step {step} before the method."}
     return {"properties": properties, "propertyNames": {"enum": list(properties)}}
 
 

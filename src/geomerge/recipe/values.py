@@ -263,11 +263,18 @@ class Component:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Something done to the merged task vector after the method."""
+    """Something done to each model's task vector before the method, or to the merged one after it.
+
+    Attributes:
+        name: As `geomerge.recipe.grammar` has it; no alias.
+        parameters: Its parameters.
+        statistics: The file that its statistics are in.
+    """
 
     name: str
     parameters: Parameters = field(default_factory=dict)
     where: Where = NOWHERE
+    statistics: ModelRef | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,128 @@
+"""Activation-informed merging (AIM): which column factors a tensor gets, from a file of activations.
+
+τ_m ← τ_m ⊙ (1 − (1 − ω)·aⱼ / max a) with aⱼ the mean |xⱼ| of a weight's input feature j on the base model (Nobari et al. 2025,
+Activation-Informed Merging, arXiv:2502.02421): what the base uses most is changed least. The file holds one vector for each
+weight that has activations, in the base's tensor names; `geomerge.observe.activations` makes it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from geomerge.engine.adapted import stored_transposed
+from geomerge.engine.plan import Columns
+from geomerge.errors import IncompatibleModels, RecipeError, did_you_mean
+from geomerge.recipe.resolve import Lookup
+
+if TYPE_CHECKING:
+    from geomerge.anatomy import Part
+    from geomerge.engine.models import Model, Models
+    from geomerge.recipe.values import Step
+
+_OMEGA = 0.4
+"""The value of the authors' experiments."""
+
+
+class Activations:
+    """The activations of one step, fitted to one tensor after the other.
+
+    Args:
+        step: The step of the recipe.
+        models: Opens the file.
+        base: The model whose activations they are.
+        used: Takes the filters that have matched a tensor.
+
+    Raises:
+        RecipeError: The file has activations of what is no tensor of the base.
+    """
+
+    def __init__(self, step: Step, models: Models, base: Model, used: set[int]) -> None:
+        assert step.statistics is not None
+        self.step, self.base = step, base
+        self.file = models.get(step.statistics, step.where)
+        self._omega = Lookup("omega", (step.parameters,), used)
+        self._found = self._asked = 0
+        known = {*base.tensors, *base.anatomy.tied}
+        unknown = next((name for name in self.file.tensors if name not in known), None)
+        if unknown is not None:
+            raise RecipeError(
+                f"{self.file} has activations of {unknown!r}, which is no tensor of {base}",
+                where=str(step.where),
+                hint=did_you_mean(unknown, known),
+            )
+
+    def at(self, part: Part, name: str, shape: tuple[int, ...], t: float) -> Columns | None:
+        """The factors of one tensor; `None` where there are none.
+
+        Args:
+            part: The output's tensor, which filters test.
+            name: Its name in the base.
+            shape: Its shape.
+            t: The depth in the slice.
+
+        Raises:
+            RecipeError: ω is out of range.
+            IncompatibleModels: The activations do not fit the tensor.
+        """
+        self._asked += 1
+        found = self._omega.at(part, t)
+        place = self.step.where if found is None else found.where
+        try:
+            omega = _OMEGA if found is None else float(found.value)
+        except ValueError:
+            raise RecipeError(f"omega must be a number, not {found and found.value!r}", where=str(place)) from None
+        if not 0 <= omega <= 1:
+            raise RecipeError(f"omega must lie in [0, 1], not {omega:g}", where=str(place))
+        if name not in self.file.tensors or part.role == "embedding":
+            return None
+        axis = self._axis(name, shape)
+        self._found += 1
+        return Columns(self.file.operand(name), omega, axis) if omega < 1 else None
+
+    @property
+    def note(self) -> str:
+        """How many tensors have activations."""
+        return (
+            f"aim: {self._found} of {self._asked} merged tensors have activations in {self.file}, "
+            "the others are left as they are"
+        )
+
+    def _axis(self, name: str, shape: tuple[int, ...]) -> int:
+        """The dimension of the input features: the last, but the first of weights that are stored as (in, out)."""
+        length = self.file.tensors[name].shape
+        fits = [axis for axis in range(len(shape)) if length == (shape[axis],)] if len(shape) in (1, 2) else []
+        known = self._known(name, shape)
+        if known is not None:
+            fits = [axis for axis in fits if axis == known]
+        if len(fits) == 2:
+            others = {axis for each in self.file.tensors if (axis := self._evident(each)) is not None}
+            if len(others) != 1:
+                raise IncompatibleModels(
+                    f"{name} is square {list(shape)}: which of its dimensions are the input features cannot be told",
+                    where=str(self.step.where),
+                    hint="add the model's config.json, from which its architecture is known",
+                )
+            fits = list(others)
+        if not fits:
+            raise IncompatibleModels(
+                f"{self.file} has activations of the shape {list(length)} for {name} {list(shape)}",
+                where=str(self.step.where),
+                hint="a weight needs one number for each input feature, a norm one for each of its own elements",
+            )
+        return fits[0]
+
+    def _known(self, name: str, shape: tuple[int, ...]) -> int | None:
+        """The dimension of the input features that the architecture says."""
+        if len(shape) != 2:
+            return None
+        if stored_transposed(name, self.base.config):
+            return 0
+        return None if self.base.anatomy.guessed else 1
+
+    def _evident(self, name: str) -> int | None:
+        """The dimension that the activations of a weight that is not square fit."""
+        kind = self.base.tensors.get(name)
+        if kind is None or len(kind.shape) != 2 or kind.shape[0] == kind.shape[1]:
+            return None
+        length = self.file.tensors[name].shape
+        return next((axis for axis in (1, 0) if length == (kind.shape[axis],)), None)

@@ -1,0 +1,129 @@
+"""A recipe's steps before the method, with their parameters for each tensor."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from geomerge.engine.matrices import is_weight
+from geomerge.errors import RecipeError, UsageError
+from geomerge.methods import chain
+from geomerge.methods.chain import Step, SvdCompress
+from geomerge.recipe import grammar
+from geomerge.recipe.resolve import Lookup, Resolved, scopes
+
+if TYPE_CHECKING:
+    from geomerge.anatomy import Part
+    from geomerge.engine.lineup import Lineup
+    from geomerge.recipe import values
+    from geomerge.recipe.values import Module
+
+
+class Chain:
+    """The steps before one slice's method, looked up for one tensor after the other.
+
+    Args:
+        module: The slice's module.
+        lineup: The slice's inputs and method.
+        used: Takes the filters that have matched a tensor.
+
+    Raises:
+        RecipeError: The method has no task vectors.
+    """
+
+    def __init__(self, module: Module, lineup: Lineup, used: set[int]) -> None:
+        recipe = lineup.recipe
+        steps = [s for s in recipe.steps if s.name in grammar.BEFORE]
+        if steps and not lineup.based:
+            name, use = lineup.method.name, lineup.method.base_use
+            raise RecipeError(
+                f"the step {steps[0].name!r} thins task vectors, and "
+                + (f"{name} without a base has none" if use == "optional" else f"{name} works on none"),
+                where=str(steps[0].where),
+                hint="add `base_model: PATH`"
+                if use == "optional"
+                else "take a method that needs a base model, such as task_arithmetic",
+            )
+        self._lineup = lineup
+        self._made: dict[tuple[Any, ...], Step] = {}
+        self._steps: list[tuple[values.Step, type[Step], dict[str, Lookup], dict[str, list[Lookup]]]] = []
+        for step in steps:
+            cls = chain.get(step.name)
+            shared: dict[str, Lookup] = {}
+            each: dict[str, list[Lookup]] = {}
+            for name, p in cls.parameters().items():
+                if not p.per_model:
+                    shared[name] = Lookup(name, (step.parameters,), used)
+                    continue
+                key = f"{step.name}.{name}"
+                own = {key: step.parameters[name]} if name in step.parameters else {}
+                each[name] = [
+                    Lookup(key, (*scopes(recipe, module, lineup.slice, e.source), own), used) for e in lineup.others
+                ]
+            self._steps.append((step, cls, shared, each))
+
+    def at(self, part: Part, inputs: list[Part], shape: tuple[int, ...], t: float) -> tuple[Step, ...]:
+        """The steps that change one tensor's task vectors.
+
+        Args:
+            part: The output's tensor, which shared parameters' filters test.
+            inputs: The tensor of each expert, which its own parameters' filters test.
+            shape: The tensor's shape.
+            t: The depth in the slice.
+
+        Raises:
+            RecipeError: A missing or impossible value, with the line that gives it.
+        """
+        found = []
+        for step, cls, shared, each in self._steps:
+            values: dict[str, Any] = {}
+            answers: list[Resolved] = []
+            for name, lookup in shared.items():
+                answer = lookup.at(part, t)
+                if answer is not None:
+                    values[name] = answer.value
+                    answers.append(answer)
+            for name, lookups in each.items():
+                several = [lookup.at(p, t) for lookup, p in zip(lookups, inputs, strict=True)]
+                if any(s is not None for s in several):
+                    default = cls.parameters()[name].default
+                    values[name] = [default if s is None else s.value for s in several]
+                    answers += [s for s in several if s is not None]
+            made = self._make(step, cls, values, answers, part)
+            if isinstance(made, SvdCompress):
+                made = made.decided(is_weight(part, shape))
+            if not made.idle:
+                found.append(made)
+        return tuple(found)
+
+    def _make(
+        self, step: values.Step, cls: type[Step], values: dict[str, Any], answers: list[Resolved], part: Part
+    ) -> Step:
+        key = (step.name, *((n, tuple(v) if isinstance(v, list) else v) for n, v in values.items()))
+        made = self._made.get(key)
+        if made is None:
+            recipe = self._lineup.recipe
+            try:
+                for name, p in cls.parameters().items():
+                    if p.per_model and p.required and None in values.get(name, ()):
+                        raise UsageError(f"{cls.name} needs the parameter {name!r} for every model: {p.doc}")
+                new = cls.make(values, count=len(self._lineup.others), compat=recipe.compat)
+            except UsageError as error:
+                place = next((a.where for a in answers if _impossible(cls, a, values)), step.where)
+                raise RecipeError(
+                    f"the step {error.what} (for {part.name})", where=str(place), hint=error.hint
+                ) from None
+            assert isinstance(new, Step)
+            made = self._made[key] = new
+        return made
+
+
+def _impossible(cls: type[Step], answer: Resolved, values: dict[str, Any]) -> bool:
+    """Whether a value cannot be one of the parameter that has it."""
+    for name, p in cls.parameters().items():
+        given = values.get(name)
+        if answer.value is given or (isinstance(given, list) and any(answer.value is g for g in given)):
+            try:
+                p.check(answer.value)
+            except ValueError:
+                return True
+    return False

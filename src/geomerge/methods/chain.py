@@ -1,0 +1,348 @@
+"""Chains: steps that thin every expert's task vector, one after the other, before a method sees it.
+
+The published methods that thin and combine are fixed chains (TIES is `trim` and a disjoint merge, DARE is `dare` and a sum);
+here the same steps go before any method that works on task vectors. They act where a tensor is read (`Scan.thinning`), so
+methods, surveys and executors know nothing of them, every input is read once for the output, and nothing is rounded between
+the steps and the method. What a step measures is measured before, in passes of its own.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from geomerge.errors import UsageError, did_you_mean
+from geomerge.methods.base import Method, parameter, per_model
+from geomerge.methods.kernel import Once, Open
+from geomerge.methods.linalg import one_thread, truncate
+from geomerge.methods.order import Selection, placed
+from geomerge.methods.rest import is_matrix
+from geomerge.methods.sparsify import Magnitude, MagPrune, Outliers, Random, Rescale, Sparsifier, measure
+from geomerge.methods.tile import Scan, Tile
+from geomerge.methods.walk import whole
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Step(Method):
+    """One step before a method: parameters as a method has them, a name, and what it does to a tensor's task vectors."""
+
+    family: ClassVar[str] = "step"
+
+    @property
+    def idle(self) -> bool:
+        """Whether the task vectors stay as they are, bit for bit."""
+        return False
+
+    @property
+    def whole(self) -> bool:
+        """Whether whole matrices are decomposed."""
+        return False
+
+    @property
+    def free(self) -> bool:
+        """Whether the inputs need not be read for the step beforehand."""
+        return False
+
+    def bind(self, open_scan: Open, shape: Shape) -> Piece:
+        """Measure what the step needs of one tensor.
+
+        Args:
+            open_scan: Opens scans whose task vectors the steps before have thinned.
+            shape: The tensor's shape.
+        """
+        raise NotImplementedError
+
+
+class Piece:
+    """A step bound to one tensor.
+
+    Attributes:
+        rows: Elements that must be seen together: a row's, or 1.
+    """
+
+    rows = 1
+
+    def begin(self) -> None:
+        """See `Thinning.begin`."""
+
+    def thin_(self, tile: Tile) -> None:
+        """Thin the task vectors of a tile that begins and ends with whole rows, in place; here: leave them as they are."""
+
+
+class Thinning:
+    """A chain bound to one tensor: see `geomerge.methods.tile.Thinning`."""
+
+    def __init__(self, pieces: Sequence[Piece], experts: int) -> None:
+        self._pieces = tuple(pieces)
+        self._experts = experts
+
+    @property
+    def rows(self) -> int:
+        return max(piece.rows for piece in self._pieces)
+
+    def begin(self) -> None:
+        for piece in self._pieces:
+            piece.begin()
+
+    def thin_(self, stack: Tensor, start: int, scan: Scan) -> None:
+        models = stack[: self._experts + 1]  # statistics may come after them
+        models[1:].sub_(models[0])
+        for piece in self._pieces:
+            shaped = models if piece.rows == 1 else models.view(len(models), -1, piece.rows)
+            piece.thin_(Tile(shaped, start, -1, scan, thinned=True))
+
+
+def thinned(open_scan: Open, steps: Sequence[Step], shape: Shape, experts: int) -> Open:
+    """Opens the same scans with the task vectors thinned; what that needs is measured when the first is opened.
+
+    Args:
+        open_scan: Opens scans of a base and experts.
+        steps: The chain; without steps the scans stay as they are.
+        shape: The tensor's shape.
+        experts: The number of experts.
+    """
+    if not steps:
+        return open_scan
+    lock = threading.Lock()
+    made: list[Thinning] = []
+
+    def after(pieces: Sequence[Piece]) -> Open:
+        if not pieces:
+            return open_scan
+        thinning = Thinning(pieces, experts)
+        return lambda **tiling: open_scan(thinning=thinning, **tiling)
+
+    def opened(**tiling: Any) -> Scan:
+        with lock:
+            if not made:
+                pieces: list[Piece] = []
+                for step in steps:
+                    pieces.append(step.bind(after(pieces[:]), shape))
+                made.append(Thinning(pieces, experts))
+        return open_scan(thinning=made[0], **tiling)
+
+    return opened
+
+
+@dataclass(frozen=True)
+class _Sparse(Step):
+    """A step of `geomerge.methods.sparsify`."""
+
+    density: tuple[float, ...] = per_model(within=(0, 1), above=0, doc="share of the elements that is kept")
+    rescale: bool = parameter(False, doc="make up for what was dropped")
+    rescale_norm: str = parameter(
+        "inverse", choices=("inverse", "l1"), doc="how: divide by the kept share, or keep the L1 norm (mergekit)"
+    )
+    mergekit: ClassVar[dict[str, Any]] = {"rescale_norm": "l1"}
+
+    @property
+    def idle(self) -> bool:
+        return min(self.density) >= 1
+
+    @property
+    def rescaling(self) -> Rescale:
+        return ("l1" if self.rescale_norm == "l1" else "inverse") if self.rescale else "none"
+
+    @property
+    def free(self) -> bool:
+        return isinstance(self.sparsifier(), Random | MagPrune) and self.rescaling != "l1"
+
+    def sparsifier(self) -> Sparsifier:
+        raise NotImplementedError
+
+    def bind(self, open_scan: Open, shape: Shape) -> Piece:
+        step = self.sparsifier()
+        columns = (shape[-1] if len(shape) > 1 else max(_numel(shape), 1)) if step.rows else None
+        scan = open_scan(columns=columns)
+        stats, factors = measure(step, scan)
+        if isinstance(stats, list):  # selections: the pieces will come in any order
+            stats = _placed(scan, stats)
+        return _SparsePiece(step, stats, factors, max(columns or 1, 1))
+
+
+class _SparsePiece(Piece):
+    def __init__(self, step: Sparsifier, stats: Any, factors: Sequence[float], rows: int) -> None:
+        self._step, self._stats, self._factors, self.rows = step, stats, factors, rows
+
+    def thin_(self, tile: Tile) -> None:
+        for k, (delta, factor) in enumerate(zip(tile.task_vectors(), self._factors, strict=True)):
+            self._step.keep_(delta, k, tile, self._stats)
+            if factor != 1.0:
+                delta.mul_(factor)
+
+
+def _placed(scan: Scan, selections: list[Selection]) -> list[Selection]:
+    """Selections of all experts, one or several of each after the other, with the places of their last elements."""
+    times = len(selections) // scan.experts
+
+    def magnitudes(tile: Tile) -> list[Tensor]:
+        return [d.abs_() for d in tile.task_vectors()] * times
+
+    return placed(scan, magnitudes, selections)
+
+
+def _numel(shape: Shape) -> int:
+    return int(torch.Size(shape).numel())
+
+
+@dataclass(frozen=True)
+class Trim(_Sparse):
+    """Keep each task vector's largest magnitudes (the first step of TIES)."""
+
+    name: ClassVar[str] = "trim"
+    aliases: ClassVar[tuple[str, ...]] = ("magnitude",)
+
+    top_k: str = parameter(
+        "exact_k",
+        choices=("exact_k", "kth_inclusive", "mask_rate_inclusive"),
+        doc="what density keeps exactly: that share, or one of the two rules of published code, which keep all equals",
+    )
+
+    def sparsifier(self) -> Sparsifier:
+        return Magnitude(self.density, self.rescaling, top_k=self.top_k)
+
+
+@dataclass(frozen=True)
+class Dare(_Sparse):
+    """Drop elements at random (DARE)."""
+
+    name: ClassVar[str] = "dare"
+
+    rescale: bool = parameter(True, doc="make up for what was dropped")
+
+    def sparsifier(self) -> Sparsifier:
+        return Random(self.density, self.rescaling)
+
+
+@dataclass(frozen=True)
+class Della(_Sparse):
+    """Drop elements at random, small ones more often (DELLA's MagPrune)."""
+
+    name: ClassVar[str] = "della"
+    aliases: ClassVar[tuple[str, ...]] = ("magprune",)
+
+    rescale: bool = parameter(True, doc="make up for what was dropped")
+    epsilon: tuple[float, ...] = per_model(
+        0.15, within=(0, 1), doc="keep probabilities run from density − ε to density + ε along a row's ranks"
+    )
+
+    def check(self, count: int, compat: str | None = None) -> None:
+        for d, e in zip(self.density, self.epsilon, strict=True):
+            if 0 < d < 1 and not (d - e > 0 and d + e < 1):
+                raise ValueError(f"density ± epsilon must lie inside (0, 1), not [{d - e:g}, {d + e:g}]")
+
+    def sparsifier(self) -> Sparsifier:
+        return MagPrune(self.density, self.epsilon, self.rescaling)
+
+
+@dataclass(frozen=True)
+class Breadcrumbs(_Sparse):
+    """Drop the smallest and the very largest elements (Model Breadcrumbs)."""
+
+    name: ClassVar[str] = "breadcrumbs"
+
+    gamma: tuple[float, ...] = per_model(0.01, within=(0, 1), doc="share of the largest elements that is dropped")
+
+    @property
+    def idle(self) -> bool:
+        return super().idle and max(self.gamma) == 0
+
+    def sparsifier(self) -> Sparsifier:
+        return Outliers(self.density, self.gamma, rescale=self.rescaling)
+
+
+@dataclass(frozen=True)
+class SvdCompress(Step):
+    """The nearest task vector of lower rank (the method `svd_compress` before any other)."""
+
+    name: ClassVar[str] = "svd_compress"
+    aliases: ClassVar[tuple[str, ...]] = ("tsv_compress",)
+
+    rank: int | None = parameter(None, within=(0, 1e9), doc="singular triplets that are kept")
+    ratio: float | None = parameter(
+        None, within=(0, 1), doc="share of the shorter side that is kept (0.1 if nothing is said)"
+    )
+    energy: float | None = parameter(None, within=(0, 1), doc="share of the squared singular values that is kept")
+    rest: str = parameter(
+        "sum", choices=("sum", "base"), doc="tensors that are no matrices: whole task vectors, or none"
+    )
+    matrix: bool | None = parameter(
+        None, doc="whether a 2-D tensor is a weight matrix; by default all are but embeddings, heads, norms and tables"
+    )
+
+    def check(self, count: int, compat: str | None = None) -> None:
+        given = [n for n in ("rank", "ratio", "energy") if getattr(self, n) is not None]
+        if len(given) > 1:
+            raise ValueError(f"give one of rank, ratio and energy, not {' and '.join(given)}")
+
+    @property
+    def idle(self) -> bool:
+        return self.matrix is False and self.rest == "sum"
+
+    @property
+    def whole(self) -> bool:
+        return self.matrix is not False
+
+    def decided(self, weight: bool) -> SvdCompress:
+        """The step for a tensor that by default is, or is not, a weight matrix."""
+        return self if self.matrix is not None else replace(self, matrix=weight)
+
+    def bind(self, open_scan: Open, shape: Shape) -> Piece:
+        if self.matrix is False or not is_matrix(shape):
+            return Piece() if self.rest == "sum" else _Nothing()
+        ratio = 0.1 if self.rank is None and self.energy is None and self.ratio is None else self.ratio
+
+        def compute() -> Tensor:
+            gathered = whole(open_scan(), based=True)
+            with one_thread():
+                for delta in gathered:
+                    delta.copy_(
+                        truncate(delta.view(shape), rank=self.rank, ratio=ratio, energy=self.energy).reshape(-1)
+                    )
+            return gathered
+
+        return _Matrices(compute)
+
+
+class _Nothing(Piece):
+    """No task vector is left."""
+
+    def thin_(self, tile: Tile) -> None:
+        tile.stack[1:].zero_()
+
+
+class _Matrices(Piece):
+    """Task vectors that were computed whole."""
+
+    def __init__(self, compute: Callable[[], Tensor]) -> None:
+        self._whole = Once(compute)
+
+    def begin(self) -> None:
+        self._whole()
+
+    def thin_(self, tile: Tile) -> None:
+        tile.stack[1:].copy_(self._whole()[:, tile.start : tile.start + tile.numel])
+
+
+STEPS: dict[str, type[Step]] = {
+    name: step for step in (Trim, Dare, Della, Breadcrumbs, SvdCompress) for name in (step.name, *step.aliases)
+}
+"""The steps by name and alias."""
+
+
+def get(name: str) -> type[Step]:
+    """The step of that name or alias.
+
+    Raises:
+        UsageError: There is none.
+    """
+    if name not in STEPS:
+        raise UsageError(f"there is no step {name!r}", hint=did_you_mean(name, STEPS))
+    return STEPS[name]
