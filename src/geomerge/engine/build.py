@@ -208,6 +208,10 @@ class Builder:
         stage = self.plan.stages[node.stage]
         return rounding.make(stage.rounding, to_torch(node.dtype), seed=stage.seed, name=node.name)
 
+    def nearest(self, node: Node) -> bool:
+        """Whether a node's elements are rounded to nearest."""
+        return self.plan.stages[node.stage].rounding == "nearest"
+
     def source(self, operand: Operand, node: Node) -> Source:
         """An operand as a source of elements."""
         if operand.transform >= 0:

@@ -156,16 +156,18 @@ class Work:
         itemsize = DTYPES[node.dtype].itemsize
         loss = RoundingLoss()
         sampled = prepared.scan.numel >= _SAMPLED
-        for start, values in prepared.tiles(segment):
+        compiled = prepared.rounded(segment, to_torch(node.dtype)) if self.builder.nearest(node) else None
+        pieces = compiled or ((start, round_(start, values), values) for start, values in prepared.tiles(segment))
+        for start, rounded, *merged in pieces:
             if self.stop.is_set():
                 raise Interrupted
-            rounded = round_(start, values)
             self.sink.write(node, start, rounded)
             if sampled and start == segment.start:
+                values = merged[0] if merged else prepared.beginning(segment, SAMPLE)
                 reference = torch.empty_like(values[:SAMPLE])
                 prepared.scan.sources[0].read(start, reference)
                 loss.add(values, rounded, reference)
-            self.advance(values.numel() * itemsize)
+            self.advance(rounded.numel() * itemsize)
         return loss
 
     def _copy(self, node: Node) -> None:

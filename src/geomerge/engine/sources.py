@@ -85,6 +85,11 @@ class FileSource:
         read_into(self._descriptor, raw, self._offset + start * self._itemsize, self.label)
         out.copy_(raw.view(self.dtype), non_blocking=pinned)
 
+    def stored(self, start: int, count: int, room: Tensor) -> Tensor:
+        raw = room[: count * self._itemsize]
+        read_into(self._descriptor, raw, self._offset + start * self._itemsize, self.label)
+        return raw.view(self.dtype)
+
 
 class HeldSource:
     """A small tensor that is read from its source once, however often it is walked over.
@@ -99,11 +104,14 @@ class HeldSource:
         self._held: Tensor | None = None
 
     def read(self, start: int, out: Tensor) -> None:
+        out.copy_(self.stored(start, out.numel()))
+
+    def stored(self, start: int, count: int, room: Tensor | None = None) -> Tensor:
         with self._lock:
             if self._held is None:
                 self._held = empty(self._numel, self.dtype)
                 self._source.read(0, self._held)
-        out.copy_(self._held[start : start + out.numel()])
+        return self._held[start : start + count]
 
 
 class StoredParts:

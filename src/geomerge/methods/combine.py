@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from geomerge.methods.tile import Tile
+from geomerge.methods.tile import Scan, Tile
 
 _CANCELLED = {torch.bfloat16: 2.0**-11, torch.float16: 2.0**-9}
 """A float32 sum this much smaller than its summands is off by a tenth of the dtype's ulp."""
@@ -54,9 +54,9 @@ _FEW = 32
 """More elements than this are not read one by one."""
 
 
-def cancelled(tile: Tile) -> float:
+def cancelled(scan: Scan) -> float:
     """How much smaller than its summands a float32 sum of a tile may be before it is computed again in float64."""
-    return min(_CANCELLED.get(source.dtype, 1.0) for source in tile.scan.sources)
+    return min(_CANCELLED.get(source.dtype, 1.0) for source in scan.sources)
 
 
 def weighted_sum(base: Tensor, deltas: Tensor, coefficients: Sequence[float], exact: Exact, limit: float) -> Tensor:

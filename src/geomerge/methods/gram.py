@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from geomerge.errors import UsageError
-from geomerge.methods.tile import BLOCK, Scan, Tile
+from geomerge.methods import native
+from geomerge.methods.tile import BLOCK, Scan, Segment, Tile
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -103,7 +104,10 @@ def measure(scan: Scan, axis: str, statistics: int = 0) -> Gram:
     if axis == "column":
         return _measure_columns(scan)
     k = len(scan.sources) - statistics
-    parts = scan.over(lambda tiles: _block_products(tiles, k))
+    if scan.compiled and not statistics:
+        parts = scan.over_segments(lambda segment: _compiled_products(scan, segment))
+    else:
+        parts = scan.over(lambda tiles: _block_products(tiles, k))
     totals = np.zeros((k, k))
     pairs = [(i, j) for i in range(k) for j in range(i, k)]
     for p, (i, j) in enumerate(pairs):
@@ -138,13 +142,35 @@ def _block_products(tiles: Iterator[Tile], k: int) -> list[list[float]]:
     return found
 
 
+def _compiled_products(scan: Scan, segment: Segment) -> list[list[float]]:
+    """The same from the inputs as they are stored."""
+    found = []
+    for place in scan.places(segment):
+        found.append(native.gram(scan.stored(place.start, place.numel), BLOCK, single=scan.dtype == torch.float32))
+        if scan.checks and not np.isfinite(found[-1]).all():
+            scan.look_again(place.start, place.numel)
+    sums: list[list[float]] = np.concatenate(found, 1).tolist()
+    return sums
+
+
+_LANES = 256
+"""Sums that a block's products are added to in turn. Compiled loops do the same, so the order is fixed for both."""
+
+
 def _products(products: Tensor) -> list[list[float]]:
-    """The sums of each row over its blocks."""
+    """The sums of each row over its blocks: every 256th product in turn, then those 256 sums in float64, half to half."""
     rows, n = products.shape
-    whole = n // BLOCK * BLOCK
-    sums: list[list[float]] = products[:, :whole].reshape(rows, -1, BLOCK).sum(2).tolist()
-    if whole < n:
-        sums = [[*s, rest] for s, rest in zip(sums, products[:, whole:].sum(1).tolist(), strict=True)]
+    blocks = -(-n // BLOCK)
+    if n < blocks * BLOCK:
+        products = torch.nn.functional.pad(products, (0, blocks * BLOCK - n))
+    cut = products.view(rows, blocks, BLOCK // _LANES, _LANES)
+    # NumPy adds along the second axis from the last in order; a device need not have the same bits.
+    lanes = np.add.reduce(cut.numpy(), axis=2) if cut.device.type == "cpu" else cut.sum(2).cpu().numpy()
+    lanes = lanes.astype(np.float64)
+    while lanes.shape[-1] > 1:
+        half = lanes.shape[-1] // 2
+        lanes = lanes[..., :half] + lanes[..., half:]
+    sums: list[list[float]] = lanes[..., 0].tolist()
     return sums
 
 

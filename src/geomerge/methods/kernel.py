@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from geomerge.errors import RunError, UsageError
-from geomerge.methods import gram
+from geomerge.methods import gram, native
 from geomerge.methods.base import Elementwise, Matrix, Method, Span
 from geomerge.methods.combine import exactly, weighted_sum
 from geomerge.methods.linalg import one_thread
 from geomerge.methods.rest import is_matrix, rest_method
-from geomerge.methods.tile import Scan, Segment, Tile
+from geomerge.methods.tile import Place, Scan, Segment, Tile, output
 from geomerge.methods.walk import Walk, whole
 
 _NARROW = (torch.bfloat16, torch.float16)
@@ -40,6 +40,8 @@ class Prepared:
         coefficients: Of the inputs, for span methods with one for the whole tensor.
         begin: Called before the first tile of a segment is read: what it computes may use the thread's tile buffers.
         told: What the manifest shall say of the tensor; asked when all tiles are blended.
+        fused: The compiled loop that does the same as reading a tile, `blend` and rounding to nearest, where there is one: from
+            a tile's place to its elements in the output's dtype. `False`: leave it to `blend`.
     """
 
     scan: Scan
@@ -47,6 +49,7 @@ class Prepared:
     coefficients: tuple[float, ...] | None = None
     begin: Callable[[], object] | None = None
     told: Callable[[], dict[str, Any]] = dict
+    fused: Callable[[Place, Tensor], bool] | None = None
 
     @property
     def copies(self) -> int | None:
@@ -62,6 +65,26 @@ class Prepared:
             self.begin()
         for tile in self.scan.tiles(segment):
             yield tile.start, self.blend(tile).reshape(-1)
+
+    def rounded(self, segment: Segment, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]] | None:
+        """The same rounded to nearest in the output's dtype, by a compiled loop; `None` where there is none."""
+        if self.fused is None or not self.scan.compiled or not native.takes([dtype]):
+            return None
+        return self._rounded(self.fused, segment, dtype)
+
+    def _rounded(
+        self, fused: Callable[[Place, Tensor], bool], segment: Segment, dtype: torch.dtype
+    ) -> Iterator[tuple[int, Tensor]]:
+        for place in self.scan.places(segment):
+            out = output(place.numel, dtype, self.scan.level)
+            if not fused(place, out):
+                part = Segment(place.segment, place.start, place.start + place.numel)
+                out.copy_(self.blend(self.scan.tile_at(part, place.numel)).reshape(-1))
+            yield place.start, out
+
+    def beginning(self, segment: Segment, count: int) -> Tensor:
+        """The first elements of a segment's output, before rounding."""
+        return self.blend(self.scan.tile_at(segment, count)).reshape(-1)[:count]
 
 
 def prepare(
@@ -114,7 +137,11 @@ def prepare(
         elif not method.needs_gram and all(coefficients):
             # What is not finite in an input shows in the output: one look instead of one for each input.
             scan, combine = open_scan(check=False), functools.partial(_looked_at, combine)
-        return Prepared(scan, functools.partial(combine, coefficients), coefficients)
+        # Every input has been looked at when it was measured, or is when the output is.
+        seen = (method.needs_gram or all(coefficients)) and any(coefficients)
+        plain = combine is not _combine_differences and scan.thinning is None
+        fused = functools.partial(_fused_sum, coefficients) if seen and plain else None
+        return Prepared(scan, functools.partial(combine, coefficients), coefficients, fused=fused)
     if not isinstance(method, Elementwise):
         raise TypeError(f"{type(method).__name__} belongs to no family")
     scan = elementwise_scan(method, open_scan, shape, scale, dtype)
@@ -124,7 +151,7 @@ def prepare(
     stats = method.measure(scan)
     told = functools.partial(method.tell, stats)
     if scale == 1.0:
-        return Prepared(scan, lambda tile: method.blend(tile, stats), told=told)
+        return Prepared(scan, lambda tile: method.blend(tile, stats), fused=method.compiled(scan, stats), told=told)
     return Prepared(scan, lambda tile: _rescale(tile.base.clone(), method.blend(tile, stats), scale), told=told)
 
 
@@ -147,7 +174,7 @@ def columnwise(prepared: Prepared, factors: Tensor, stride: int) -> Prepared:
             merged.sub_(base), factors[place.div_(stride, rounding_mode="floor").remainder_(len(factors))]
         )
 
-    return replace(prepared, blend=blend, coefficients=None)
+    return replace(prepared, blend=blend, coefficients=None, fused=None)
 
 
 def elementwise_scan(
@@ -277,6 +304,15 @@ def _combine(coefficients: tuple[float, ...], tile: Tile) -> Tensor:
         else:
             total.add_(x, alpha=c)
     return tile.inputs[0].zero_() if total is None else total
+
+
+def _fused_sum(coefficients: tuple[float, ...], place: Place, out: Tensor) -> bool:
+    """`_combine` from the inputs as they are stored."""
+    raw = place.scan.stored(place.start, place.numel)
+    used = [i for i, c in enumerate(coefficients) if c != 0.0]
+    if len(used) < raw.count:
+        raw = native.Raw([raw.inputs[i] for i in used])
+    return native.span(raw, [coefficients[i] for i in used], out)
 
 
 def _looked_at(combine: Callable[..., Tensor], coefficients: tuple[float, ...], tile: Tile) -> Tensor:

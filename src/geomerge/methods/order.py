@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from geomerge.methods.tile import Scan, Tile
+from geomerge.methods import native
+from geomerge.methods.tile import Place, Scan, Tile
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -100,6 +101,21 @@ class Selection:
             if number > left:
                 values.view(-1)[torch.from_numpy(np.flatnonzero(equal)[left:]).to(values.device)] = 0.0
         return torch.hardshrink(values, below, out=values)
+
+    def limits(self, place: Place) -> tuple[float, float, int]:
+        """What `shrink_` does to a segment, in numbers for compiled loops: ``(limit, equal, left)``.
+
+        Kept are magnitudes above `limit`; of those that equal `equal`, where that is not NaN, only the first `left`.
+        """
+        if self.threshold in (math.inf, 0.0):
+            return (math.inf if self.threshold else -1.0), math.nan, 0
+        left = self.keep - sum(self.equal[: place.segment])
+        if not self.every and left <= 0:
+            return self.threshold, math.nan, 0
+        below = _next_below(self.threshold, place.scan.dtype)
+        if self.every or left >= self.equal[place.segment]:
+            return below, math.nan, 0
+        return below, self.threshold, left
 
     def mask(self, magnitudes: Tensor, tile: Tile, label: object) -> Tensor:
         """1.0 where an element is among the k largest, else 0.0 (zeros count as selected only above threshold 0)."""
@@ -280,6 +296,11 @@ class _Bracket:
 
     def add(self, magnitudes: Floats) -> None:
         """Take in one tile."""
+        if native.available():
+            above, equal, found = native.bracket(magnitudes, self.low, self.high, self.common)
+            self.above, self.equal = self.above + above, self.equal + equal
+            self._pending.append(found)
+            return
         not_above = magnitudes <= self.high
         self.above += magnitudes.size - int(np.count_nonzero(not_above))
         if not math.isnan(self.common):

@@ -17,7 +17,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from geomerge.methods.tile import Tile
+    from geomerge.methods.tile import Place, Tile
 
 
 def stream(seed: int, label: str) -> np.random.PCG64DXSM:
@@ -26,7 +26,7 @@ def stream(seed: int, label: str) -> np.random.PCG64DXSM:
     return np.random.PCG64DXSM(int.from_bytes(digest[:16], "little"))
 
 
-def words(tile: Tile, label: str, width: int = 32) -> NDArray[np.uint32] | NDArray[np.uint16]:
+def words(tile: Tile | Place, label: str, width: int = 32) -> NDArray[np.uint32] | NDArray[np.uint16]:
     """One uniform word for each element of a tile.
 
     Args:
@@ -57,15 +57,20 @@ def keep_(values: Tensor, tile: Tile, label: str, probability: float) -> Tensor:
     A multiple of 2⁻¹⁶ stands for a probability that it meets to 2·10⁻⁵, as it does for 0.3, 0.4 or 0.5; other probabilities
     are met to 2⁻³² at twice the cost.
     """
-    near = abs(round(probability * 2**16) / 2**16 - probability) <= 2e-5 * min(probability, 1 - probability)
-    width = 16 if near else 32
-    drawn = words(tile, label, width)
-    mask = drawn < drawn.dtype.type(min(round(probability * 2**width), 2**width - 1))
+    drawn, limit = draw(tile, label, probability)
+    mask = drawn < drawn.dtype.type(limit)
     if values.device.type == "cpu":
         flat = values.view(-1).numpy()
         np.multiply(flat, mask, out=flat)
         return values
     return values.mul_(torch.from_numpy(mask).view(values.shape).to(values.device))
+
+
+def draw(tile: Tile | Place, label: str, probability: float) -> tuple[NDArray[np.uint32] | NDArray[np.uint16], int]:
+    """A word for each element of a tile, and the limit below which it survives."""
+    near = abs(round(probability * 2**16) / 2**16 - probability) <= 2e-5 * min(probability, 1 - probability)
+    width = 16 if near else 32
+    return words(tile, label, width), min(round(probability * 2**width), 2**width - 1)
 
 
 def bernoulli(tile: Tile, label: str, probability: Tensor) -> Tensor:

@@ -9,14 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from geomerge.methods.native import Thinning
 from geomerge.methods.order import Selection, largest, largest_of_all
-from geomerge.methods.random import bernoulli, keep_
-from geomerge.methods.tile import Scan, Tile
+from geomerge.methods.random import bernoulli, draw, keep_
+from geomerge.methods.tile import Place, Scan, Tile
 from geomerge.methods.walk import Walk
 
 Rescale = Literal["none", "inverse", "l1"]
@@ -43,6 +44,18 @@ class Sparsifier(Protocol):
 
     def inverse(self) -> list[float]:
         """For each expert the factor that makes the thinned task vector unbiased."""
+
+
+@runtime_checkable
+class Thins(Protocol):
+    """A step that compiled loops know."""
+
+    def thin(self, into: Thinning, k: int, place: Place, stats: Any) -> object:
+        """Say what `keep_` drops at a place; `into` is the same for all tiles of a segment.
+
+        Returns:
+            What must live until the loop is over.
+        """
 
 
 def measure(step: Sparsifier, scan: Scan) -> tuple[Any, list[float]]:
@@ -86,6 +99,9 @@ class Everything:
 
     def keep_(self, delta: Tensor, k: int, tile: Tile, stats: Any) -> Tensor:
         return delta
+
+    def thin(self, into: Thinning, k: int, place: Place, stats: Any) -> None:
+        pass
 
     def inverse(self) -> list[float]:
         raise ValueError("nothing was dropped")
@@ -133,6 +149,10 @@ class Magnitude:
     def keep_(self, delta: Tensor, k: int, tile: Tile, stats: list[Selection]) -> Tensor:
         return stats[k].shrink_(delta, tile, k)
 
+    def thin(self, into: Thinning, k: int, place: Place, stats: list[Selection]) -> None:
+        if place.start == place.scan.segments[place.segment].start:
+            into.keep, into.equal, into.left = stats[k].limits(place)
+
     def inverse(self) -> list[float]:
         return _inverse(self.density)
 
@@ -160,6 +180,17 @@ class Random:
         if density <= 0:
             return delta.zero_()
         return keep_(delta, tile, f"dare/{k}", density)
+
+    def thin(self, into: Thinning, k: int, place: Place, stats: None) -> object:
+        density = self.density[k]
+        if density >= 1:
+            return None
+        if density <= 0:
+            into.keep = math.inf
+            return None
+        drawn, into.limit = draw(place, f"dare/{k}", density)
+        into.words, into.width = drawn.ctypes.data, 8 * drawn.itemsize
+        return drawn
 
     def inverse(self) -> list[float]:
         return _inverse(self.density)
@@ -196,6 +227,11 @@ class Outliers:
         outliers = stats[k].shrink_(delta.clone(), tile, ("top", k))
         stats[len(self.density) + k].shrink_(delta, tile, ("both", k))
         return delta.sub_(outliers)
+
+    def thin(self, into: Thinning, k: int, place: Place, stats: list[Selection]) -> None:
+        if place.start == place.scan.segments[place.segment].start:
+            into.drop, into.drop_equal, into.drop_left = stats[k].limits(place)
+            into.keep, into.equal, into.left = stats[len(self.density) + k].limits(place)
 
     def inverse(self) -> list[float]:
         return _inverse(self.density)

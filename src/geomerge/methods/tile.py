@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from geomerge.errors import NotFiniteError
+from geomerge.methods import native
 
 TILE = 1 << 17
 """Elements in a tile unless a caller asks otherwise: few enough to stay in the caches, enough to outweigh the calls."""
@@ -54,6 +55,9 @@ class Source(Protocol):
         """Fill `out` with the elements ``[start, start + len(out))`` in row-major order.
 
         `out` is one-dimensional and float64, or float32 where that holds `dtype`.
+
+        A source that has its elements as they are stored may also have ``stored(start, count, room)``: those elements, in
+        the bytes `room` (8 an element) or wherever they are.
         """
 
 
@@ -82,6 +86,9 @@ class TensorSource:
     def read(self, start: int, out: Tensor) -> None:
         out.copy_(self.flat[start : start + out.numel()])
 
+    def stored(self, start: int, count: int, room: Tensor) -> Tensor:
+        return self.flat[start : start + count]
+
 
 @dataclass(frozen=True, slots=True)
 class Segment:
@@ -90,6 +97,17 @@ class Segment:
     index: int
     start: int
     stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a tile lies, for compiled loops that read it themselves; attributes as those of `Tile`."""
+
+    start: int
+    numel: int
+    segment: int
+    scan: Scan
+    carry: dict[Any, Any]
 
 
 @dataclass(slots=True)
@@ -201,7 +219,11 @@ class Scan:
 
     def over(self, work: Callable[[Iterator[Tile]], Result]) -> list[Result]:
         """Run `work` on each segment's tiles (perhaps in parallel); the results in the segments' order."""
-        results = list(self._run(lambda segment: work(self.tiles(segment)), self.segments))
+        return self.over_segments(lambda segment: work(self.tiles(segment)))
+
+    def over_segments(self, work: Callable[[Segment], Result]) -> list[Result]:
+        """The same for what reads a segment's elements itself."""
+        results = list(self._run(work, self.segments))
         self._finite = True  # every element has been looked at
         return results
 
@@ -216,6 +238,44 @@ class Scan:
         )
         for start, inputs in zip(starts, read, strict=True):
             yield Tile(inputs, start, segment.index, self, carry, self.thinning is not None)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether compiled loops may work on the inputs as they are stored."""
+        plain = self.thinning is None and self.device.type == "cpu"
+        return plain and native.takes([source.dtype for source in self.sources])
+
+    @property
+    def checks(self) -> bool:
+        """Whether inputs that are not finite are still to be refused."""
+        return not self._finite
+
+    def places(self, segment: Segment) -> Iterator[Place]:
+        """Where the tiles of one segment lie, in order."""
+        carry: dict[Any, Any] = {}
+        for start in range(segment.start, segment.stop, self.tile):
+            yield Place(start, self._count(segment, start), segment.index, self, carry)
+
+    def stored(self, start: int, count: int) -> native.Raw:
+        """Some elements of all inputs, each in the dtype in which it is stored; valid until the next are asked for."""
+        inputs = []
+        for slot, source in enumerate(self.sources):
+            room = _buffer((self.level, slot), 8 * count, torch.uint8, self.device)
+            stored = getattr(source, "stored", None)
+            if stored is None:
+                inputs.append(room.view(torch.float64))
+                source.read(start, inputs[-1])
+            else:
+                inputs.append(stored(start, count, room))
+        return native.Raw(inputs)
+
+    def tile_at(self, segment: Segment, count: int) -> Tile:
+        """The first elements of a segment, as many as asked for or as make whole rows."""
+        unit = 1 if self.columns is None else max(self.columns, 1)
+        count = min(-(-count // unit) * unit, segment.stop - segment.start)
+        return Tile(
+            self._read(segment.start, count), segment.start, segment.index, self, thinned=self.thinning is not None
+        )
 
     def _count(self, segment: Segment, start: int) -> int:
         return min(self.tile, segment.stop - start)
@@ -343,9 +403,16 @@ def empty(count: int, dtype: torch.dtype, device: torch.device | str = "cpu", *,
         return torch.empty(count, dtype=dtype, device=device, pin_memory=pinned)
 
 
-def _buffer(level: int, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def output(count: int, dtype: torch.dtype, level: int) -> Tensor:
+    """This thread's buffer for a tile's output."""
+    return _buffer((level, -1), count, dtype, torch.device("cpu"))
+
+
+def _buffer(level: int | tuple[int, int], count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """This thread's input buffer for a level: allocating anew for each tile would cost more than the sums."""
-    buffers: dict[tuple[int, torch.dtype, torch.device], Tensor] = _local.__dict__.setdefault("buffers", {})
+    buffers: dict[tuple[int | tuple[int, int], torch.dtype, torch.device], Tensor] = _local.__dict__.setdefault(
+        "buffers", {}
+    )
     key = (level, dtype, device)
     found = buffers.get(key)
     if found is None or found.numel() < count:

@@ -79,7 +79,7 @@ def merge(
     prepared = prepare(method, open_scan, shape, dtype=dtype)
 
     def write(segment: Segment) -> None:
-        for start, values in prepared.tiles(segment):
+        for start, values in prepared.rounded(segment, dtype) or prepared.tiles(segment):
             flat[start : start + values.numel()] = values
 
     list(run(write, prepared.scan.segments))

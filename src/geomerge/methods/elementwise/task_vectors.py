@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
+from geomerge.methods import native
 from geomerge.methods.base import Elementwise, parameter, per_model
 from geomerge.methods.combine import cancelled, disjoint_merge, exactly, weighted_sum
-from geomerge.methods.sparsify import MagPrune, Rescale, Sparsifier, measure
-from geomerge.methods.tile import Scan, Tile
+from geomerge.methods.sparsify import MagPrune, Rescale, Sparsifier, Thins, measure
+from geomerge.methods.tile import Place, Scan, Tile
 
 
 @dataclass(frozen=True)
@@ -63,11 +66,41 @@ class TaskVectors(Elementwise):
         for k, delta in enumerate(tile.task_vectors()):
             step.keep_(delta, k, tile, found)
         deltas = tile.stack[1:]
-        exact, limit = functools.partial(exactly, tile), cancelled(tile)
+        exact, limit = functools.partial(exactly, tile), cancelled(tile.scan)
         if self.elect:
             options = {"factors": factors, "lambda_": self.lambda_} | self.merging()
             return disjoint_merge(tile.base, deltas, self.weight, exact, limit, **options)
+        return weighted_sum(tile.base, deltas, self._coefficients(factors), exact, limit)
+
+    def _coefficients(self, factors: Sequence[float]) -> list[float]:
+        """Of the weighted sum."""
         divisor = sum(self.weight)
         scale = self.lambda_ / divisor if self.normalize and abs(divisor) >= 1e-8 else self.lambda_
-        coefficients = [scale * w * f for w, f in zip(self.weight, factors, strict=True)]
-        return weighted_sum(tile.base, deltas, coefficients, exact, limit)
+        return [scale * w * f for w, f in zip(self.weight, factors, strict=True)]
+
+    def compiled(self, scan: Scan, stats: Any) -> Callable[[Place, Tensor], bool] | None:
+        step, options = self.sparsifier(), self.merging()
+        if not isinstance(step, Thins) or options.get("furthest"):
+            return None
+        found, factors = stats
+        coefficients = [w * f for w, f in zip(self.weight, factors, strict=True)]
+        rule = native.Combination(
+            elect=self.elect,
+            coefficients=coefficients if self.elect else self._coefficients(factors),
+            weights=self.weight,
+            normalize=options["normalize"],
+            lambda_=self.lambda_,
+        )
+        limit, single = cancelled(scan), scan.dtype == torch.float32
+
+        def fused(place: Place, out: Tensor) -> bool:
+            thinned = place.carry.setdefault("thinned", native.whole(scan.experts))
+            kept = [step.thin(each, k, place, found) for k, each in enumerate(thinned)]
+            raw = scan.stored(place.start, place.numel)
+            done = native.task_vectors(raw, thinned, rule, out, single=single, limit=limit, check=scan.checks)
+            del kept  # the random words, which had to live as long
+            if not done:
+                scan.look_again(place.start, place.numel)
+            return done
+
+        return fused

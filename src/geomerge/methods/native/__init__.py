@@ -1,0 +1,197 @@
+"""The compiled loops of `kernels.c`, where they exist: optional, and the same bits as the torch code that they stand for.
+
+`available()` says whether they are used; ``GEOMERGE_NATIVE=0`` turns them off. Tensors are flat, contiguous and on the CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import os
+import platform
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from geomerge.methods.native.build import LIBRARY
+
+CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}
+"""The dtypes that the loops read and write."""
+
+MOST = 32
+"""Inputs that they take at once."""
+
+_off = 0
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    if os.environ.get("GEOMERGE_NATIVE") == "0" or not LIBRARY.exists():
+        return None
+    # The loops fuse multiplication and addition where torch does, and torch does on processors that can.
+    if platform.machine() in ("x86_64", "AMD64") and not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+        return None
+    try:
+        library = ctypes.CDLL(str(LIBRARY))
+        library.geomerge_bracket_float.restype = ctypes.c_int64
+        library.geomerge_bracket_double.restype = ctypes.c_int64
+    except (OSError, AttributeError):
+        return None
+    return library
+
+
+def available() -> bool:
+    """Whether the compiled loops are used."""
+    return not _off and _library() is not None
+
+
+@contextlib.contextmanager
+def turned_off() -> Iterator[None]:
+    """Within, torch does all."""
+    global _off  # noqa: PLW0603 - a switch of the process, as the variable is
+    _off += 1
+    try:
+        yield
+    finally:
+        _off -= 1
+
+
+def takes(dtypes: Sequence[torch.dtype]) -> bool:
+    """Whether the loops are there and can work on inputs (or outputs) of these dtypes."""
+    return len(dtypes) <= MOST and all(d in CODES for d in dtypes) and available()
+
+
+class Raw:
+    """The same elements of several inputs, as stored."""
+
+    def __init__(self, inputs: Sequence[Tensor]) -> None:
+        self.inputs = inputs  # keeps them
+        self.count, self.numel = len(inputs), inputs[0].numel()
+        self.pointers = (ctypes.c_void_p * self.count)(*(x.data_ptr() for x in inputs))
+        self.dtypes = (ctypes.c_int * self.count)(*(CODES[x.dtype] for x in inputs))
+
+
+def _loaded() -> ctypes.CDLL:
+    library = _library()
+    assert library is not None
+    return library
+
+
+def _pointer(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def _doubles(values: Sequence[float]) -> ctypes.Array[ctypes.c_double]:
+    return (ctypes.c_double * len(values))(*values)
+
+
+def span(raw: Raw, coefficients: Sequence[float], out: Tensor) -> bool:
+    """out = Σ cᵢxᵢ, summed in float64 and rounded to its dtype; whether all of the sum is finite."""
+    done: int = _loaded().geomerge_span(
+        ctypes.c_int(raw.count), raw.pointers, raw.dtypes, _doubles(coefficients), ctypes.c_int64(raw.numel),
+        _pointer(out), ctypes.c_int(CODES[out.dtype]),
+    )  # fmt: skip
+    return bool(done)
+
+
+def gram(raw: Raw, block: int, *, single: bool) -> np.ndarray:
+    """`geomerge.methods.gram.block_products` of the inputs centred on the first: shape ``(pairs, blocks)``."""
+    pairs = raw.count * (raw.count + 1) // 2
+    found = np.empty((pairs, -(-raw.numel // block)))
+    function = _loaded().geomerge_gram_float if single else _loaded().geomerge_gram_double
+    function(
+        ctypes.c_int(raw.count), raw.pointers, raw.dtypes, ctypes.c_int64(raw.numel), ctypes.c_int64(block),
+        ctypes.c_void_p(found.ctypes.data),
+    )  # fmt: skip
+    return found
+
+
+def bracket(magnitudes: np.ndarray, low: float, high: float, common: float) -> tuple[int, int, np.ndarray]:
+    """How many lie above `high`, how many equal `common`, and those others that lie between `low` and `high`."""
+    above, equal = ctypes.c_int64(0), ctypes.c_int64(0)
+    found = np.empty_like(magnitudes)
+    single = magnitudes.dtype == np.float32
+    real = ctypes.c_float if single else ctypes.c_double
+    function = _loaded().geomerge_bracket_float if single else _loaded().geomerge_bracket_double
+    number = function(
+        ctypes.c_void_p(magnitudes.ctypes.data), ctypes.c_int64(magnitudes.size), real(low), real(high), real(common),
+        ctypes.byref(above), ctypes.byref(equal), ctypes.c_void_p(found.ctypes.data),
+    )  # fmt: skip
+    return above.value, equal.value, found[:number].copy()
+
+
+class Thinning(ctypes.Structure):
+    """What remains of one task vector: see `kernels.c`."""
+
+    _fields_ = (
+        ("keep", ctypes.c_double),
+        ("equal", ctypes.c_double),
+        ("drop", ctypes.c_double),
+        ("drop_equal", ctypes.c_double),
+        ("left", ctypes.c_int64),
+        ("drop_left", ctypes.c_int64),
+        ("words", ctypes.c_void_p),
+        ("width", ctypes.c_int32),
+        ("limit", ctypes.c_uint32),
+    )
+
+
+class _Combination(ctypes.Structure):
+    _fields_ = (
+        ("elect", ctypes.c_int32),
+        ("alike", ctypes.c_int32),
+        ("normalize", ctypes.c_int32),
+        ("clamp", ctypes.c_int32),
+        ("floor", ctypes.c_double),
+        ("factor", ctypes.c_double),
+        ("limit", ctypes.c_double),
+    )
+
+
+@dataclass(frozen=True)
+class Combination:
+    """How thinned task vectors are combined: the arguments of `weighted_sum` (`elect` false) or `disjoint_merge`."""
+
+    elect: bool
+    coefficients: Sequence[float]
+    weights: Sequence[float]
+    normalize: bool
+    lambda_: float
+
+
+def whole(count: int) -> ctypes.Array[Thinning]:
+    """So many task vectors that stay whole."""
+    nan, inf = float("nan"), float("inf")
+    return (Thinning * count)(*(Thinning(-1.0, nan, inf, nan, 0, 0, None, 0, 0) for _ in range(count)))
+
+
+def task_vectors(
+    raw: Raw,
+    thinned: ctypes.Array[Thinning],
+    rule: Combination,
+    out: Tensor,
+    *,
+    single: bool,
+    limit: float,
+    check: bool,
+) -> bool:
+    """θ₀ + the combination of the thinned task vectors, rounded; whether all inputs are finite (looked at if `check`)."""
+    weights = rule.weights
+    alike = rule.elect and len(set(rule.coefficients)) == len(set(weights)) == 1 and rule.coefficients[0] > 0
+    clamp = alike or min(weights) > 0
+    scale = rule.coefficients[0] if alike else 1.0
+    scale = scale / weights[0] if alike and rule.normalize else scale
+    combination = _Combination(
+        rule.elect, alike, rule.normalize, clamp, 0.5 if alike else min(weights) / 2, rule.lambda_ * scale, limit
+    )
+    function = _loaded().geomerge_task_vectors_float if single else _loaded().geomerge_task_vectors_double
+    done: int = function(
+        ctypes.c_int(raw.count - 1), raw.pointers, raw.dtypes, ctypes.c_int64(raw.numel), thinned,
+        ctypes.byref(combination), _doubles(rule.coefficients), _doubles(weights), ctypes.c_int(check),
+        _pointer(out), ctypes.c_int(CODES[out.dtype]),
+    )  # fmt: skip
+    return bool(done)
