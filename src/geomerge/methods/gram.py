@@ -163,7 +163,8 @@ def _products(products: Tensor) -> list[list[float]]:
     blocks = -(-n // BLOCK)
     if n < blocks * BLOCK:
         products = torch.nn.functional.pad(products, (0, blocks * BLOCK - n))
-    cut = products.view(rows, blocks, BLOCK // _LANES, _LANES)
+    width = min(_LANES, BLOCK)
+    cut = products.view(rows, blocks, BLOCK // width, width)
     # NumPy adds along the second axis from the last in order; a device need not have the same bits.
     lanes = np.add.reduce(cut.numpy(), axis=2) if cut.device.type == "cpu" else cut.sum(2).cpu().numpy()
     lanes = lanes.astype(np.float64)
