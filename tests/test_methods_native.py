@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import subprocess
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from geomerge.errors import NotFiniteError
-from geomerge.methods import gram, native, order, registry, tile
+from geomerge.methods import gram, native, registry, tile
 from geomerge.methods.native import build
 from geomerge.methods.tile import Scan, TensorSource
 from geomerge.testing import Case, cases
@@ -62,3 +63,88 @@ def test_same_bytes(case: Case) -> None:
     for (kind, shape), (dtype, out) in zip(itertools.cycle(itertools.product(KINDS, shapes)), pairs * 3):
         tensors = stored(case.models(shape, kind), dtype)
         same(lambda tensors=tensors, out=out: merge(case.made(), tensors, dtype=out, tile=1 << 13))  # type: ignore[misc]
+
+
+@compiled
+@pytest.mark.parametrize("density", [0.3, 0.5, 1 / 3])
+@pytest.mark.parametrize(
+    "method", ["ties", "breadcrumbs_ties", "breadcrumbs", "dare_ties", "dare_linear", "task_arithmetic"]
+)
+def test_same_bytes_of_task_vectors(method: str, density: float) -> None:
+    """With ties among magnitudes, unequal and negative weights, on coarse grids, where float32 is doubtful most often."""
+    for kind, weights in itertools.product(KINDS, ([1.0, 1.0, 1.0], [1.0, 0.3, -0.7], [0.0, 0.5, 2.0])):
+        values: dict[str, Any] = {"weight": weights, "density": density, "gamma": 0.1}
+        made = registry.get(method)
+        made_with = made.make({k: v for k, v in values.items() if k in made.parameters()}, count=3)
+        tensors = stored(models(4, (3, 50_003), kind), torch.bfloat16)
+        same(lambda m=made_with, t=tensors: merge(m, t, dtype=torch.bfloat16, tile=1 << 13))  # type: ignore[misc]
+
+
+@compiled
+@pytest.mark.parametrize("method", ["linear", "slerp", "ties", "dare_ties", "breadcrumbs"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_names_the_same_damage(method: str, bad: float) -> None:
+    """A parent with NaN or Inf is refused in the same words."""
+    case = next(c for c in cases(method) if c.inputs >= 2)
+    tensors = stored(case.models((3, 50_003)), torch.bfloat16)
+    tensors[1][1, 40_000] = bad
+    said = []
+    for switch in (native.turned_off, contextlib.nullcontext):
+        with switch(), pytest.raises(NotFiniteError) as caught:
+            merge(case.made(), tensors, dtype=torch.bfloat16)
+        said.append(str(caught.value))
+    assert said[0] == said[1]
+
+
+@compiled
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_gram_sums(dtype: torch.dtype, count: int) -> None:
+    """The same sums in the same order, which are right."""
+    tensors = stored(models(count, (100_003,)), dtype)
+
+    def measure() -> np.ndarray:
+        single = dtype in (torch.bfloat16, torch.float16)
+        scan = Scan([TensorSource(t) for t in tensors], (100_003,), dtype=torch.float32 if single else torch.float64)
+        return gram.measure(scan, "tensor").centred
+
+    found = same(lambda: torch.from_numpy(measure())).numpy()
+    wide = [t.double().numpy() for t in tensors]
+    centred = np.array([wide[0], *(w - wide[0] for w in wide[1:])])
+    norms = np.sqrt((centred**2).sum(1))
+    assert (np.abs(found - centred @ centred.T) <= 1e-6 * np.outer(norms, norms)).all()
+
+
+@compiled
+def test_brackets_count_and_collect() -> None:
+    """By hand: above 4, equal to the common 2, and what else lies in [1, 4]."""
+    values = np.array([0.5, 1, 2, 2, 3, 4, 4.5, 5, 0, 1], dtype=np.float32)
+    above, equal, found = native.bracket(values, 1.0, 4.0, 2.0)
+    assert (above, equal, found.tolist()) == (2, 2, [1, 3, 4, 1])
+    assert native.bracket(values.astype(np.float64), 1.0, 4.0, math.nan)[2].tolist() == [1, 2, 2, 3, 4, 1]
+
+
+@compiled
+def test_rounds_to_nearest_even() -> None:
+    """Halves go to the even neighbour, by hand for bfloat16, whose numbers between 1 and 2 are 1/128 apart."""
+    x = torch.tensor([1 + 1 / 256, 1 + 3 / 256, 1 + 1 / 256 + 2**-20, -1 - 3 / 256], dtype=torch.float32)
+    out = torch.empty(4, dtype=torch.bfloat16)
+    assert native.span(native.Raw([x]), [1.0], out)
+    assert out.tolist() == [1.0, 1 + 2 / 128, 1 + 1 / 128, -1 - 2 / 128]
+
+
+def test_can_be_turned_off() -> None:
+    """The variable, in a process of its own."""
+    code = "from geomerge.methods import native; print(native.available())"
+    env = {"PATH": "", "PYTHONPATH": str(Path(native.__file__).parents[3]), "GEOMERGE_NATIVE": "0"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
+    assert done.stdout.strip() == "False"
+
+
+def test_says_why_nothing_was_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a compiler, and with one that fails, and leaves nothing."""
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert build.build(tmp_path / "kernels.so") == "there is no C compiler"
+    monkeypatch.setenv("CC", "false")
+    assert "failed" in str(build.build(tmp_path / "kernels.so"))
+    assert not list(tmp_path.iterdir())
