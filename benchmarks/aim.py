@@ -2,7 +2,7 @@
 
     python benchmarks/aim.py            # a markdown table; a minute on one core
 
-Activations: 50 texts of each of the six skills at the base's level, from the calibration split. ω and λ are as published and as
+Activations: 50 texts of each task at the base's level (350), from the calibration split. ω and λ are as published and as
 shipped; nothing is chosen on the test split.
 """
 

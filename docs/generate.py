@@ -14,6 +14,7 @@ from typing import Any
 
 from geomerge.cli.catalogue import catalogue
 from geomerge.methods.base import Elementwise, Matrix, Method, Parameter, Span
+from geomerge.methods.elementwise.task_vectors import TaskVectors
 from geomerge.methods.properties import MEANING
 
 FOLDER = Path(__file__).parent / "methods"
@@ -36,6 +37,8 @@ def page(method: type[Method]) -> str:
     """One method's page."""
     parts = [NOTICE, f"# {method.title}", f"`{method.usage()}`" + _aliases(method), _paragraphs(method)]
     parts += ["```text\n" + method.formula + "\n```", f"Source: {method.paper}.", f"## When to use it\n\n{method.when}"]
+    if issubclass(method, TaskVectors):
+        parts.append(f"As a [chain](../recipes.md#steps-before-and-after-a-method) of a step and a method: `{method.chain}`.")
     parts += [f"## Models\n\nIt takes {method.models_text()}. {_base(method)}", "## Parameters", _parameters(method)]
     if method.mergekit:
         parts.append(_compat(method))

@@ -190,6 +190,8 @@ PRESETS = {
 def test_published_variants_are_presets_of_a_chain(preset: str, dtype: str) -> None:
     """Bit for bit, also where the preset computes in float32."""
     method, beside, own, step = PRESETS[preset]
+    said = registry.get(preset).chain.split()  # type: ignore[attr-defined]
+    assert [chain.get(said[0]), said[2]] == [chain.get(step.split(":")[0]), method]
     head = HEAD.replace("float64", dtype)
     both = []
     for name, more in (

@@ -37,6 +37,7 @@ class Breadcrumbs(_Breadcrumbs):
     when: ClassVar[str] = "Many experts, where outliers of single task vectors spoil the sum."
     properties: ClassVar[frozenset[str]] = frozenset({PERMUTATION, BASE, SCALE, SIGN})
     elect: ClassVar[bool] = False
+    chain: ClassVar[str] = "breadcrumbs → task_arithmetic"
     example: ClassVar[str] = """\
 merge_method: breadcrumbs
 base_model: ./base
@@ -58,6 +59,7 @@ class BreadcrumbsTies(_Breadcrumbs):
     when: ClassVar[str] = "As Breadcrumbs, when the experts also disagree about signs."
     properties: ClassVar[frozenset[str]] = frozenset({PERMUTATION, BASE, SCALE})
     elect: ClassVar[bool] = True
+    chain: ClassVar[str] = "breadcrumbs → ties (normalize: false)"
     example: ClassVar[str] = """\
 merge_method: breadcrumbs_ties
 base_model: ./base

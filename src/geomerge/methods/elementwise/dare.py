@@ -37,6 +37,7 @@ class DareLinear(_Dare):
     )
     properties: ClassVar[frozenset[str]] = frozenset({BASE, SINGLE, SCALE, SIGN})
     elect: ClassVar[bool] = False
+    chain: ClassVar[str] = "dare → task_arithmetic"
     example: ClassVar[str] = """\
 merge_method: dare_linear
 base_model: ./base
@@ -59,6 +60,7 @@ class DareTies(_Dare):
     when: ClassVar[str] = "As DARE, when the experts also disagree about signs."
     properties: ClassVar[frozenset[str]] = frozenset({BASE, SINGLE, SCALE})
     elect: ClassVar[bool] = True
+    chain: ClassVar[str] = "dare → ties (normalize: false)"
     example: ClassVar[str] = """\
 merge_method: dare_ties
 base_model: ./base

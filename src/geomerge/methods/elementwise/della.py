@@ -44,6 +44,7 @@ class Della(_Della):
     when: ClassVar[str] = "As DARE-TIES, when large task-vector elements should survive more often than small ones."
     properties: ClassVar[frozenset[str]] = frozenset({BASE, SINGLE, IDENTICAL, SCALE})
     elect: ClassVar[bool] = True
+    chain: ClassVar[str] = "della → ties"
     example: ClassVar[str] = """\
 merge_method: della
 base_model: ./base
@@ -68,6 +69,7 @@ class DellaLinear(_Della):
     when: ClassVar[str] = "As DARE, when large task-vector elements should survive more often than small ones."
     properties: ClassVar[frozenset[str]] = frozenset({BASE, SINGLE, SCALE, SIGN})
     elect: ClassVar[bool] = False
+    chain: ClassVar[str] = "della → task_arithmetic"
     example: ClassVar[str] = """\
 merge_method: della_linear
 base_model: ./base

@@ -19,9 +19,15 @@ from geomerge.methods.tile import Place, Scan, Tile
 
 @dataclass(frozen=True)
 class TaskVectors(Elementwise):
-    """θ = θ₀ + λ·combine(sparsify(θₖ − θ₀), wₖ). Subclasses say how to sparsify, and whether signs are elected."""
+    """θ = θ₀ + λ·combine(sparsify(θₖ − θ₀), wₖ). Subclasses say how to sparsify, and whether signs are elected.
+
+    Class attributes beside those of `Method`:
+        elect: Whether signs are elected.
+        chain: The same as a step and a method, as a recipe's `steps` write them.
+    """
 
     elect: ClassVar[bool]
+    chain: ClassVar[str]
 
     weight: tuple[float, ...] = per_model(doc="the task vector's factor")
     density: tuple[float, ...] = per_model(1.0, within=(0, 1), above=0, doc="share of the elements that is kept")

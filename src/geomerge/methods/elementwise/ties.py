@@ -28,6 +28,7 @@ class Ties(TaskVectors):
     properties: ClassVar[frozenset[str]] = frozenset({PERMUTATION, BASE, SINGLE, IDENTICAL, SCALE})
     mergekit: ClassVar[dict[str, Any]] = {"rescale_norm": "l1"}
     elect: ClassVar[bool] = True
+    chain: ClassVar[str] = "trim → ties (density: 1)"
     example: ClassVar[str] = """\
 merge_method: ties
 base_model: ./base

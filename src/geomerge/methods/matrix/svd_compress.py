@@ -24,8 +24,8 @@ class SvdCompress(Matrix):
     How low is said by one of three parameters: `rank` (so many singular triplets), `ratio` (that share of the shorter side,
     the default: a tenth) or `energy` (as few as hold that share of the squared singular values).
 
-    With one expert it is a step before any other method: give it a name in a pipeline, and let the next recipe merge the
-    compressed experts.
+    Before any other method it is a step of the same name among the recipe's `steps`; with one expert and a name it makes a
+    compressed parent for the next document of a pipeline.
     """
 
     name: ClassVar[str] = "svd_compress"
