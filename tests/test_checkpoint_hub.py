@@ -129,3 +129,60 @@ def test_offline_is_refused_at_once(tmp_path: Path) -> None:
     assert done.stdout.rstrip().endswith("3")
     assert done.stderr == ""
     assert time.monotonic() - begin < 20
+
+
+class TestSubfolders:
+    @pytest.fixture
+    def repository(self, hub: dict[str, Any], tmp_path: Path) -> Path:
+        """The cached model has a folder with weights, linked to the cache's blobs as the hub's client does."""
+        snapshot = tmp_path / "cache" / "models--owner--name" / "snapshots" / ("c" * 40)
+        blob = write(tmp_path / "cache" / "models--owner--name" / "blobs" / "b", floats(sub=[2.0]))
+        (snapshot / "part/unet").mkdir(parents=True)
+        (snapshot / "part/unet/model.safetensors").symlink_to(blob)
+        return snapshot
+
+    def test_only_the_folder_is_fetched(self, hub: dict[str, Any], repository: Path) -> None:
+        """The model is the folder's; the commit pins it; what is ignored elsewhere is not when it is asked for."""
+        checkpoint = open_checkpoint("owner/name", "v2", subfolder="part/unet")
+        assert (checkpoint.hub_id, checkpoint.revision, list(checkpoint.tensors)) == ("owner/name", "c" * 40, ["sub"])
+        [(_, options)] = hub["asked"]
+        assert options["revision"] == "v2"
+        assert all(pattern.startswith("part/unet/") for pattern in options["allow_patterns"])
+        assert "part/unet/original/*" in options["ignore_patterns"]
+        assert "original/*" not in options["ignore_patterns"]
+
+    def test_in_a_recipe(self, hub: dict[str, Any], repository: Path) -> None:
+        """`owner/name@revision:folder` is merged as any model."""
+        import geomerge as gm
+
+        recipe = "merge_method: passthrough\nmodels: [{model: 'owner/name@v2:part/unet'}]\n"
+        plan = gm.plan(recipe)
+        assert [node.name for node in plan.output_nodes()] == ["sub"]
+        assert (plan.inputs[0].ref, plan.inputs[0].hub_id) == ("owner/name@v2:part/unet", "owner/name")
+
+    def test_no_such_folder(self, hub: dict[str, Any], repository: Path) -> None:
+        """Said with the whole reference."""
+        with pytest.raises(ModelError, match=r"owner/name@v2:vae: has no folder 'vae'"):
+            open_checkpoint("owner/name", "v2", subfolder="vae")
+
+    @pytest.mark.parametrize("subfolder", ["../other", "/etc", "a/../../b"])
+    def test_out_of_the_model(self, hub: dict[str, Any], subfolder: str) -> None:
+        """A folder cannot lead out of it, and the hub is not asked."""
+        with pytest.raises(ModelError, match="leads out"):
+            open_checkpoint("owner/name", subfolder=subfolder)
+        assert hub["asked"] == []
+
+    def test_local_directories_come_first(self, hub: dict[str, Any], tmp_path: Path) -> None:
+        """A directory with the id's name is meant, with its folder; a deeper path that does not exist gets a hint."""
+        from geomerge.recipe.references import parse_reference
+        from geomerge.recipe.values import NOWHERE
+
+        model(tmp_path / "owner" / "name" / "unet")
+        ref = parse_reference("owner/name:unet", NOWHERE)
+        assert (ref.path, ref.subfolder) == ("owner/name", "unet")
+        assert open_checkpoint(ref.path, subfolder=ref.subfolder).hub_id is None
+        with pytest.raises(ModelError, match="has no folder 'vae'"):
+            open_checkpoint("owner/name", subfolder="vae")
+        with pytest.raises(ModelError, match=r"written other/name:deep/er"):
+            open_checkpoint("other/name/deep/er")
+        assert hub["asked"] == []

@@ -156,9 +156,30 @@ class TestBareTensors:
         "conditioner.embedders.1.model.transformer.resblocks.0.attn.in_proj_weight": (12, 4),
         "alphas_cumprod": (10,),
     }
+    SDXL: ClassVar[dict[str, tuple[int, ...]]] = {
+        "model.diffusion_model.time_embed.0.weight": (8, 4),
+        "model.diffusion_model.label_emb.0.0.weight": (8, 6),
+        "model.diffusion_model.input_blocks.4.1.transformer_blocks.1.attn2.to_k.weight": (4, 8),
+        "model.diffusion_model.input_blocks.4.1.proj_in.weight": (4, 4),
+        "model.diffusion_model.output_blocks.2.2.conv.weight": (4, 4, 3, 3),
+        "model.diffusion_model.out.2.bias": (4,),
+        "conditioner.embedders.0.transformer.text_model.encoder.layers.0.self_attn.q_proj.weight": (4, 4),
+        "conditioner.embedders.0.transformer.text_model.embeddings.position_embedding.weight": (7, 4),
+        "conditioner.embedders.1.model.token_embedding.weight": (9, 6),
+        "conditioner.embedders.1.model.text_projection": (6, 6),
+        "conditioner.embedders.1.model.logit_scale": (),
+        "first_stage_model.decoder.up.3.block.0.conv1.weight": (4, 4, 3, 3),
+        "first_stage_model.quant_conv.weight": (8, 8, 1, 1),
+    }
     FLUX: ClassVar[dict[str, tuple[int, ...]]] = {
         "double_blocks.0.img_attn.qkv.weight": (12, 4),
         "double_blocks.0.img_mod.lin.bias": (8,),
+        "double_blocks.0.txt_attn.norm.query_norm.scale": (4,),
+        "double_blocks.0.txt_mlp.2.weight": (4, 16),
+        "single_blocks.0.modulation.lin.weight": (12, 4),
+        "guidance_in.in_layer.weight": (4, 4),
+        "img_in.weight": (4, 8),
+        "vector_in.out_layer.bias": (4,),
         "single_blocks.0.linear1.weight": (28, 4),
         "final_layer.linear.weight": (4, 4),
     }
@@ -181,7 +202,9 @@ class TestBareTensors:
         "head.weight": (10, 4),
     }
 
-    @pytest.mark.parametrize("shapes", [STABLE, FLUX, OPEN_CLIP, TIMM], ids=["sd", "flux", "open_clip", "timm"])
+    @pytest.mark.parametrize(
+        "shapes", [STABLE, SDXL, FLUX, OPEN_CLIP, TIMM], ids=["sd", "sdxl", "flux", "open_clip", "timm"]
+    )
     def test_every_tensor_is_merged_under_its_name(self, shapes: dict[str, tuple[int, ...]], tmp_path: Path) -> None:
         """Single files are tensors by name; integers are copied."""
         a, b = random(shapes, 1), random(shapes, 2)

@@ -100,3 +100,33 @@ def test_bad_mappings(text: str, message: str) -> None:
         loads(f"merge_method: linear\nmodels: [{{model: {text}}}]", "r.yml")
     assert message in str(caught.value)
     assert str(caught.value).startswith("r.yml:2: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("owner/name:unet", ("owner/name", None, "unet")),
+        ("owner/name@v1:a/b", ("owner/name", "v1", "a/b")),
+        ("owner/name@v1", ("owner/name", "v1", None)),
+        ("./gone:unet", ("./gone:unet", None, None)),
+    ],
+)
+def test_subfolders(text: str, expected: tuple[str, str | None, str | None]) -> None:
+    """`path[@revision][:subfolder]`; of a local path that does not exist a colon is a part. `str` writes it back."""
+    ref = parse_reference(text, HERE)
+    assert (ref.path, ref.revision, ref.subfolder) == expected
+    assert str(ModelRef(ref.path, ref.revision, subfolder=ref.subfolder)) == text
+
+
+def test_subfolder_of_a_lora() -> None:
+    """Each side has its own."""
+    ref = parse_reference("a/b:x+c/d@r:y", HERE)
+    assert ref.lora is not None
+    assert (ref.subfolder, ref.lora.path, ref.lora.revision, ref.lora.subfolder) == ("x", "c/d", "r", "y")
+
+
+@pytest.mark.parametrize("text", ["a/b:", "a/b:x:y", ":x"])
+def test_refused_subfolders(text: str) -> None:
+    """Said with how it is written."""
+    with pytest.raises(RecipeError, match="owner/name:folder"):
+        parse_reference(text, HERE)

@@ -53,8 +53,10 @@ def check_contained(path: Path, folder: Path) -> None:
     if target.is_relative_to(home):
         return
     # .../models--owner--name/snapshots/<commit> links to .../models--owner--name/blobs or to the cache's shared blobs.
-    if home.parent.name == "snapshots":
-        repository = home.parent.parent
+    # The model may be a subfolder of the snapshot.
+    snapshots = next((place for place in home.parents if place.name == "snapshots"), None)
+    if snapshots is not None:
+        repository = snapshots.parent
         if target.is_relative_to(repository / "blobs") or target.is_relative_to(repository.parent / "blobs"):
             return
     raise DamagedCheckpoint(

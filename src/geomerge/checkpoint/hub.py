@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from geomerge.checkpoint.folder import check_name
 from geomerge.errors import ModelError, RunError, UsageError
 
 _LONGEST_ID = 200
@@ -48,25 +49,31 @@ def is_hub_id(ref: str) -> bool:
     )
 
 
-def locate(ref: str, revision: str | None = None, *, allow_pickle: bool = False) -> Located:
+def locate(
+    ref: str, revision: str | None = None, *, subfolder: str | None = None, allow_pickle: bool = False
+) -> Located:
     """Find a model, downloading it only when `ref` is a hub id.
 
     Args:
         ref: A path (``~`` is expanded) or ``owner/name``.
         revision: A branch, tag or commit; for hub ids only.
+        subfolder: A folder in the repository or directory, which alone is fetched.
         allow_pickle: Fetch ``*.bin`` files too.
 
     Raises:
         ModelError: There is no such path, or the hub has no such model, revision or permission, or it cannot be
             reached and the model is not in the cache.
+        DamagedCheckpoint: A subfolder that leads out of the model.
         UsageError: A revision of a local path.
         RunError: The download failed half-way.
     """
     if not ref or "\0" in ref:
         raise ModelError(f"{ref!r} is not a path of a model")
+    if subfolder is not None:
+        check_name(subfolder, ref, what="the reference")
     # `demo/bose` beside a directory `demo` is a slip of the pen, not a request to the network.
     if is_hub_id(ref) and not (revision is None and Path(ref).parent.is_dir()):
-        return _download(ref, revision, allow_pickle=allow_pickle)
+        return _download(ref, revision, subfolder, allow_pickle=allow_pickle)
     path = Path(ref)
     if ref.startswith("~"):
         try:
@@ -81,7 +88,9 @@ def locate(ref: str, revision: str | None = None, *, allow_pickle: bool = False)
         raise ModelError("there is no such file or directory", where=ref, hint=_missing_hint(ref, path))
     if revision is not None:
         raise UsageError(f"a revision ({revision!r}) of a local path", where=ref, hint="revisions belong to hub ids")
-    return Located(path)
+    if subfolder is not None and not (path / subfolder).is_dir():
+        raise ModelError(f"has no folder {subfolder!r}", where=ref)
+    return Located(path if subfolder is None else path / subfolder)
 
 
 def _missing_hint(ref: str, path: Path) -> str:
@@ -91,22 +100,31 @@ def _missing_hint(ref: str, path: Path) -> str:
             return "did you mean " + " or ".join(repr(str(path.parent / name)) for name in close) + "?"
     if "/" not in ref:
         return f"the current directory has no {ref!r}; ids of the hub have the form owner/name"
+    owner, name, *deeper = ref.split("/")
+    if deeper and is_hub_id(f"{owner}/{name}") and not Path(owner).exists():
+        return f"a folder of a hub's model is written {owner}/{name}:{'/'.join(deeper)}"
     if path.parent.is_dir():
         return f"{str(path.parent)!r} is a local directory; for the hub's model write {ref}@main"
     return "ids of the hub have the form owner/name"
 
 
-def _download(hub_id: str, revision: str | None, *, allow_pickle: bool) -> Located:
+def _download(hub_id: str, revision: str | None, subfolder: str | None, *, allow_pickle: bool) -> Located:
     import huggingface_hub
     from huggingface_hub import errors
 
     wanted = [*_WANTED, "*.bin"] if allow_pickle else _WANTED
+    unwanted = list(_UNWANTED)
     where = hub_id if revision is None else f"{hub_id}@{revision}"
+    if subfolder is not None:
+        subfolder = subfolder.strip("/")
+        # What the user asks for by name is wanted, be it `original` or `onnx`.
+        wanted, unwanted = ([f"{subfolder}/{pattern}" for pattern in patterns] for patterns in (wanted, unwanted))
+        where = f"{where}:{subfolder}"
     local = f"there is no local directory {hub_id!r} either"
     try:
         snapshot = Path(
             huggingface_hub.snapshot_download(
-                hub_id, revision=revision, allow_patterns=wanted, ignore_patterns=list(_UNWANTED)
+                hub_id, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted
             )
         )
     except errors.HFValidationError as error:
@@ -138,4 +156,6 @@ def _download(hub_id: str, revision: str | None, *, allow_pickle: bool) -> Locat
             f"the download failed: {error}", where=where, hint="run again: it continues where it was"
         ) from None
     commit = snapshot.name if snapshot.parent.name == "snapshots" else None
-    return Located(snapshot, hub_id, commit)
+    if subfolder is not None and not (snapshot / subfolder).is_dir():
+        raise ModelError(f"has no folder {subfolder!r} with weights", where=where, hint="is it spelt as on the hub?")
+    return Located(snapshot if subfolder is None else snapshot / subfolder, hub_id, commit)

@@ -126,13 +126,13 @@ def is_adapter(path: Path) -> bool:
     return (path / CONFIG_NAME).is_file()
 
 
-def open_adapter(ref: str, revision: str | None = None) -> Adapter:
+def open_adapter(ref: str, revision: str | None = None, *, subfolder: str | None = None) -> Adapter:
     """Open an adapter: a PEFT directory, kohya's single file, or a hub id.
 
     Raises:
         ModelError: It is none, or of a kind that is not LoRA, or damaged; tensor and reason are named.
     """
-    located = locate(ref, revision)
+    located = locate(ref, revision, subfolder=subfolder)
     path = located.path
     if path.is_dir():
         if not is_adapter(path):

@@ -33,7 +33,9 @@ __all__ = ["Checkpoint", "FileInfo", "TensorInfo", "from_state_dict", "open_chec
 
 
 @collector_paused()
-def open_checkpoint(ref: str, revision: str | None = None, *, allow_pickle: bool = False) -> Checkpoint:
+def open_checkpoint(
+    ref: str, revision: str | None = None, *, subfolder: str | None = None, allow_pickle: bool = False
+) -> Checkpoint:
     """Open a model: a directory, a single ``.safetensors`` or ``.gguf`` file, an index, or a hub id.
 
     A single file brings its directory's config and side files along only when it is that directory's
@@ -42,6 +44,7 @@ def open_checkpoint(ref: str, revision: str | None = None, *, allow_pickle: bool
     Args:
         ref: What the user wrote.
         revision: A branch, tag or commit of the hub.
+        subfolder: A folder in the model's repository or directory.
         allow_pickle: Read ``pytorch_model.bin`` and the like, weights only, when there is no safetensors file.
 
     Raises:
@@ -49,8 +52,10 @@ def open_checkpoint(ref: str, revision: str | None = None, *, allow_pickle: bool
         ModelError: There is no such model, or it is nothing that can be merged.
     """
     ref = os.fspath(ref)
-    located = locate(ref, revision, allow_pickle=allow_pickle)
+    located = locate(ref, revision, subfolder=subfolder, allow_pickle=allow_pickle)
     path = located.path
+    # Two revisions or folders of one repository are two models, also by their names.
+    ref += (f"@{revision}" if revision else "") + (f":{subfolder}" if subfolder else "")
     weight_map: dict[str, str] | None = None
     folder: Path | None
     try:

@@ -50,15 +50,15 @@ def open_model(
         adapted = (given or {}).get(str(ref))
         if adapted is not None:
             return adapted
-        adapter = open_adapter(ref.lora.path, ref.lora.revision)
-        base = known or open_checkpoint(ref.path, ref.revision, allow_pickle=allow_pickle)
+        adapter = open_adapter(ref.lora.path, ref.lora.revision, subfolder=ref.lora.subfolder)
+        base = known or open_checkpoint(ref.path, ref.revision, subfolder=ref.subfolder, allow_pickle=allow_pickle)
         return adapt(base, adapter, str(ref))
     if known is not None:
         return known
     try:
-        return open_checkpoint(ref.path, ref.revision, allow_pickle=allow_pickle)
+        return open_checkpoint(ref.path, ref.revision, subfolder=ref.subfolder, allow_pickle=allow_pickle)
     except LoneAdapter:
-        adapter = open_adapter(ref.path, ref.revision)
+        adapter = open_adapter(ref.path, ref.revision, subfolder=ref.subfolder)
     if adapter.base is None:
         raise ModelError(
             "is a LoRA adapter that does not say what its base is", where=str(ref), hint=f"name it: BASE+{ref}"

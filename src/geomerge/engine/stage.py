@@ -70,7 +70,7 @@ class RecipePlan:
             parse_dtype(recipe.out_dtype or recipe.dtype, recipe.where) if recipe.out_dtype or recipe.dtype else None
         )
         self.statistics = [planner.models.get(ref, recipe.at("statistics")) for ref in recipe.statistics]
-        if self.statistics and not (issubclass(method, Span) and method.takes_statistics):
+        if self.statistics and not _informed(method):
             raise RecipeError(
                 f"{recipe.method} takes no statistics",
                 where=str(recipe.at("statistics")),
@@ -158,7 +158,9 @@ class RecipePlan:
         for entrant, name in zip(lineup.entrants, names, strict=True):
             stored = entrant.model.find(name)
             if stored is None:
-                if self.recipe.unmatched == "copy" and self._copyable(part, lineup, names):
+                if self.recipe.unmatched == "copy" and any(
+                    e.model.find(n) for e, n in zip(lineup.entrants, names, strict=True)
+                ):
                     return self._copy_from_owner(part, lineup, names)
                 self.accounts.missing.append(f"{entrant.model} has no {name}")
                 return None
@@ -272,9 +274,6 @@ class RecipePlan:
                 both = frozenset({widest, kind.dtype})
                 widest = _WIDER.get(both) or max(both, key=lambda d: (DTYPES[d].itemsize, DTYPES[d].kind == "float", d))
         return widest
-
-    def _copyable(self, part: Part, lineup: Lineup, names: list[str]) -> bool:
-        return any(e.model.find(n) is not None for e, n in zip(lineup.entrants, names, strict=True))
 
     def _copy_from_owner(self, part: Part, lineup: Lineup, names: list[str]) -> Node:
         owner, stored = next(

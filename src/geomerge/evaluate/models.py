@@ -314,7 +314,7 @@ def _identify(reference: str) -> tuple[str, int, Path]:
     named = parse_reference(reference, NOWHERE)
     if named.lora is not None:
         raise ModelError("an adapter cannot be evaluated without being merged first", where=reference)
-    with open_checkpoint(named.path, named.revision) as checkpoint:
+    with open_checkpoint(named.path, named.revision, subfolder=named.subfolder) as checkpoint:
         if checkpoint.folder is None:
             raise ModelError(
                 "a single file of weights has no config", where=reference, hint="give the model's directory"

@@ -189,6 +189,7 @@ PLACE = Shape(
     (
         Key("path", "word", "A local path or a hub id.", required=True),
         Key("revision", "word", "Branch, tag or commit of a hub id."),
+        Key("subfolder", "word", "The folder in it where the model lies."),
     ),
 )
 

@@ -171,7 +171,7 @@ class _Reader(Reader):
         if "override_architecture" in found:
             self._note(node.where, "'override_architecture' has no effect: models are read by their tensors' names")
         model: ModelRef = found["model"]
-        return ModelRef(model.path, model.revision, found.get("lora"))
+        return ModelRef(model.path, model.revision, found.get("lora"), model.subfolder)
 
     def read_references(self, node: Node, key: Key) -> tuple[ModelRef, ...]:
         return tuple(self.read_model(item, key) for item in items(node, key))
@@ -180,7 +180,7 @@ class _Reader(Reader):
         if isinstance(node, Text):
             return parse_reference(node.text, node.where, self.names)
         found = self._table(node, grammar.PLACE)
-        return ModelRef(expand_home(found["path"]), found.get("revision"))
+        return ModelRef(expand_home(found["path"]), found.get("revision"), subfolder=found.get("subfolder"))
 
     def read_layer_range(self, node: Node, key: Key) -> tuple[int, int]:
         ends = [item.value() if isinstance(item, Text) else None for item in items(node, key)]

@@ -1,4 +1,4 @@
-"""How a recipe names a model: ``path[@revision][+lora[@revision]]``.
+"""How a recipe names a model: ``path[@revision][:subfolder][+lora…]``.
 
 A path that exists on disk is taken as it is, so directories with ``@`` or ``+`` in their names work.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Container
+from dataclasses import replace
 from pathlib import Path
 
 from geomerge.errors import RecipeError
@@ -30,8 +31,7 @@ def parse_reference(text: str, where: Where, names: Container[str] = ()) -> Mode
         return ModelRef(expand_home(text), written=text)
     cuts = [position for position, sign in enumerate(text) if sign == "+"]
     if not cuts:
-        path, revision = _split(text, where, names)
-        return ModelRef(path, revision, written=text)
+        return replace(_split(text, where, names), written=text)
     whole_left = [cut for cut in cuts if _literal(text[:cut], names)]
     whole_right = [cut for cut in cuts if _literal(text[cut + 1 :], names)]
     if len(cuts) > 1 and not (whole_left or whole_right):
@@ -41,16 +41,17 @@ def parse_reference(text: str, where: Where, names: Container[str] = ()) -> Mode
             hint="one '+' joins a model and its LoRA; a directory with '+' in its name must exist",
         )
     cut = whole_left[-1] if whole_left else whole_right[0] if whole_right else cuts[0]
-    path, revision = _split(text[:cut], where, names)
-    lora_path, lora_revision = _split(text[cut + 1 :], where, names)
-    lora = ModelRef(lora_path, lora_revision, written=text[cut + 1 :])
-    return ModelRef(path, revision, lora, written=text)
+    lora = replace(_split(text[cut + 1 :], where, names), written=text[cut + 1 :])
+    return replace(_split(text[:cut], where, names), lora=lora, written=text)
 
 
-def _split(text: str, where: Where, names: Container[str]) -> tuple[str, str | None]:
-    """Path and revision."""
+def _split(text: str, where: Where, names: Container[str]) -> ModelRef:
+    """Path, revision and subfolder."""
     if _literal(text, names):
-        return expand_home(text), None
+        return ModelRef(expand_home(text))
+    text, subfolder = _cut_subfolder(text, where)
+    if subfolder is not None and _exists(text):
+        return ModelRef(expand_home(text), subfolder=subfolder)
     path, sign, revision = text.partition("@")
     # A local directory has no revisions: '/home/u@corp/m' that does not exist is a mistyped path, not '/home/u'.
     if sign and _LOCAL.match(text) and not _exists(path):
@@ -63,7 +64,21 @@ def _split(text: str, where: Where, names: Container[str]) -> tuple[str, str | N
             where=str(where),
             hint="write it as a mapping: {model: {path: …, revision: …}, lora: {path: …, revision: …}}",
         )
-    return expand_home(path), revision or None
+    return ModelRef(expand_home(path), revision or None, subfolder=subfolder)
+
+
+def _cut_subfolder(text: str, where: Where) -> tuple[str, str | None]:
+    """What stands before and after the colon. Of a local path that does not exist a colon is a part."""
+    before, sign, subfolder = text.rpartition(":")
+    if not sign or (_LOCAL.match(text) and not _exists(before)):
+        return text, None
+    if not before or not subfolder.strip("/") or ":" in before:
+        raise RecipeError(
+            f"the model {text!r} cannot be told apart into model and subfolder",
+            where=str(where),
+            hint="write owner/name:folder, or owner/name@revision:folder",
+        )
+    return before, subfolder
 
 
 def _literal(text: str, names: Container[str]) -> bool:

@@ -119,7 +119,11 @@ def _definitions() -> dict[str, _Schema]:
     scalar: _Schema = {"type": ["number", "boolean", "string"]}
     entry = _object(grammar.ENTRY)
     setting: _Schema = {"anyOf": [{"$ref": "#/$defs/value"}, entry, _list(entry)]}
-    text: _Schema = {"type": "string", "minLength": 1, "description": "path[@revision][+lora[@revision]]"}
+    text: _Schema = {
+        "type": "string",
+        "minLength": 1,
+        "description": "path[@revision][:subfolder][+lora[@revision][:subfolder]]",
+    }
     from geomerge.checkpoint.dtypes import MERGEABLE
 
     steps: list[_Schema] = []

@@ -43,18 +43,21 @@ class ModelRef:
         path: The path (``~`` expanded) or hub id.
         revision: The branch, tag or commit of a hub id.
         lora: An adapter that is added to the model.
+        subfolder: The folder in the repository or directory in which the model lies.
         written: The text in the recipe, for messages. Two references that mean the same are equal however written.
     """
 
     path: str
     revision: str | None = None
     lora: ModelRef | None = None
+    subfolder: str | None = None
     written: str = field(default="", compare=False, repr=False)
 
     def __str__(self) -> str:
         if self.written:
             return self.written
         text = f"{self.path}@{self.revision}" if self.revision else self.path
+        text += f":{self.subfolder}" if self.subfolder else ""
         return f"{text}+{self.lora}" if self.lora else text
 
 
