@@ -20,4 +20,4 @@ class CustomBuildHook(BuildHookInterface):
         platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{platform}"
-        build_data["artifacts"].append("src/geomerge/methods/native/kernels.so")
+        build_data.setdefault("artifacts", []).append("src/geomerge/methods/native/kernels.so")

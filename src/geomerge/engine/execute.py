@@ -157,13 +157,17 @@ class Work:
         loss = RoundingLoss()
         sampled = prepared.scan.numel >= _SAMPLED
         compiled = prepared.rounded(segment, to_torch(node.dtype)) if self.builder.nearest(node) else None
-        pieces = compiled or ((start, round_(start, values), values) for start, values in prepared.tiles(segment))
-        for start, rounded, *merged in pieces:
+        pieces: Iterator[tuple[int, torch.Tensor, torch.Tensor | None]]
+        if compiled is None:
+            pieces = ((start, round_(start, values), values) for start, values in prepared.tiles(segment))
+        else:
+            pieces = ((start, rounded, None) for start, rounded in compiled)
+        for start, rounded, merged in pieces:
             if self.stop.is_set():
                 raise Interrupted
             self.sink.write(node, start, rounded)
             if sampled and start == segment.start:
-                values = merged[0] if merged else prepared.beginning(segment, SAMPLE)
+                values = prepared.beginning(segment, SAMPLE) if merged is None else merged
                 reference = torch.empty_like(values[:SAMPLE])
                 prepared.scan.sources[0].read(start, reference)
                 loss.add(values, rounded, reference)

@@ -265,7 +265,7 @@ def _narrow(scan: Scan) -> bool:
 def measure_gram(open_scan: Open) -> gram.Gram:
     """The Gram matrix of whole tensors, from float32 products for 16-bit inputs.
 
-    Products are rounded to float32, added pairwise within blocks and exactly between them: eight digits, where the
+    Products are rounded to float32, added in fixed lanes within blocks and exactly between them: eight digits, where the
     coefficients of a merge need three. Inputs that are not finite show in the sums.
     """
     if _narrow(open_scan()):

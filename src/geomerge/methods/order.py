@@ -297,9 +297,9 @@ class _Bracket:
     def add(self, magnitudes: Floats) -> None:
         """Take in one tile."""
         if native.available():
-            above, equal, found = native.bracket(magnitudes, self.low, self.high, self.common)
-            self.above, self.equal = self.above + above, self.equal + equal
-            self._pending.append(found)
+            above, same, inner = native.bracket(magnitudes, self.low, self.high, self.common)
+            self.above, self.equal = self.above + above, self.equal + same
+            self._pending.append(inner)
             return
         not_above = magnitudes <= self.high
         self.above += magnitudes.size - int(np.count_nonzero(not_above))

@@ -31,6 +31,9 @@ from geomerge.methods import native
 TILE = 1 << 17
 """Elements in a tile unless a caller asks otherwise: few enough to stay in the caches, enough to outweigh the calls."""
 
+TOGETHER = 4
+"""Tiles that a compiled loop gets at once: the interpreter's part of a call would show."""
+
 BLOCK = 1 << 13
 """Elements summed in one go. Tiles that are not cut by rows hold whole blocks."""
 
@@ -251,10 +254,11 @@ class Scan:
         return not self._finite
 
     def places(self, segment: Segment) -> Iterator[Place]:
-        """Where the tiles of one segment lie, in order."""
+        """Where the pieces of one segment lie that compiled loops read, in order."""
         carry: dict[Any, Any] = {}
-        for start in range(segment.start, segment.stop, self.tile):
-            yield Place(start, self._count(segment, start), segment.index, self, carry)
+        size = TOGETHER * self.tile
+        for start in range(segment.start, segment.stop, size):
+            yield Place(start, min(size, segment.stop - start), segment.index, self, carry)
 
     def stored(self, start: int, count: int) -> native.Raw:
         """Some elements of all inputs, each in the dtype in which it is stored; valid until the next are asked for."""
