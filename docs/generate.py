@@ -38,7 +38,9 @@ def page(method: type[Method]) -> str:
     parts = [NOTICE, f"# {method.title}", f"`{method.usage()}`" + _aliases(method), _paragraphs(method)]
     parts += ["```text\n" + method.formula + "\n```", f"Source: {method.paper}.", f"## When to use it\n\n{method.when}"]
     if issubclass(method, TaskVectors):
-        parts.append(f"As a [chain](../recipes.md#steps-before-and-after-a-method) of a step and a method: `{method.chain}`.")
+        parts.append(
+            f"As a [chain](../recipes.md#steps-before-and-after-a-method) of a step and a method: `{method.chain}`."
+        )
     parts += [f"## Models\n\nIt takes {method.models_text()}. {_base(method)}", "## Parameters", _parameters(method)]
     if method.mergekit:
         parts.append(_compat(method))
