@@ -284,3 +284,12 @@ def test_multimodal_config_of_transformers(monkeypatch: pytest.MonkeyPatch) -> N
     text = AutoConfig.for_model(**new).text_config
     sliding, full = "sliding_attention", "full_attention"
     assert text.layer_types == [sliding, sliding, full, sliding, full, sliding]
+
+
+@pytest.mark.parametrize("depth", [1 << 31, 1 << 63])
+def test_a_depth_beyond_all_memory(depth: int) -> None:
+    """A config may claim any number of blocks: nothing of that size is made."""
+    from geomerge.checkpoint.per_layer import carry_over
+
+    with pytest.raises(IncompatibleModels, match="layers"):
+        carry_over({"num_hidden_layers": depth}, "llama", depth, [0, 1])

@@ -140,7 +140,7 @@ def _carry_over_together(stacks: list[_Stack]) -> None:
         own = {k: v for k, v in scope.items() if k.startswith(stack.module)}
         carry_over(own, stack.model_type, stack.old, stack.blocks)
         scope.update(own)
-    changed = [stack for stack in stacks if stack.blocks != list(range(stack.old))]
+    changed = [stack for stack in stacks if len(stack.blocks) != stack.old or stack.blocks != list(range(stack.old))]
     if not changed:
         return
     first = changed[0]

@@ -54,6 +54,10 @@ _MLP_TYPES = ("cohere2_moe", "deepseek_v32", "exaone_moe", "glm4_moe_lite", "glm
 _NOPE_FAMILIES = ("smollm3", "llama4_text")
 
 
+_MOST_LAYERS = 1_000_000
+"""A config may claim any number; lists of that length are made of it."""
+
+
 def carry_over(scope: dict[str, Any], model_type: str, old: int, blocks: Sequence[int]) -> None:
     """Rewrite, in place, what a config says about single layers.
 
@@ -75,6 +79,8 @@ def carry_over(scope: dict[str, Any], model_type: str, old: int, blocks: Sequenc
             f"a block of the output comes from block {max(blocks)}, but the config describes {old} layers",
             hint="take the config from the model that has the most layers",
         )
+    if old > _MOST_LAYERS:
+        raise IncompatibleModels(f"the config describes {old:,} layers", hint="is its config.json whole?")
     if list(blocks) == list(range(old)):
         return
     spelled_out = _spell_out_rules(scope, model_type, old, blocks)
