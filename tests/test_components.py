@@ -168,6 +168,35 @@ class TestNames:
         assert all(torch.equal(out[outer + name], a[outer + name]) for name in TOWER)
         assert json.loads((tmp_path / "out/config.json").read_text())["model_type"] == "llava"
 
+    @pytest.mark.parametrize("tied", [(True, True), (True, False), (False, True)])
+    @pytest.mark.parametrize("spell", [old, new], ids=["old", "new"])
+    def test_ties_go_by_the_template_s_names(self, spell: Any, tied: tuple[bool, bool], tmp_path: Path) -> None:
+        """Where one of the two ties its head, the output stores both, as with models of one naming."""
+        vlm(tmp_path / "full", 1, spell, "" if spell is old else "model.")
+        head = spell("lm_head.weight")
+        a = load_file(tmp_path / "full/model.safetensors")
+        b = tiny.random_tensors(SHAPES, 2)
+        if tied[0]:
+            a[head] = a[spell("model.embed_tokens.weight")]
+        if tied[1]:
+            b["lm_head.weight"] = b["model.embed_tokens.weight"]
+        tiny.save(
+            tmp_path / "a",
+            {n: x for n, x in a.items() if not (tied[0] and n == head)},
+            {**LLAVA, "tie_word_embeddings": tied[0]},
+        )
+        tiny.save(
+            tmp_path / "b",
+            {n: x for n, x in b.items() if not (tied[1] and n == "lm_head.weight")},
+            {**TEXT, "tie_word_embeddings": tied[1]},
+        )
+        rules = f"components: {{vision: {{copy: {tmp_path}/a}}, projector: {{copy: {tmp_path}/a}}}}"
+        gm.merge(RECIPE.format(tmp_path, rules), tmp_path / "out")
+        out = load_file(tmp_path / "out/model.safetensors")
+        assert (head in out) == (tied != (True, True))
+        assert tiny.config(tmp_path / "out")["tie_word_embeddings"] == (tied == (True, True))
+        assert all(torch.equal(out[spell(n)], half(a[spell(n)], b[n])) for n in SHAPES if spell(n) in out)
+
     def test_two_ways_of_naming_one_vlm(self, tmp_path: Path) -> None:
         """Parents saved by transformers before and after 4.52; the output follows the first."""
         a, b = vlm(tmp_path / "a", 1), vlm(tmp_path / "b", 2, new, "model.")

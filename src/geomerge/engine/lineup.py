@@ -8,15 +8,15 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from geomerge.engine.models import Model, Models
+from geomerge.engine.schedule import Schedule
 from geomerge.errors import RecipeError, UsageError, did_you_mean
 from geomerge.methods import registry
-from geomerge.methods.base import Method
+from geomerge.methods.base import Method, Span
 from geomerge.recipe.resolve import Lookup, scopes
 from geomerge.recipe.values import Module, Recipe, Slice, Source, Where
 
 if TYPE_CHECKING:
     from geomerge.anatomy import Part
-    from geomerge.engine.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -234,3 +234,12 @@ def _place(model: Model) -> tuple[Path, Path | None] | None:
         return None
     adapter = model.checkpoint.adapter
     return model.checkpoint.path.resolve(), adapter.resolve() if adapter else None
+
+
+def schedule_of(recipe: Recipe, method: type[Method]) -> Schedule | None:
+    """The recipe's schedule, or the method's own where the recipe leaves its coefficients open."""
+    if recipe.schedule is not None:
+        return Schedule(recipe.schedule, recipe.at("schedule"))
+    own = method.default_schedule if issubclass(method, Span) else None
+    given = any("t" in scope for scope in recipe.scopes())
+    return Schedule(own, recipe.where) if own is not None and not given else None

@@ -13,12 +13,11 @@ from geomerge.engine.alignment import FOLDED, Alignment
 from geomerge.engine.chain import Chain
 from geomerge.engine.components import Components
 from geomerge.engine.encoding import Encoding
-from geomerge.engine.lineup import Lineup
+from geomerge.engine.lineup import Lineup, schedule_of
 from geomerge.engine.matrices import rest, weighs
 from geomerge.engine.models import Kind, Model
 from geomerge.engine.output import describe_output
 from geomerge.engine.plan import BUFFER, Node, Operand
-from geomerge.engine.schedule import Schedule
 from geomerge.engine.slots import Slots
 from geomerge.engine.steps import Steps
 from geomerge.engine.vocabularies import Vocabularies
@@ -41,7 +40,7 @@ class RecipePlan:
         self.planner, self.recipe, self.stage = planner, recipe, stage
         self.used: set[int] = set()
         method = registry.get(recipe.method)
-        self.schedule = _schedule(recipe, method)
+        self.schedule = schedule_of(recipe, method)
         if self.schedule is not None and "t" not in method.parameters():
             raise RecipeError(
                 f"a schedule sets the interpolation parameter t, which {recipe.method} does not have",
@@ -354,15 +353,6 @@ class RecipePlan:
         real = {name: self.planner.laid_out.get(path, path) for name, path in copies.items()}
         texts |= {name: content for name, content in real.items() if isinstance(content, str)}
         return config, {n: c for n, c in real.items() if isinstance(c, Path)}, texts, notes
-
-
-def _schedule(recipe: Recipe, method: type[Method]) -> Schedule | None:
-    """The recipe's schedule, or the method's own where the recipe leaves its coefficients open."""
-    if recipe.schedule is not None:
-        return Schedule(recipe.schedule, recipe.at("schedule"))
-    own = method.default_schedule if issubclass(method, Span) else None
-    given = any("t" in scope for scope in recipe.scopes())
-    return Schedule(own, recipe.where) if own is not None and not given else None
 
 
 def _informed(method: type[Method]) -> bool:
