@@ -117,10 +117,10 @@ def test_bombs(line: str) -> None:
         alias = f"*a{i - 1}"
         ten, named = ", ".join([alias] * 10), ", ".join(f"n{k}: {alias}" for k in range(10))
         lines.append(line.format(i=i, ten=ten, named=named))
-    start = time.perf_counter()
+    start = time.thread_time()
     message = refused(first + "\n".join(lines))
     assert f"aliases expand to more than {MAX_ALIASED:,} values" in message
-    assert time.perf_counter() - start < 2
+    assert time.thread_time() - start < 2
 
 
 def test_depth() -> None:

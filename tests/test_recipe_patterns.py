@@ -138,19 +138,19 @@ def test_ordinary_expressions(pattern: str) -> None:
 )
 def test_dangerous_or_broken_expressions(pattern: str) -> None:
     """What can take exponential time, refers back, is too long, or is no regular expression is refused unrun."""
-    start = time.perf_counter()
+    start = time.thread_time()
     with pytest.raises(ValueError, match=r"/|characters"):
         classify(f"/{pattern}/")
-    assert time.perf_counter() - start < 0.5
+    assert time.thread_time() - start < 0.5
 
 
 @pytest.mark.parametrize("pattern", [".*.*.*x$", "a*a*a*(b|c)?x", "(?=.*.*.*x)", "(a|b|c).*(a|b).*x"])
 def test_worst_accepted_expressions_end(pattern: str) -> None:
     """The worst of what is accepted still answers at once on names as long as any tensor's."""
     classify(f"/{pattern}/")
-    start = time.perf_counter()
+    start = time.thread_time()
     assert searcher("regex", pattern)("a" * 120) is None
-    assert time.perf_counter() - start < 1
+    assert time.thread_time() - start < 1
 
 
 def test_long_globs() -> None:

@@ -256,7 +256,7 @@ parameters: {weight: 0.2, density: 0.7, gamma: 0.01}
         for block in range(100)
         for expert in range(1000)
     ]
-    start = time.perf_counter()
+    start = time.thread_time()
     lookups = [
         Lookup(name, scopes(recipe, module, each, source))
         for source in each.sources
@@ -270,7 +270,7 @@ parameters: {weight: 0.2, density: 0.7, gamma: 0.01}
             assert found is not None
             assert isinstance(found.value, int | float)
             total += found.value
-    elapsed = time.perf_counter() - start
+    elapsed = time.thread_time() - start
     weight = 0.3 + 0.2 + 0.2
     # 99 experts of each block have two digits or more and end in 7; 68 of the 100 blocks lie in 3-70.
     density = (0.099 * 0.5 + 0.901 * 0.7) + (0.68 * 0.3 + 0.32 * 1) + 0.7

@@ -110,7 +110,12 @@ class Lineup:
             )
 
     def _check_base(self) -> None:
-        """Refuse the base as an expert under another name: its task vector would be zero, and counted."""
+        """Refuse the base as an expert under another name: its task vector would be zero, and counted.
+
+        Where the base is an endpoint (SLERP and its like) the other may well be the same model: the result is that model.
+        """
+        if self.method.models == (1, 1) or "t" in self.method.parameters():
+            return
         base = _place(self.entrants[0].model)
         for entrant in self.others:
             if base is not None and entrant.source is not None and _place(entrant.model) == base:
