@@ -12,12 +12,13 @@ import os
 import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from geomerge.methods.native.build import LIBRARY
+from geomerge.methods.native.build import LIBRARY, fingerprint
 
 CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}
 """The dtypes that the loops read and write."""
@@ -35,11 +36,17 @@ def _library() -> ctypes.CDLL | None:
     # The loops fuse multiplication and addition where torch does, and torch does on processors that can.
     if platform.machine() in ("x86_64", "AMD64") and not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
         return None
+    return _load(LIBRARY)
+
+
+def _load(path: Path) -> ctypes.CDLL | None:
+    """The library, or `None` where it cannot be loaded or was made of another `kernels.c` than the one beside this file."""
     try:
-        library = ctypes.CDLL(str(LIBRARY))
-    except (OSError, AttributeError):
+        library = ctypes.CDLL(str(path))
+        made_of = ctypes.c_char * (len(fingerprint()) + 1)
+        return library if made_of.in_dll(library, "geomerge_source").value.decode() == fingerprint() else None
+    except (OSError, ValueError):
         return None
-    return library
 
 
 def available() -> bool:

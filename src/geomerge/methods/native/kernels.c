@@ -13,6 +13,12 @@
 
 enum { BF16, F16, F32, F64 };
 
+#ifndef GEOMERGE_SOURCE
+#define GEOMERGE_SOURCE ""
+#endif
+/* The fingerprint of this file (build.py): a library made of another one is not loaded. */
+const char geomerge_source[] = GEOMERGE_SOURCE;
+
 #define CHUNK 256
 #define MOST 32 /* inputs of one call */
 
