@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ import geomerge as gm
 import tiny
 from geomerge.engine import execute, processes, run, survey
 from geomerge.errors import NotFiniteError, RunError
+from geomerge.methods import native
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="workers are forked on Linux only")
 
@@ -212,3 +214,22 @@ def test_an_error_in_a_survey(tmp_path: Path) -> None:
         gm.merge(text, tmp_path / "out", threads=2)
     assert "model.norm.weight" in str(caught.value.where)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(not native.available(), reason="the compiled loops were not built")
+def test_no_forks_for_what_compiled_loops_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A fork has to be worth it for what torch makes: nothing of TIES with the loops, all of it without, all of DELLA."""
+    asked: list[int] = []
+
+    def suitable(nodes: Sequence[object], threads: int | None) -> bool:
+        asked.append(len(nodes))
+        return False
+
+    monkeypatch.setattr(run, "suitable", suitable)
+    ties, della = recipe(tmp_path), recipe(tmp_path, "della")
+    gm.merge(ties, tmp_path / "compiled")
+    gm.merge(della, tmp_path / "della")
+    with native.turned_off():
+        gm.merge(ties, tmp_path / "torch")
+    assert asked[0] == 0
+    assert asked[1] == asked[2] == len(tiny.llama_shapes(tiny.LLAMA))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import math
 import subprocess
 import sys
@@ -14,8 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
+import geomerge as gm
 from geomerge.errors import NotFiniteError
 from geomerge.methods import gram, native, registry, tile
 from geomerge.methods.native import build
@@ -80,6 +83,81 @@ def test_same_bytes_of_task_vectors(method: str, density: float) -> None:
         same(lambda m=made_with, t=tensors: merge(m, t, dtype=torch.bfloat16, tile=1 << 13))  # type: ignore[misc]
 
 
+LOOPS = {
+    "linear": {"geomerge_span"},
+    "slerp": {"geomerge_gram_float", "geomerge_span"},
+    "task_arithmetic": {"geomerge_span"},
+    "ties": {"geomerge_survey_float", "geomerge_task_vectors_float"},
+    "dare_ties": {"geomerge_task_vectors_float"},
+    "dare_linear": {"geomerge_task_vectors_float"},
+    "breadcrumbs": {"geomerge_survey_float", "geomerge_task_vectors_float"},
+    "breadcrumbs_ties": {"geomerge_survey_float", "geomerge_task_vectors_float"},
+    "arcee_fusion": {"geomerge_bracket_double"},
+    "sce": {"geomerge_bracket_double"},
+}
+"""What a merge of bfloat16 models calls."""
+
+VALUES: dict[str, Any] = {"density": 0.4, "weight": 0.3, "t": 0.3, "select_topk": 0.5}
+
+
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The loops that were called."""
+    names: set[str] = set()
+    library = native._loaded()
+
+    class Spy:
+        def __getattr__(self, name: str) -> Any:
+            names.add(name)
+            return getattr(library, name)
+
+    monkeypatch.setattr(native, "_loaded", Spy)
+    return names
+
+
+@compiled
+@pytest.mark.parametrize("method", LOOPS)
+def test_takes_the_loops(method: str, called: set[str]) -> None:
+    """Those that the method has, and no other."""
+    found = registry.get(method)
+    values = {key: value for key, value in VALUES.items() if key in found.parameters()}
+    count = 1 if method in ("slerp", "arcee_fusion") else 2
+    inputs = 2 if method == "linear" else count + 1
+    made = found.make(values, count=count)
+    tensors = stored(models(inputs, (3, 50_003), "dense"), torch.bfloat16)
+    merge(made, tensors, dtype=torch.bfloat16, tile=1 << 13)
+    assert called == LOOPS[method]
+
+
+@compiled
+@pytest.mark.parametrize("method", ["linear", "slerp", "ties", "dare_ties", "breadcrumbs"])
+def test_same_files(method: str, tmp_path: Path, called: set[str]) -> None:
+    """A merge on disk, with the loops and without; tensors of several segments, of one tile, of nothing."""
+    names = {"linear": ("a", "b"), "slerp": ("base", "a")}.get(method, ("base", "a", "b"))
+    for name, values in zip(names, models(len(names), (150, 1333), "dense"), strict=True):
+        (tmp_path / name).mkdir()
+        weights = {
+            "x": values.bfloat16(),
+            "y": values[0, :97].bfloat16().contiguous(),
+            "z": torch.zeros(0, 3).bfloat16(),
+        }
+        save_file(weights, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
+    experts = [{"model": str(tmp_path / name)} for name in names if name != "base"]
+    document: dict[str, Any] = {"merge_method": method, "models": experts}
+    if names[0] == "base":
+        document["base_model"] = str(tmp_path / "base")
+    known = registry.get(method).parameters()
+    document["parameters"] = {key: value for key, value in VALUES.items() if key in known}
+    text = json.dumps(document, indent=1)
+    with native.turned_off():
+        gm.merge(text, tmp_path / "torch")
+    assert not called
+    gm.merge(text, tmp_path / "compiled")
+    assert called == LOOPS[method]
+    found = [(tmp_path / out / "model.safetensors").read_bytes() for out in ("torch", "compiled")]
+    assert found[0] == found[1]
+
+
 @compiled
 @pytest.mark.parametrize("method", ["linear", "slerp", "ties", "dare_ties", "breadcrumbs"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -119,9 +197,9 @@ def test_gram_sums(dtype: torch.dtype, count: int) -> None:
 def test_brackets_count_and_collect() -> None:
     """By hand: above 4, equal to the common 2, and what else lies in [1, 4]."""
     values = np.array([0.5, 1, 2, 2, 3, 4, 4.5, 5, 0, 1], dtype=np.float32)
-    above, equal, found = native.bracket(values, 1.0, 4.0, 2.0)
+    above, equal, found = native.bracket(values, (1.0, 4.0, 2.0))
     assert (above, equal, found.tolist()) == (2, 2, [1, 3, 4, 1])
-    assert native.bracket(values.astype(np.float64), 1.0, 4.0, math.nan)[2].tolist() == [1, 2, 2, 3, 4, 1]
+    assert native.bracket(values.astype(np.float64), (1.0, 4.0, math.nan))[2].tolist() == [1, 2, 2, 3, 4, 1]
 
 
 @compiled
@@ -139,6 +217,22 @@ def test_can_be_turned_off() -> None:
     env = {"PATH": "", "PYTHONPATH": str(Path(native.__file__).parents[3]), "GEOMERGE_NATIVE": "0"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
     assert done.stdout.strip() == "False"
+
+
+@compiled
+def test_a_stale_library_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor one without a fingerprint, nor what is no library; torch does all then, and nothing is said."""
+    source = tmp_path / "kernels.c"
+    source.write_bytes(build.SOURCE.read_bytes() + b"\n")
+    monkeypatch.setattr(build, "SOURCE", source)
+    assert native._load(build.LIBRARY) is None
+    assert build.build(tmp_path / "fresh.so") is None
+    assert native._load(tmp_path / "fresh.so") is not None
+    source.write_text("int nothing;")
+    assert build.build(tmp_path / "other.so") is None
+    (tmp_path / "torn.so").write_bytes((tmp_path / "other.so").read_bytes()[:100])
+    for name in ("fresh.so", "other.so", "torn.so", "none.so"):
+        assert native._load(tmp_path / name) is None
 
 
 def test_says_why_nothing_was_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,7 +132,9 @@ def test_a_sample_that_lies(name: str, k: int, end: str, counted: list[int], mon
 def test_brackets_that_overflow(name: str, k: int, counted: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Brackets that may hold 16 different values and are made to hold everything: folding and counting take over."""
     monkeypatch.setattr(order, "_COLLECT", 16)
-    monkeypatch.setattr(order, "_brackets", lambda scan, m, counts: dict.fromkeys(counts, (0.0, np.inf, np.nan)))
+    monkeypatch.setattr(
+        order, "_brackets", lambda scan, m, counts, experts: dict.fromkeys(counts, (0.0, np.inf, np.nan))
+    )
     scan = scan_of(HOSTILE[name])
     (found,) = largest(scan, absolute, [k])
     assert np.array_equal(shrunk(scan, found), expected(HOSTILE[name], k))

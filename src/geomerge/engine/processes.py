@@ -4,7 +4,8 @@ Threads of one interpreter pass its lock to each other after every operation on 
 and wake it again: two threads then do a TIES merge little faster than one. Forked workers share nothing but the open files;
 they write their tensors into the output themselves and send back what the manifest shall say.
 
-Used when a run is large, and only from a process that has no other threads: forking among threads is not safe.
+Used when what torch computes is large (compiled loops leave the lock to the other threads, and so does copying), and only from
+a process that has no other threads: forking among threads is not safe.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ Made = TypeVar("Made")
 
 
 def suitable(nodes: Sequence[tuple[int, Node]], threads: int | None) -> bool:
-    """Whether this process may fork, and whether the work is worth it."""
+    """Whether this process may fork, and whether that is worth it for nodes at which threads would wait for each other."""
     # Python's locks between processes live in /dev/shm.
     alone = sys.platform.startswith("linux") and threading.active_count() == 1 and os.access("/dev/shm", os.W_OK)
     return alone and (threads or cores()) > 1 and sum(node.numel for _, node in nodes) >= WORTH

@@ -32,7 +32,7 @@ from geomerge.engine.processes import Processes, suitable
 from geomerge.engine.sinks import FileSink, MemorySink
 from geomerge.engine.survey import survey_bytes, surveyed
 from geomerge.errors import ModelError, RunError, UsageError, did_you_mean
-from geomerge.methods import registry
+from geomerge.methods import native, registry
 from geomerge.methods.tile import TILE
 from geomerge.version import __version__
 
@@ -357,7 +357,16 @@ def _may_fork(builder: Builder, nodes: Sequence[tuple[int, Node]], threads: int 
     # Sparse sums are found once, by whoever needs them first; each process would find them again.
     whole = whole or any(r.plan.pursued for r in builder.plan.rows)
     memory = any(c.memory for c in builder.inputs)
-    return builder.device.type == "cpu" and not whole and not memory and suitable(nodes, threads)
+    slow = [item for item in nodes if not _by_loops(builder, item[1])]
+    return builder.device.type == "cpu" and not whole and not memory and suitable(slow, threads)
+
+
+def _by_loops(builder: Builder, node: Node) -> bool:
+    """Whether a node is copied or made by compiled loops: these leave the interpreter's lock to the other threads."""
+    if node.method is None:
+        return True
+    plain = node.scale == 1.0 and not node.chain and not node.columns and not node.scales
+    return plain and builder.nearest(node) and native.available() and node.method.loops
 
 
 def named(executor: str, threads: int | None, shard_size: int) -> Callable[[Work], Executor]:

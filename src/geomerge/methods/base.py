@@ -291,6 +291,11 @@ class Method:
         """How one asks for it."""
         return f"merge_method: {cls.name}"
 
+    @property
+    def loops(self) -> bool:
+        """Whether compiled loops do most of the work, where they exist."""
+        return False
+
     def check(self, count: int, compat: str | None = None) -> None:
         """Raise `ValueError` for parameters that do not go together. Arguments are as in `make`."""
 
@@ -326,6 +331,10 @@ class Span(Method):
     def grouped(self) -> bool:
         """Whether one Gram matrix is the sum over all tensors of a block that have the same role."""
         return False
+
+    @property
+    def loops(self) -> bool:
+        return self.axis == "tensor"
 
     @property
     def needs_gram(self) -> bool:

@@ -11,7 +11,7 @@ The k largest are well defined down to the last element: of equal magnitudes the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from geomerge.methods import native
-from geomerge.methods.tile import Place, Scan, Tile
+from geomerge.methods.tile import Place, Scan, Segment, Tile
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -131,24 +131,28 @@ def _next_below(value: float, dtype: torch.dtype) -> float:
     return float(np.nextafter(number, number.dtype.type(0)))
 
 
-def largest(scan: Scan, magnitudes: Magnitudes, counts: Sequence[int]) -> list[Selection]:
+def largest(
+    scan: Scan, magnitudes: Magnitudes, counts: Sequence[int], experts: Sequence[int] | None = None
+) -> list[Selection]:
     """The `counts[i]` largest elements of the i-th magnitude, exactly.
 
     Args:
         scan: The tensor.
         magnitudes: See `Magnitudes`; called for each tile of one or more passes.
         counts: How many elements to select of each; 0 selects nothing, the number of elements or more everything.
+        experts: For each selection the expert (from 0) whose |τ| it ranks, where `magnitudes` gives just that: compiled loops
+            then compute it themselves.
     """
     n = scan.numel
     found = [NOTHING if k <= 0 else Selection(0.0, n, (n,)) for k in counts]
     wanted = [i for i, k in enumerate(counts) if 0 < k < n]
     if wanted and n <= scan.tile and len(scan.segments) == 1:
-        for i, selection in _in_one_tile(scan, magnitudes, {i: counts[i] for i in wanted}).items():
+        for i, selection in _in_one_tile(scan, magnitudes, {i: counts[i] for i in wanted}, experts).items():
             found[i] = selection
     elif wanted:
-        brackets = _brackets(scan, magnitudes, {i: counts[i] for i in wanted})
+        brackets = _brackets(scan, magnitudes, {i: counts[i] for i in wanted}, experts)
         budget = dict.fromkeys(wanted, 4 * _COLLECT)
-        segments = scan.over(lambda tiles: _collect(tiles, magnitudes, brackets, budget))
+        segments = _collect(scan, magnitudes, brackets, budget, experts)
         for i in wanted:
             found[i] = _choose([s[i] for s in segments], counts[i]) or _by_counting(scan.over, magnitudes, i, counts[i])
     return found
@@ -173,14 +177,16 @@ def placed(scan: Scan, magnitudes: Magnitudes, selections: Sequence[Selection]) 
     return found
 
 
-def largest_of_all(walk: Walk, magnitudes: Magnitudes, counts: Sequence[int]) -> dict[str, list[Selection]]:
+def largest_of_all(
+    walk: Walk, magnitudes: Magnitudes, counts: Sequence[int], experts: Sequence[int] | None = None
+) -> dict[str, list[Selection]]:
     """As `largest`, over all tensors of a model together; of equal magnitudes those of earlier tensors win.
 
     Returns:
         For each tensor its share of each selection.
     """
     found: dict[str, list[Selection]] = {name: [] for name in walk.names}
-    chosen = _select(walk, magnitudes, [min(k, walk.numel) for k in counts])
+    chosen = _select(walk, magnitudes, [min(k, walk.numel) for k in counts], experts)
     sizes = walk.over(lambda scan: scan.numel) if any(selection is None for selection in chosen) else []
     for k, selection in zip(counts, chosen, strict=True):
         if selection is None:  # all or nothing
@@ -212,7 +218,12 @@ def nth_smallest_of_all(walk: Walk, values: Magnitudes, ranks: Sequence[int], *,
 
 
 def _select(
-    walk: Walk, values: Magnitudes, counts: Sequence[int], *, signed: bool = False
+    walk: Walk,
+    values: Magnitudes,
+    counts: Sequence[int],
+    experts: Sequence[int] | None = None,
+    *,
+    signed: bool = False,
 ) -> list[tuple[float, int, list[list[int]]] | None]:
     """For each count the threshold, how many equal to it are among the largest, and how many there are: by tensor and segment.
 
@@ -226,22 +237,17 @@ def _select(
     size = min(max(_SAMPLE, int((3.2 * n / _COLLECT) ** 2)), 1 << 22)
 
     def look(scan: Scan) -> dict[int, list[Floats]]:
-        taken: dict[int, list[Floats]] = {i: [] for i in wanted}
-        for tile in scan.sample(max(size * scan.numel // n, 1)) if scan.numel else ():
-            for i, m in enumerate(values(tile)):
-                if i in taken:
-                    taken[i].append(m.reshape(-1).cpu().numpy().copy())
-        return taken
+        return _sample(scan, values, wanted, max(size * scan.numel // n, 1), experts) if scan.numel else {}
 
     samples = walk.over(look)
     floor = -math.inf if signed else 0.0
     brackets = {
-        i: _bracket(np.concatenate([piece for each in samples for piece in each[i]]), k, n, floor)
+        i: _bracket(np.concatenate([piece for each in samples for piece in each.get(i, ())]), k, n, floor)
         for i, k in wanted.items()
     }
     del samples
     budget = dict.fromkeys(wanted, 16 * _COLLECT)
-    parts = walk.over(lambda scan: scan.over(lambda tiles: _collect(tiles, values, brackets, budget)))
+    parts = walk.over(lambda scan: _collect(scan, values, brackets, budget, experts))
     for i, k in wanted.items():
         selection = _choose([s[i] for scan in parts for s in scan], k)
         if selection is None:
@@ -251,20 +257,33 @@ def _select(
     return found
 
 
-def _in_one_tile(scan: Scan, magnitudes: Magnitudes, counts: dict[int, int]) -> dict[int, Selection]:
+def _in_one_tile(
+    scan: Scan, magnitudes: Magnitudes, counts: dict[int, int], experts: Sequence[int] | None
+) -> dict[int, Selection]:
     """The selections of a tensor that one tile holds."""
+    found = {}
+    for i, (flat,) in _sample(scan, magnitudes, counts, scan.numel, experts).items():
+        threshold = float(np.partition(flat, flat.size - counts[i])[flat.size - counts[i]])
+        greater = int(np.count_nonzero(flat > threshold))
+        found[i] = Selection(threshold, counts[i] - greater, (int(np.count_nonzero(flat == threshold)),))
+    return found
 
-    def select(tiles: Iterator[Tile]) -> dict[int, Selection]:
-        found = {}
-        for i, m in enumerate(magnitudes(next(tiles))):
-            if i in counts:
-                flat: Floats = m.reshape(-1).cpu().numpy()
-                threshold = float(np.partition(flat, flat.size - counts[i])[flat.size - counts[i]])
-                greater = int(np.count_nonzero(flat > threshold))
-                found[i] = Selection(threshold, counts[i] - greater, (int(np.count_nonzero(flat == threshold)),))
-        return found
 
-    return scan.over(select)[0]
+def _sample(
+    scan: Scan, magnitudes: Magnitudes, wanted: Iterable[int], size: int, experts: Sequence[int] | None
+) -> dict[int, list[Floats]]:
+    """Magnitudes from about so many places (all of them, if there are no more), by selection."""
+    taken: dict[int, list[Floats]] = {i: [] for i in wanted}
+    if experts is not None and scan.compiled:
+        for place in scan.sample_places(size):
+            for i, (_, _, values) in _count(place, dict.fromkeys(taken, _EVERYTHING), experts).items():
+                taken[i].append(values)
+        return taken
+    for tile in scan.sample(size):
+        for i, m in enumerate(magnitudes(tile)):
+            if i in taken:
+                taken[i].append(m.reshape(-1).cpu().numpy().copy())
+    return taken
 
 
 def nth_smallest(scan: Scan, magnitudes: Magnitudes, ranks: Sequence[int]) -> list[float]:
@@ -297,9 +316,7 @@ class _Bracket:
     def add(self, magnitudes: Floats) -> None:
         """Take in one tile."""
         if native.available():
-            above, same, inner = native.bracket(magnitudes, self.low, self.high, self.common)
-            self.above, self.equal = self.above + above, self.equal + same
-            self._pending.append(inner)
+            self.take(*native.bracket(magnitudes, (self.low, self.high, self.common)))
             return
         not_above = magnitudes <= self.high
         self.above += magnitudes.size - int(np.count_nonzero(not_above))
@@ -314,62 +331,96 @@ class _Bracket:
         found = magnitudes[np.flatnonzero(inside)]
         self._pending.append(found)
 
+    def take(self, above: int, equal: int, inside: Floats) -> None:
+        """Take in what was counted and collected elsewhere."""
+        self.above, self.equal = self.above + above, self.equal + equal
+        self._pending.append(inside)
+
     def fold(self) -> None:
-        """Distinct values and their numbers in place of the values themselves."""
-        values, counts = np.unique(np.concatenate(self._pending or [self.values[:0]]), return_counts=True)
+        """Distinct values in order, and their numbers, in place of the values themselves."""
+        values = np.sort(np.concatenate(self._pending or [self.values[:0]]))
+        starts = (
+            np.flatnonzero(np.concatenate([[True], values[1:] != values[:-1]])) if values.size else np.empty(0, int)
+        )
+        self.values, self.counts = values[starts], np.diff(starts, append=values.size)
         if self.equal:
-            at = int(np.searchsorted(values, self.common))
-            values, counts = np.insert(values, at, self.common), np.insert(counts, at, self.equal)
-            self.equal = 0
-        if self.values.size:
-            both = np.concatenate([self.values, values])
-            values, place = np.unique(both, return_inverse=True)
-            counts = np.bincount(place, np.concatenate([self.counts, counts]), values.size).astype(np.int64)
-        self.values, self.counts = values, counts
+            at = int(np.searchsorted(self.values, self.common))
+            self.values = np.concatenate([self.values[:at], [values.dtype.type(self.common)], self.values[at:]])
+            self.counts = np.concatenate([self.counts[:at], [self.equal], self.counts[at:]])
         self._pending = []
 
 
-def _brackets(scan: Scan, magnitudes: Magnitudes, counts: dict[int, int]) -> dict[int, tuple[float, float, float]]:
+def _brackets(
+    scan: Scan, magnitudes: Magnitudes, counts: dict[int, int], experts: Sequence[int] | None
+) -> dict[int, native.Bounds]:
     """For each selection bounds that very probably hold its threshold, and the value that is common between them (or NaN)."""
     n = scan.numel
     size = min(max(_SAMPLE, int((3.2 * n / _COLLECT) ** 2)), 1 << 20)
-    taken: dict[int, list[Floats]] = {i: [] for i in counts}
-    for tile in scan.sample(size):
-        for i, m in enumerate(magnitudes(tile)):
-            if i in taken:
-                taken[i].append(m.reshape(-1).cpu().numpy().copy())
+    taken = _sample(scan, magnitudes, counts, size, experts)
     return {i: _bracket(np.concatenate(taken.pop(i)), k, n, 0.0) for i, k in counts.items()}
 
 
-def _bracket(values: Floats, k: int, n: int, floor: float) -> tuple[float, float, float]:
+def _bracket(values: Floats, k: int, n: int, floor: float) -> native.Bounds:
     """Bounds from a sample, for the k-th largest of n values; no value lies below `floor`."""
     size = len(values)
     centre = size * (1 - k / n)
     spread = 4 * math.sqrt(size * (k / n) * (1 - k / n)) + 16
     low, high = int(centre - spread), int(centre + spread)
-    values.sort()
+    values.partition([max(low, 0), min(high, size - 1)])
     inner, number = np.unique(values[max(low, 0) : high + 1], return_counts=True)
     common = float(inner[number.argmax()]) if inner.size and number.max() > size // 256 else math.nan
     return float(values[low]) if low > 0 else floor, float(values[high]) if high < size else math.inf, common
 
 
+_EVERYTHING: native.Bounds = (-math.inf, math.inf, math.nan)
+
+
+def _count(place: Place, brackets: dict[int, native.Bounds], experts: Sequence[int]) -> dict[int, native.Counted]:
+    """What lies in and above the brackets at one place, by a compiled loop."""
+    scan = place.scan
+    asked = [(experts[i], bounds) for i, bounds in brackets.items()]
+    raw = scan.stored(place.start, place.numel)
+    finite, counted = native.survey(raw, asked, single=scan.dtype == torch.float32, check=scan.checks)
+    if not finite:
+        scan.look_again(place.start, place.numel)
+    return dict(zip(brackets, counted, strict=True))
+
+
 def _collect(
-    tiles: Iterator[Tile],
+    scan: Scan,
     magnitudes: Magnitudes,
-    brackets: dict[int, tuple[float, float, float]],
+    brackets: dict[int, native.Bounds],
     budget: dict[int, int],
-) -> dict[int, _Bracket]:
-    """One segment's brackets. `budget` says how many values all segments may still collect."""
-    found = {i: _Bracket(*bounds) for i, bounds in brackets.items()}
-    for tile in tiles:
-        for i, m in enumerate(magnitudes(tile)):
-            if i in found and budget[i] >= 0:
-                found[i].add(m.reshape(-1).cpu().numpy())
-    for i, bracket in found.items():
-        bracket.fold()
-        budget[i] -= bracket.values.size
-        bracket.overflow = budget[i] < 0
-    return found
+    experts: Sequence[int] | None,
+) -> list[dict[int, _Bracket]]:
+    """The brackets of all segments. `budget` says how many values they may still collect together."""
+
+    def from_tiles(tiles: Iterator[Tile]) -> dict[int, _Bracket]:
+        found = {i: _Bracket(*bounds) for i, bounds in brackets.items()}
+        for tile in tiles:
+            for i, m in enumerate(magnitudes(tile)):
+                if i in found and budget[i] >= 0:
+                    found[i].add(m.reshape(-1).cpu().numpy())
+        return closed(found)
+
+    def from_places(segment: Segment, experts: Sequence[int]) -> dict[int, _Bracket]:
+        found = {i: _Bracket(*bounds) for i, bounds in brackets.items()}
+        for place in scan.places(segment):
+            wanted = {i: bounds for i, bounds in brackets.items() if budget[i] >= 0}
+            for i, counted in _count(place, wanted, experts).items():
+                found[i].take(*counted)
+        return closed(found)
+
+    def closed(found: dict[int, _Bracket]) -> dict[int, _Bracket]:
+        for i, bracket in found.items():
+            bracket.fold()
+            budget[i] -= bracket.values.size
+            bracket.overflow = budget[i] < 0
+        return found
+
+    if experts is not None and scan.compiled:
+        return scan.over_segments(lambda segment: from_places(segment, experts))
+    return scan.over(from_tiles)
 
 
 def _choose(segments: list[_Bracket], count: int) -> Selection | None:
@@ -377,14 +428,15 @@ def _choose(segments: list[_Bracket], count: int) -> Selection | None:
     above = sum(s.above for s in segments)
     if any(s.overflow for s in segments) or above >= count:
         return None
-    values, place = np.unique(np.concatenate([s.values for s in segments]), return_inverse=True)
-    number = np.bincount(place, np.concatenate([s.counts for s in segments]), values.size)
-    reached = above + np.cumsum(number[::-1])
+    values = np.concatenate([s.values for s in segments])
+    number = np.concatenate([s.counts for s in segments])
+    order = np.argsort(values, kind="stable")  # which merges the segments' runs
+    reached = above + np.cumsum(number[order[::-1]])
     at = int(np.searchsorted(reached, count))
     if at >= values.size:
         return None
-    threshold = float(values[values.size - 1 - at])
-    greater = above if at == 0 else int(reached[at - 1])
+    threshold = float(values[order[values.size - 1 - at]])
+    greater = above + int(number[values > threshold].sum())
     return Selection(threshold, count - greater, tuple(_equal(s, threshold) for s in segments))
 
 

@@ -128,12 +128,12 @@ class Magnitude:
     def measure(self, scan: Scan) -> list[Selection]:
         if self.known is not None:
             return self.known[scan.name]
-        found = largest(scan, magnitudes, self.counts(scan.numel))
+        found = largest(scan, magnitudes, self.counts(scan.numel), range(scan.experts))
         return found if self.top_k == "exact_k" else [s.with_equals() for s in found]
 
     def survey(self, walk: Walk) -> dict[str, list[Selection]]:
         """The selections over all tensors together, by tensor."""
-        found = largest_of_all(walk, magnitudes, self.counts(walk.numel))
+        found = largest_of_all(walk, magnitudes, self.counts(walk.numel), range(walk.experts))
         if self.top_k == "exact_k":
             return found
         return {name: [s.with_equals() for s in selections] for name, selections in found.items()}
@@ -221,7 +221,7 @@ class Outliers:
             found = magnitudes(tile)
             return found + found
 
-        return largest(scan, twice, top + both)
+        return largest(scan, twice, top + both, [*range(scan.experts)] * 2)
 
     def keep_(self, delta: Tensor, k: int, tile: Tile, stats: list[Selection]) -> Tensor:
         outliers = stats[k].shrink_(delta.clone(), tile, ("top", k))

@@ -379,12 +379,21 @@ class Scan:
             for segment in self.segments:
                 yield from self.tiles(segment)
             return
+        for place in self.sample_places(limit):
+            stack = self._read(place.start, place.numel)
+            yield Tile(stack, place.start, -1, self, thinned=self.thinning is not None)
+
+    def sample_places(self, limit: int) -> Iterator[Place]:
+        """Where they lie, for compiled loops."""
+        if self.numel <= limit:
+            for segment in self.segments:
+                yield from self.places(segment)
+            return
         piece = min(self.columns or 4096, self.tile, self.numel)
         number = max(limit // piece, 1)
         last = (self.numel - piece) // piece
         for i in range(number):
-            start = (last * i // max(number - 1, 1)) * piece
-            yield Tile(self._read(start, piece), start, -1, self, thinned=self.thinning is not None)
+            yield Place((last * i // max(number - 1, 1)) * piece, piece, -1, self, {})
 
 
 def block_sums(values: Tensor) -> list[float]:

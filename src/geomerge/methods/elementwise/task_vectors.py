@@ -55,6 +55,10 @@ class TaskVectors(Elementwise):
     def rows(self) -> bool:
         return self.sparsifier().rows
 
+    @property
+    def loops(self) -> bool:
+        return isinstance(self.sparsifier(), Thins) and not self.merging().get("furthest")
+
     def check(self, count: int, compat: str | None = None) -> None:
         if compat is None and self.normalize and not self.elect and abs(sum(self.weight)) < 1e-8:
             raise ValueError(f"the weights {list(self.weight)} sum to zero; set normalize: false or change them")
@@ -86,7 +90,7 @@ class TaskVectors(Elementwise):
 
     def compiled(self, scan: Scan, stats: Any) -> Callable[[Place, Tensor], bool] | None:
         step, options = self.sparsifier(), self.merging()
-        if not isinstance(step, Thins) or options.get("furthest"):
+        if not isinstance(step, Thins) or not self.loops:
             return None
         found, factors = stats
         coefficients = [w * f for w, f in zip(self.weight, factors, strict=True)]

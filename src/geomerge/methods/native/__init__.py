@@ -12,12 +12,13 @@ import os
 import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from geomerge.methods.native.build import LIBRARY
+from geomerge.methods.native.build import LIBRARY, fingerprint
 
 CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}
 """The dtypes that the loops read and write."""
@@ -35,13 +36,17 @@ def _library() -> ctypes.CDLL | None:
     # The loops fuse multiplication and addition where torch does, and torch does on processors that can.
     if platform.machine() in ("x86_64", "AMD64") and not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
         return None
+    return _load(LIBRARY)
+
+
+def _load(path: Path) -> ctypes.CDLL | None:
+    """The library, or `None` where it cannot be loaded or was made of another `kernels.c` than the one beside this file."""
     try:
-        library = ctypes.CDLL(str(LIBRARY))
-        library.geomerge_bracket_float.restype = ctypes.c_int64
-        library.geomerge_bracket_double.restype = ctypes.c_int64
-    except (OSError, AttributeError):
+        library = ctypes.CDLL(str(path))
+        made_of = ctypes.c_char * (len(fingerprint()) + 1)
+        return library if made_of.in_dll(library, "geomerge_source").value.decode() == fingerprint() else None
+    except (OSError, ValueError):
         return None
-    return library
 
 
 def available() -> bool:
@@ -110,18 +115,61 @@ def gram(raw: Raw, block: int, *, single: bool) -> np.ndarray:
     return found
 
 
-def bracket(magnitudes: np.ndarray, low: float, high: float, common: float) -> tuple[int, int, np.ndarray]:
-    """How many lie above `high`, how many equal `common`, and those others that lie between `low` and `high`."""
-    above, equal = ctypes.c_int64(0), ctypes.c_int64(0)
+class _Bracket(ctypes.Structure):
+    _fields_ = (
+        ("low", ctypes.c_double),
+        ("high", ctypes.c_double),
+        ("common", ctypes.c_double),
+        ("above", ctypes.c_int64),
+        ("equal", ctypes.c_int64),
+        ("collected", ctypes.c_int64),
+        ("found", ctypes.c_void_p),
+        ("expert", ctypes.c_int32),
+    )
+
+
+Bounds = tuple[float, float, float]
+"""Of a bracket: ``(low, high, common)``."""
+
+Counted = tuple[int, int, np.ndarray]
+"""How many magnitudes lie above `high`, how many equal `common`, and those others that lie between `low` and `high`."""
+
+
+def bracket(magnitudes: np.ndarray, bounds: Bounds) -> Counted:
+    """Count and collect magnitudes."""
     found = np.empty_like(magnitudes)
+    one = _Bracket(*bounds, 0, 0, 0, found.ctypes.data, 0)
     single = magnitudes.dtype == np.float32
-    real = ctypes.c_float if single else ctypes.c_double
     function = _loaded().geomerge_bracket_float if single else _loaded().geomerge_bracket_double
-    number = function(
-        ctypes.c_void_p(magnitudes.ctypes.data), ctypes.c_int64(magnitudes.size), real(low), real(high), real(common),
-        ctypes.byref(above), ctypes.byref(equal), ctypes.c_void_p(found.ctypes.data),
+    function(ctypes.c_void_p(magnitudes.ctypes.data), ctypes.c_int64(magnitudes.size), ctypes.byref(one))
+    return one.above, one.equal, found[: one.collected].copy()
+
+
+def survey(
+    raw: Raw, brackets: Sequence[tuple[int, Bounds]], *, single: bool, check: bool
+) -> tuple[bool, list[Counted]]:
+    """Count and collect |θₖ − θ₀|.
+
+    Args:
+        raw: The base and the experts.
+        brackets: Expert (from 0) and bounds of each.
+        single: Whether differences are float32.
+        check: Look whether all inputs are finite; the first value returned says so.
+    """
+    order = sorted(range(len(brackets)), key=lambda i: brackets[i][0])
+    found = np.empty((len(brackets), raw.numel), dtype=np.float32 if single else np.float64)
+    asked = (_Bracket * len(brackets))(
+        *(_Bracket(*brackets[i][1], 0, 0, 0, found[i].ctypes.data, brackets[i][0]) for i in order)
+    )
+    function = _loaded().geomerge_survey_float if single else _loaded().geomerge_survey_double
+    finite: int = function(
+        ctypes.c_int(raw.count - 1), raw.pointers, raw.dtypes, ctypes.c_int64(raw.numel),
+        ctypes.c_int(len(brackets)), asked, ctypes.c_int(check),
     )  # fmt: skip
-    return above.value, equal.value, found[:number].copy()
+    counted: list[Counted] = [(0, 0, found[0, :0])] * len(brackets)
+    for i, each in zip(order, asked, strict=True):
+        counted[i] = (each.above, each.equal, found[i, : each.collected].copy())
+    return bool(finite), counted
 
 
 class Thinning(ctypes.Structure):

@@ -6,6 +6,7 @@ does all.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import shutil
@@ -23,6 +24,11 @@ _LEVEL = {"x86_64": ("-march=x86-64-v3",), "AMD64": ("-march=x86-64-v3",)}
 """What the binding asks of the processor before it loads the library: AVX2 and fused multiply-add."""
 
 
+def fingerprint() -> str:
+    """Of the source: what a library must say of itself to be loaded."""
+    return hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]
+
+
 def build(target: Path = LIBRARY) -> str | None:
     """Compile the library.
 
@@ -37,9 +43,9 @@ def build(target: Path = LIBRARY) -> str | None:
     # Made beside it and renamed: processes that have loaded the old one keep it.
     fresh = target.with_name(f"{target.name}.{os.getpid()}")
     level = _LEVEL.get(platform.machine(), ())
-    done = subprocess.run(
-        [compiler, *_FLAGS, *level, "-o", str(fresh), str(SOURCE), "-lm"], capture_output=True, text=True, check=False
-    )
+    source = f'-DGEOMERGE_SOURCE="{fingerprint()}"'
+    command = [compiler, *_FLAGS, *level, source, "-o", str(fresh), str(SOURCE), "-lm"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         fresh.unlink(missing_ok=True)
         return f"{compiler} failed: {done.stderr.strip()[:500]}"

@@ -13,6 +13,12 @@
 
 enum { BF16, F16, F32, F64 };
 
+#ifndef GEOMERGE_SOURCE
+#define GEOMERGE_SOURCE ""
+#endif
+/* The fingerprint of this file (build.py): a library made of another one is not loaded. */
+const char geomerge_source[] = GEOMERGE_SOURCE;
+
 #define CHUNK 256
 #define MOST 32 /* inputs of one call */
 
@@ -165,36 +171,68 @@ GRAM(float) GRAM(double)
 
 /* -- order statistics -------------------------------------------------------------------------------------------- */
 
-/* Counts the magnitudes above `high` and those that equal `common` (NaN: none), and collects the others in [low, high].
- * Returns how many were collected; `found` has room for n. */
+/* What is asked of one expert's magnitudes, or of magnitudes that are given, and what was found so far. */
+struct bracket {
+    double low, high;  /* those in [low, high] are collected ... */
+    double common;     /* ... but for those that equal this (NaN: none), which are counted */
+    int64_t above;     /* how many lie above `high` */
+    int64_t equal;     /* how many equal `common` */
+    int64_t collected;
+    void *found;       /* T, with room for all */
+    int32_t expert;
+};
+
 #define BRACKET(T)                                                                                    \
-    int64_t geomerge_bracket_##T(const T *restrict x, int64_t n, T low, T high, T common, int64_t *above, \
-                                 int64_t *equal, T *restrict found) {                                 \
-        int64_t over = 0, same = 0, at = 0;                                                           \
-        for (int64_t s = 0; s < n; s += CHUNK) {                                                      \
-            int64_t m = least(CHUNK, n - s);                                                          \
-            const T *restrict y = x + s;                                                              \
-            int32_t over_here = 0, same_here = 0;                                                     \
-            uint8_t inside[CHUNK] = {0};                                                              \
-            for (int32_t i = 0; i < m; i++) {                                                         \
-                over_here += !(y[i] <= high);                                                         \
-                same_here += y[i] == common;                                                          \
-                inside[i] = (y[i] <= high) & (y[i] >= low) & (y[i] != common);                        \
-            }                                                                                         \
-            over += over_here, same += same_here;                                                     \
-            for (int32_t j = 0; j < m; j += 8) { /* mostly none of eight */                           \
-                uint64_t some;                                                                        \
-                memcpy(&some, inside + j, 8);                                                         \
-                if (some)                                                                             \
-                    for (int32_t i = j; i < j + 8; i++)                                               \
-                        if (inside[i]) found[at++] = y[i];                                            \
-            }                                                                                         \
+    static void bracket_##T(struct bracket *b, const T *restrict y, int64_t m) {                      \
+        const T low = (T)b->low, high = (T)b->high, common = (T)b->common;                            \
+        int32_t over = 0, same = 0, number = (int32_t)m;                                              \
+        uint8_t inside[CHUNK];                                                                        \
+        if (m < CHUNK) memset(inside, 0, CHUNK);                                                      \
+        for (int32_t i = 0; i < number; i++) {                                                        \
+            over += !(y[i] <= high);                                                                  \
+            same += y[i] == common;                                                                   \
+            inside[i] = (y[i] <= high) & (y[i] >= low) & (y[i] != common);                            \
         }                                                                                             \
-        *above += over, *equal += same;                                                               \
-        return at;                                                                                    \
+        b->above += over, b->equal += same;                                                           \
+        T *restrict found = (T *)b->found;                                                            \
+        int64_t at = b->collected;                                                                    \
+        for (int32_t j = 0; j < number; j += 8) { /* mostly none of eight */                          \
+            uint64_t some;                                                                            \
+            memcpy(&some, inside + j, 8);                                                             \
+            if (some)                                                                                 \
+                for (int32_t i = j; i < j + 8; i++)                                                   \
+                    if (inside[i]) found[at++] = y[i];                                                \
+        }                                                                                             \
+        b->collected = at;                                                                            \
+    }                                                                                                 \
+                                                                                                      \
+    /* Takes in n magnitudes. */                                                                      \
+    void geomerge_bracket_##T(const T *x, int64_t n, struct bracket *b) {                             \
+        for (int64_t s = 0; s < n; s += CHUNK) bracket_##T(b, x + s, least(CHUNK, n - s));            \
     }
 
-BRACKET(float) BRACKET(double)
+/* Takes in |theta_k - theta_0|; the brackets are in the order of their experts k. raw: the base and t experts. Returns whether
+ * all inputs are finite (looked at only if `check`). */
+#define SURVEY(T, abs)                                                                                \
+    int geomerge_survey_##T(int t, const void *const *raw, const int *dtypes, int64_t n, int brackets, struct bracket *b, \
+                            int check) {                                                              \
+        T base[CHUNK], d[CHUNK], bad = 0;                                                             \
+        for (int64_t s = 0; s < n; s += CHUNK) {                                                      \
+            int64_t m = least(CHUNK, n - s);                                                          \
+            load_##T(raw[0], dtypes[0], s, m, base);                                                  \
+            if (check) bad += damage_##T(base, m);                                                    \
+            int j = 0;                                                                                \
+            for (int k = 0; k < t; k++) {                                                             \
+                load_##T(raw[k + 1], dtypes[k + 1], s, m, d);                                         \
+                if (check) bad += damage_##T(d, m);                                                   \
+                EACH(m) d[i] = abs(d[i] - base[i]);                                                   \
+                for (; j < brackets && b[j].expert == k; j++) bracket_##T(b + j, d, m);               \
+            }                                                                                         \
+        }                                                                                             \
+        return bad == 0;                                                                              \
+    }
+
+BRACKET(float) BRACKET(double) SURVEY(float, fabsf) SURVEY(double, fabs)
 
 /* -- task vectors: thinned, combined, added to the base ---------------------------------------------------------- */
 
@@ -227,9 +265,17 @@ struct combination {
             EACH(m) d[i] = d[i] >= -keep && d[i] <= keep ? (T)0 : d[i];                               \
             if (t->equal == t->equal) {                                                               \
                 T equal = (T)t->equal;                                                                \
-                EACH(m) if (abs(d[i]) == equal) {                                                     \
-                    if (t->left > 0) t->left--;                                                       \
-                    else d[i] = 0;                                                                    \
+                int32_t number = 0;                                                                   \
+                EACH((int32_t)m) number += abs(d[i]) == equal;                                        \
+                if (t->left >= number) {                                                              \
+                    t->left -= number;                                                                \
+                } else if (t->left == 0) {                                                            \
+                    EACH(m) d[i] = abs(d[i]) == equal ? (T)0 : d[i];                                  \
+                } else {                                                                              \
+                    EACH(m) if (abs(d[i]) == equal) {                                                 \
+                        if (t->left > 0) t->left--;                                                   \
+                        else d[i] = 0;                                                                \
+                    }                                                                                 \
                 }                                                                                     \
             }                                                                                         \
         }                                                                                             \
@@ -237,9 +283,17 @@ struct combination {
             T drop = (T)t->drop;                                                                      \
             if (t->drop_equal == t->drop_equal) {                                                     \
                 T equal = (T)t->drop_equal;                                                           \
-                EACH(m) if (abs(d[i]) > drop) {                                                       \
-                    if (abs(d[i]) > equal) d[i] = 0;                                                  \
-                    else if (t->drop_left > 0) t->drop_left--, d[i] = 0;                              \
+                int32_t number = 0;                                                                   \
+                EACH((int32_t)m) number += abs(d[i]) == equal;                                        \
+                if (t->drop_left >= number || t->drop_left == 0) {                                    \
+                    T most = t->drop_left ? drop : equal;                                             \
+                    EACH(m) d[i] = abs(d[i]) > most ? (T)0 : d[i];                                    \
+                    t->drop_left -= t->drop_left ? number : 0;                                        \
+                } else {                                                                              \
+                    EACH(m) if (abs(d[i]) > drop) {                                                   \
+                        if (abs(d[i]) > equal) d[i] = 0;                                              \
+                        else if (t->drop_left > 0) t->drop_left--, d[i] = 0;                          \
+                    }                                                                                 \
                 }                                                                                     \
             } else {                                                                                  \
                 EACH(m) d[i] = abs(d[i]) > drop ? (T)0 : d[i];                                        \
