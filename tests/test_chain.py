@@ -20,7 +20,7 @@ from geomerge.engine.plan import Plan
 from geomerge.engine.planner import make_plan
 from geomerge.engine.run import run_in_memory
 from geomerge.engine.shards import finalize, run_shard
-from geomerge.methods import chain, registry
+from geomerge.methods import after, chain, registry
 from geomerge.methods.chain import Step, thinned
 from geomerge.methods.kernel import prepare
 from geomerge.methods.tile import Scan, TensorSource
@@ -418,3 +418,4 @@ def test_the_grammar_knows_the_steps() -> None:
             n for n, p in step.parameters().items() if p.per_model
         }
     assert set(chain.STEPS) == set(grammar.BEFORE)
+    assert {name: tuple(step.parameters()) for name, step in after.AFTER.items()} == grammar.AFTER
