@@ -366,6 +366,17 @@ REFUSED = {
     "density of zero": ("sce", "steps:\n  - dare: 0\n", "density must be greater than 0", None, 10),
     "density above one": ("sce", "steps:\n  - trim: {density: 1.5}\n", r"density must lie in \[0, 1\]", None, 10),
     "no density": ("sce", "steps:\n  - trim\n", "needs the parameter 'density'", None, 10),
+    "no list": ("sce", "steps:\n  dare: 0.5\n", "'steps' must be a list", "as in 'steps: ", 10),
+    "a scale by nothing": ("sce", "steps:\n  - scale\n", "'scale' needs a value", "scale: 0.7", 10),
+    "lines without beta": ("sce", "steps:\n  - lines: {alpha: 0.5}\n", "'lines' needs beta", "beta: 0.7", 10),
+    "lines as a number": ("sce", "steps:\n  - lines: 0.5\n", "takes alpha and beta", "beta: 0.7", 10),
+    "lines without beta somewhere": (
+        "sce",
+        "steps:\n  - lines: {alpha: 0.5, beta: {role: mlp, value: 1}}\n",
+        "needs beta .for ",
+        "without a filter",
+        10,
+    ),
     "after a scale": (
         "sce",
         "steps:\n  - scale: 0.5\n  - dare: 0.5\n",

@@ -81,7 +81,7 @@ def test_steps(run: Program, name: str) -> None:
 
 
 def test_steps_and_methods_of_one_name(run: Program) -> None:
-    """A method goes before a step that is called alike, and says where the step is explained; an alias of a step leads to it."""
+    """A method goes before a step that is called alike, and says where the step is explained; a step has aliases, too."""
     assert run("methods", "dare").out == run("methods", "dare_linear").out
     assert "`geomerge methods step_dare`" in run("methods", "dare").out
     assert "`geomerge methods step_svd_compress`" in run("methods", "tsv_compress").out

@@ -84,11 +84,11 @@ def _show_one(name: str, method: type[Method]) -> None:
     show(facts(rows))
     parameters = method.parameters()
     if parameters:
-        rows = [
+        lines = [
             (name, _range(p), _default(method, p), p.doc + ("; one for each model" if p.per_model else ""))
             for name, p in parameters.items()
         ]
-        made = table(("parameter", "value", "default", "meaning"), rows)
+        made = table(("parameter", "value", "default", "meaning"), lines)
         show(heading("parameters"), made)
     show(heading("example"))
     write_lines(f"  {line}" for line in method.example.rstrip().splitlines())

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from geomerge.engine.adapted import stored_transposed
 from geomerge.engine.plan import Columns
-from geomerge.errors import IncompatibleModels, RecipeError, did_you_mean
+from geomerge.errors import IncompatibleModels, RecipeError
 from geomerge.recipe.resolve import Lookup
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Activations:
             raise RecipeError(
                 f"{self.file} has activations of {unknown!r}, which is no tensor of {base}",
                 where=str(step.where),
-                hint=did_you_mean(unknown, known),
+                hint=f"observe {base} itself: `geomerge.observe.activations` makes such a file",
             )
 
     def at(self, part: Part, name: str, shape: tuple[int, ...], t: float) -> Columns | None:
@@ -107,7 +107,8 @@ class Activations:
             raise IncompatibleModels(
                 f"{self.file} has activations of the shape {list(length)} for {name} {list(shape)}",
                 where=str(self.step.where),
-                hint="a weight needs one number for each input feature, a norm one for each of its own elements",
+                hint="a weight needs one number for each input feature, a norm one for each of its own elements; "
+                "`geomerge.observe.activations` makes such a file",
             )
         return fits[0]
 

@@ -29,14 +29,14 @@ from geomerge.methods.walk import whole
 Shape = tuple[int, ...]
 
 
-def example(step: str, method: str = "ties", more: str = "", parameters: str = "") -> str:
+def example(step: str, method: str = "ties", more: str = "") -> str:
     """A recipe with one step."""
     return f"""\
 merge_method: {method}
 base_model: ./base
 models:
-  - {{model: ./chat{parameters}}}
-  - {{model: ./code{parameters}}}
+  - {{model: ./chat}}
+  - {{model: ./code}}
 steps:
   - {step}
 {more}dtype: bfloat16
@@ -286,9 +286,7 @@ class Breadcrumbs(_Sparse):
     paper: ClassVar[str] = "Davari & Belilovsky 2023, Model Breadcrumbs, arXiv:2312.06795"
     formula: ClassVar[str] = "τ̂ keeps ranks [n − γn − density·n, n − γn) of |τ|"
     when: ClassVar[str] = "Where outliers of single task vectors spoil what the method makes of them."
-    example: ClassVar[str] = example(
-        "breadcrumbs: {density: 0.9, gamma: 0.01}", "pcb", parameters=", parameters: {weight: 1.0}"
-    )
+    example: ClassVar[str] = example("breadcrumbs: {density: 0.9, gamma: 0.01}", "tsvm")
 
     gamma: tuple[float, ...] = per_model(0.01, within=(0, 1), doc="share of the largest elements that is dropped")
 
