@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 import geomerge as gm
 import tiny
+from geomerge.checkpoint.checkpoint import Checkpoint
 from geomerge.engine.live import LiveMerge
 from geomerge.engine.plan import Plan
 from geomerge.engine.planner import make_plan
@@ -319,8 +321,13 @@ def test_plans_shards_and_runs_agree(tmp_path: Path) -> None:
     assert entry["scale"] == 0.5
 
 
-def test_live_candidates_do_not_mix_up_chains() -> None:
-    """What was measured for one chain is not taken for another's."""
+def test_live_candidates_do_not_mix_up_chains(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was measured for one chain is not taken for another's, and files of activations are closed again."""
+    up = "model.layers.0.mlp.up_proj.weight"
+    save_file({up: torch.rand(tiny.read(Path("base"))[up].shape[1])}, "act.safetensors")
+    closed: list[str] = []
+    close = Checkpoint.close
+    monkeypatch.setattr(Checkpoint, "close", lambda self: (closed.append(self.ref), close(self))[1])
     module = torch.nn.Module()
     base = tiny.read(Path("base"))
     names = {n.replace(".", "_"): n for n in base}
@@ -338,9 +345,12 @@ def test_live_candidates_do_not_mix_up_chains() -> None:
         ("model_stock", "trim: 0.3"),
         ("tsvm", "dare: 0.5"),
         ("tsvm", "dare: 0.6"),
+        ("tsvm", "aim: {statistics: act.safetensors}"),
     ):
         more = f"steps: [{{{steps}}}]\n" if steps else ""
+        closed.clear()
         live.blend(recipe(method, more))
+        assert closed == ["act.safetensors"] * ("aim" in more)
         want = merged(method, more)
         assert all(torch.equal(getattr(module, flat), want[name]) for flat, name in names.items())
 
