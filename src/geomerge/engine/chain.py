@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 from geomerge.engine.matrices import is_weight
 from geomerge.errors import RecipeError, UsageError
 from geomerge.methods import chain
+from geomerge.methods.base import Method
 from geomerge.methods.chain import Step, SvdCompress
+from geomerge.methods.elementwise.task_vectors import TaskVectors
 from geomerge.recipe import grammar
 from geomerge.recipe.resolve import Lookup, Resolved, scopes
 
@@ -42,6 +44,15 @@ class Chain:
                 hint="add `base_model: PATH`"
                 if use == "optional"
                 else "take a method that needs a base model, such as task_arithmetic",
+            )
+        drawn = next((s for s in steps if s.name in _RANDOM and _thins_by(lineup.method) == s.name), None)
+        if drawn is not None:
+            # The step has the masks of the method of its name: what it keeps would be kept again, and made up for twice.
+            raise RecipeError(
+                f"the step {drawn.name!r} comes before {lineup.method.name}, which is the same step and a method",
+                where=str(drawn.where),
+                hint=f"give {lineup.method.name} the product of the densities, or take the method of the chain "
+                f"`{getattr(lineup.method, 'chain', '')}`",
             )
         self._lineup = lineup
         self._made: dict[tuple[Any, ...], Step] = {}
@@ -115,6 +126,15 @@ class Chain:
             assert isinstance(new, Step)
             made = self._made[key] = new
         return made
+
+
+_RANDOM = ("dare", "della")
+"""Steps that draw."""
+
+
+def _thins_by(method: type[Method]) -> str | None:
+    """The step that a published method begins with."""
+    return method.chain.split(" → ")[0] if issubclass(method, TaskVectors) else None
 
 
 def _impossible(cls: type[Step], answer: Resolved, values: dict[str, Any]) -> bool:

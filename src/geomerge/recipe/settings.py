@@ -293,7 +293,7 @@ _SHOWN = {
 
 def _shown(step: str) -> str | None:
     """A step as it may be written."""
-    shown = _SHOWN.get(grammar.STEP_ALIASES.get(step, step))
+    shown = _SHOWN.get(_plain(step))
     return None if shown is None else f"as in '- {shown}'"
 
 
@@ -318,8 +318,15 @@ def _beside(document: Table) -> tuple[str, ...]:
     return tuple(found)
 
 
+def _plain(step: str) -> str:
+    return grammar.STEP_ALIASES.get(step, step)
+
+
 def _meant(name: str, known: Sequence[str]) -> str | None:
     """The hint for an unknown parameter; one that a step has is written with the step's name."""
+    owner, _, parameter = name.partition(".")
+    if parameter in grammar.BESIDE and owner in grammar.BEFORE and f"{_plain(owner)}.{parameter}" not in known:
+        return f"there is no step {owner!r} before the method: add `steps: [{{{owner}: …}}]`"
     step = next((k for k in known if k.endswith(f".{name}")), None)
     return f"the step's is written {step}" if step is not None else did_you_mean(name, known)
 
