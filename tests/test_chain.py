@@ -435,6 +435,22 @@ def test_what_cannot_be_is_refused_with_its_line(case: str) -> None:
     assert hint is None or hint in str(caught.value.hint)
 
 
+def test_documents_that_draw_alike_are_told() -> None:
+    """The masks of two documents with one seed are the same; with another seed, or where only one draws, nothing is said."""
+    first = f"name: mid\nmerge_method: dare_linear\n{HEAD}parameters: {{weight: 1, density: 0.5}}\n---\n"
+    second = "base_model: base\nmodels: [{model: mid}]\nparameters: {weight: 1}\n"
+
+    def told(text: str) -> bool:
+        plan, inputs = make_plan(loads(first + text))
+        for checkpoint in inputs:
+            checkpoint.close()
+        return any("'mid' and the merge of it draw the same masks" in note for note in plan.notes)
+
+    assert told(f"merge_method: ties\n{second}seed: 3\nsteps: [{{dare: 0.5}}]\n")
+    assert not told(f"merge_method: ties\n{second}seed: 4\nsteps: [{{dare: 0.5}}]\n")
+    assert not told(f"merge_method: ties\n{second}seed: 3\nsteps: [{{trim: 0.5}}]\n")
+
+
 def test_a_step_needs_the_base() -> None:
     """Where the base is optional, a chain says what it is for; where it is required, the method says so itself."""
     for method, what in (("nuslerp", "without a base has none"), ("ties", "needs a base model")):

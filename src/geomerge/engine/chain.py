@@ -14,8 +14,11 @@ from geomerge.recipe import grammar
 from geomerge.recipe.resolve import Lookup, Resolved, scopes
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from geomerge.anatomy import Part
     from geomerge.engine.lineup import Lineup
+    from geomerge.engine.plan import Node
     from geomerge.recipe import values
     from geomerge.recipe.values import Module
 
@@ -135,6 +138,29 @@ _RANDOM = ("dare", "della")
 def _thins_by(method: type[Method]) -> str | None:
     """The step that a published method begins with."""
     return method.chain.split(" → ")[0] if issubclass(method, TaskVectors) else None
+
+
+def same_draws(nodes: Sequence[Node], stages: Sequence[values.Recipe]) -> str | None:
+    """A note on a recipe that draws by the same seed for what an earlier recipe of the file has drawn for already: masks
+    depend on the seed, the tensor and the place among the experts, so what the first keeps the second keeps, too, and
+    rescaling makes up for it twice."""
+    for node in nodes:
+        for operand in node.operands[1:] if _draws(node) else ():
+            earlier = nodes[operand.node] if operand.node >= 0 else None
+            if earlier is None or not _draws(earlier) or node.name != earlier.name:
+                continue
+            first, second = stages[earlier.stage], stages[node.stage]
+            if first.seed == second.seed:
+                return (
+                    f"{first.name!r} and the merge of it draw the same masks, so that what is left is made up for twice: "
+                    f"give one of them another `seed` than {first.seed}"
+                )
+    return None
+
+
+def _draws(node: Node) -> bool:
+    own = None if node.method is None else _thins_by(type(node.method))
+    return own in _RANDOM or any(step.name in _RANDOM for step in node.chain)
 
 
 def _impossible(cls: type[Step], answer: Resolved, values: dict[str, Any]) -> bool:
