@@ -2,7 +2,7 @@
 
     python docs/generate.py [--check]
 
-One page a method and an index. Nothing in them is written by hand, so a change belongs into the method's class.
+One page a method or step, and an index. Nothing in them is written by hand, so a change belongs into the method's class.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 from geomerge.cli.catalogue import catalogue
 from geomerge.methods.base import Elementwise, Matrix, Method, Parameter, Span
+from geomerge.methods.chain import Step
 from geomerge.methods.elementwise.task_vectors import TaskVectors
 from geomerge.methods.properties import MEANING
 
@@ -41,28 +42,41 @@ def page(method: type[Method]) -> str:
         parts.append(
             f"As a [chain](../recipes.md#steps-before-and-after-a-method) of a step and a method: `{method.chain}`."
         )
-    parts += [f"## Models\n\nIt takes {method.models_text()}. {_base(method)}", "## Parameters", _parameters(method)]
+    if issubclass(method, Step):
+        parts.append(_place(method))
+    else:
+        parts.append(f"## Models\n\nIt takes {method.models_text()}. {_base(method)}")
+    parts += ["## Parameters", _parameters(method)]
     if method.mergekit:
         parts.append(_compat(method))
     language = "yaml" if "merge_method" in method.example else "sh"
     parts.append(f"## Example\n\n```{language}\n{method.example.strip()}\n```")
     if method.properties:
         parts += ["## What stays true", _properties(method)]
-    parts.append(f"## Family and cost\n\n{_cost(method)}")
+    if not issubclass(method, Step):
+        parts.append(f"## Family and cost\n\n{_cost(method)}")
     return "\n\n".join(parts) + "\n"
 
 
 def index(methods: dict[str, type[Method]]) -> str:
     """The page that lists them all."""
     rows = ["| method | what it is | family | models | base |", "|---|---|---|---|---|"]
+    steps = {name: method for name, method in methods.items() if issubclass(method, Step)}
     for name, method in methods.items():
+        if name in steps:
+            continue
         number = method.models_text().removesuffix(" beside the base")
         rows.append(f"| [`{name}`]({name}.md) | {method.title} | {method.family} | {number} | {method.base_use} |")
     text = (
         "θ₀ is the base, θₖ are the other models, τₖ = θₖ − θ₀ their task vectors. The number of models is the number "
         "beside the base where a base is required. `geomerge methods NAME` prints the same in a terminal."
     )
-    return "\n\n".join([NOTICE, "# Methods", text, "\n".join(rows)]) + "\n"
+    listed = ["| step | what it is | where | base |", "|---|---|---|---|"]
+    for name, step in steps.items():
+        where = "before a method" if step.before else "after a method"
+        listed.append(f"| [`{name}`]({name}.md) | {step.title} | {where} | {step.base_use} |")
+    said = "They stand under [`steps:`](../recipes.md#steps-before-and-after-a-method) of a recipe."
+    return "\n\n".join([NOTICE, "# Methods", text, "\n".join(rows), "## Steps", said, "\n".join(listed)]) + "\n"
 
 
 def _aliases(method: type[Method]) -> str:
@@ -77,6 +91,25 @@ def _paragraphs(method: type[Method]) -> str:
 
 def _base(method: type[Method]) -> str:
     return BASE[method.base_use] if method.models[1] != 1 or method.base_use != "ignored" else "There is no base model."
+
+
+def _place(step: type[Step]) -> str:
+    """Where a step stands, and what it costs."""
+    if not step.before:
+        text = "It follows a method; steps after a method may follow each other in any order. "
+        if step.base_use == "required":
+            text += "The method must work from a base model (`base_model`). "
+        else:
+            text += "Without a base model the merge is compared with the first model. "
+    else:
+        text = (
+            "It thins each model's task vector before any method that works from a base model (`base_model`), and is "
+            "computed where the tensors are read. A value for one model stands among that model's parameters under the "
+            f"step's name, as in `{step.name}.density`. "
+            if "density" in step.parameters()
+            else "It thins each model's task vector before any method that works from a base model (`base_model`). "
+        )
+    return f"## Place\n\n{text}[Steps before and after a method](../recipes.md#steps-before-and-after-a-method)."
 
 
 def _parameters(method: type[Method]) -> str:
@@ -96,6 +129,8 @@ def _allowed(p: Parameter) -> str:
         return ", ".join(f"`{choice}`" for choice in p.choices)
     if p.kind is bool:
         return "true or false"
+    if p.kind is str:
+        return "a file"
     text = "whole number" if p.kind is int else "number"
     if p.expert:
         text = "an expert's name or number"

@@ -19,6 +19,7 @@ from geomerge.engine.planner import make_plan
 from geomerge.engine.run import run_in_memory
 from geomerge.observe import activations
 from geomerge.recipe import loads
+from test_components import SHAPES, TEXT, new, old, vlm
 
 HEAD = "base_model: base\nmodels: [{model: a}, {model: b}]\ndtype: float64\n"
 WEIGHTS = {
@@ -251,3 +252,41 @@ def test_activations_are_means_over_all_positions_that_count() -> None:
     )
     with pytest.raises(gm.UsageError, match="no batch"):
         activations(model, [])
+
+
+@pytest.mark.parametrize("named", ["stored", "memory"])
+def test_activations_of_a_vision_language_model(named: str, tmp_path: Path) -> None:
+    """The file may have the names of the checkpoint, or those that transformers has in memory, with other prefixes."""
+    a = vlm(tmp_path / "va", 1)
+    vlm(tmp_path / "vb", 2)
+    text = "merge_method: task_arithmetic\nbase_model: va\nmodels: [{model: vb}]\ndtype: float64\nparameters: {weight: 1}\n"
+    acts = {n: torch.rand(a[old(n)].shape[-1], dtype=torch.float64) for n in SHAPES if "embed" not in n}
+    save_file({(old if named == "stored" else new)(n): x for n, x in acts.items()}, "act.safetensors")
+    plain, got = read(text), read(text + "steps: [{aim: {statistics: act.safetensors, omega: 0}}]\n")
+    for name, x in acts.items():
+        base = a[old(name)].double()
+        expected = base + (1 - x / x.max()) * (plain[old(name)] - base)
+        assert torch.allclose(got[old(name)], expected, rtol=1e-12), name
+
+
+def test_activations_of_a_language_model_that_is_the_base_of_a_vlm(tmp_path: Path) -> None:
+    """With `components` the output has the VLM's names, and the file still the base's."""
+    vlm(tmp_path / "va", 1)
+    base = tiny.random_tensors(SHAPES, 2)
+    tiny.save(tmp_path / "llm", base, {**TEXT, "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False})
+    text = (
+        "merge_method: task_arithmetic\nbase_model: llm\nmodels: [{model: va}]\ndtype: float64\nparameters: {weight: 1}\n"
+        "components: {vision: {copy: va}, projector: {copy: va}}\n"
+    )
+    name = "model.layers.1.mlp.up_proj.weight"
+    acts = torch.rand(base[name].shape[-1], dtype=torch.float64)
+    save_file({name: acts}, "act.safetensors")
+    plain, got = read(text), read(text + "steps: [{aim: {statistics: act.safetensors, omega: 0}}]\n")
+    changed = base[name].double() + (1 - acts / acts.max()) * (plain[old(name)] - base[name].double())
+    assert torch.allclose(got.pop(old(name)), changed, rtol=1e-12)
+    assert all(torch.equal(x, plain[n]) for n, x in got.items())
+
+
+def read(text: str) -> dict[str, Tensor]:
+    plan, inputs = make_plan(loads(text))
+    return run_in_memory(plan, inputs)

@@ -11,16 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 import geomerge as gm
 import tiny
+from geomerge.checkpoint.checkpoint import Checkpoint
 from geomerge.engine.live import LiveMerge
 from geomerge.engine.plan import Plan
 from geomerge.engine.planner import make_plan
 from geomerge.engine.run import run_in_memory
 from geomerge.engine.shards import finalize, run_shard
-from geomerge.methods import chain, registry
+from geomerge.methods import after, chain, registry
 from geomerge.methods.chain import Step, thinned
 from geomerge.methods.kernel import prepare
 from geomerge.methods.tile import Scan, TensorSource
@@ -319,8 +321,13 @@ def test_plans_shards_and_runs_agree(tmp_path: Path) -> None:
     assert entry["scale"] == 0.5
 
 
-def test_live_candidates_do_not_mix_up_chains() -> None:
-    """What was measured for one chain is not taken for another's."""
+def test_live_candidates_do_not_mix_up_chains(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was measured for one chain is not taken for another's, and files of activations are closed again."""
+    up = "model.layers.0.mlp.up_proj.weight"
+    save_file({up: torch.rand(tiny.read(Path("base"))[up].shape[1])}, "act.safetensors")
+    closed: list[str] = []
+    close = Checkpoint.close
+    monkeypatch.setattr(Checkpoint, "close", lambda self: (closed.append(self.ref), close(self))[1])
     module = torch.nn.Module()
     base = tiny.read(Path("base"))
     names = {n.replace(".", "_"): n for n in base}
@@ -338,9 +345,12 @@ def test_live_candidates_do_not_mix_up_chains() -> None:
         ("model_stock", "trim: 0.3"),
         ("tsvm", "dare: 0.5"),
         ("tsvm", "dare: 0.6"),
+        ("tsvm", "aim: {statistics: act.safetensors}"),
     ):
         more = f"steps: [{{{steps}}}]\n" if steps else ""
+        closed.clear()
         live.blend(recipe(method, more))
+        assert closed == ["act.safetensors"] * ("aim" in more)
         want = merged(method, more)
         assert all(torch.equal(getattr(module, flat), want[name]) for flat, name in names.items())
 
@@ -366,6 +376,31 @@ REFUSED = {
     "density of zero": ("sce", "steps:\n  - dare: 0\n", "density must be greater than 0", None, 10),
     "density above one": ("sce", "steps:\n  - trim: {density: 1.5}\n", r"density must lie in \[0, 1\]", None, 10),
     "no density": ("sce", "steps:\n  - trim\n", "needs the parameter 'density'", None, 10),
+    "a step of the method's own": (
+        "dare_ties",
+        "parameters: {weight: 1, density: 0.5}\nsteps: [{dare: 0.5}]\n",
+        "'dare' comes before dare_ties, which is the same step",
+        "product of the densities",
+        10,
+    ),
+    "beside a model without the step": (
+        "ties",
+        "parameters: {weight: 1, dare.density: 0.5}\n",
+        "ties has no parameter 'dare.density'",
+        "no step 'dare' before the method: add `steps: ",
+        9,
+    ),
+    "no list": ("sce", "steps:\n  dare: 0.5\n", "'steps' must be a list", "as in 'steps: ", 10),
+    "a scale by nothing": ("sce", "steps:\n  - scale\n", "'scale' needs a value", "scale: 0.7", 10),
+    "lines without beta": ("sce", "steps:\n  - lines: {alpha: 0.5}\n", "'lines' needs beta", "beta: 0.7", 10),
+    "lines as a number": ("sce", "steps:\n  - lines: 0.5\n", "takes alpha and beta", "beta: 0.7", 10),
+    "lines without beta somewhere": (
+        "sce",
+        "steps:\n  - lines: {alpha: 0.5, beta: {role: mlp, value: 1}}\n",
+        "needs beta .for ",
+        "without a filter",
+        10,
+    ),
     "after a scale": (
         "sce",
         "steps:\n  - scale: 0.5\n  - dare: 0.5\n",
@@ -400,6 +435,22 @@ def test_what_cannot_be_is_refused_with_its_line(case: str) -> None:
     assert hint is None or hint in str(caught.value.hint)
 
 
+def test_documents_that_draw_alike_are_told() -> None:
+    """The masks of two documents with one seed are the same; with another seed, or where only one draws, nothing is said."""
+    first = f"name: mid\nmerge_method: dare_linear\n{HEAD}parameters: {{weight: 1, density: 0.5}}\n---\n"
+    second = "base_model: base\nmodels: [{model: mid}]\nparameters: {weight: 1}\n"
+
+    def told(text: str) -> bool:
+        plan, inputs = make_plan(loads(first + text))
+        for checkpoint in inputs:
+            checkpoint.close()
+        return any("'mid' and the merge of it draw the same masks" in note for note in plan.notes)
+
+    assert told(f"merge_method: ties\n{second}seed: 3\nsteps: [{{dare: 0.5}}]\n")
+    assert not told(f"merge_method: ties\n{second}seed: 4\nsteps: [{{dare: 0.5}}]\n")
+    assert not told(f"merge_method: ties\n{second}seed: 3\nsteps: [{{trim: 0.5}}]\n")
+
+
 def test_a_step_needs_the_base() -> None:
     """Where the base is optional, a chain says what it is for; where it is required, the method says so itself."""
     for method, what in (("nuslerp", "without a base has none"), ("ties", "needs a base model")):
@@ -418,3 +469,4 @@ def test_the_grammar_knows_the_steps() -> None:
             n for n, p in step.parameters().items() if p.per_model
         }
     assert set(chain.STEPS) == set(grammar.BEFORE)
+    assert {name: tuple(step.parameters()) for name, step in after.AFTER.items()} == grammar.AFTER

@@ -70,8 +70,9 @@ def test_local_paths_never_ask_the_hub(hub: dict[str, Any], tmp_path: Path) -> N
     model(tmp_path / "owner" / "name")
     assert open_checkpoint("owner/name").hub_id is None
     for missing in ("./owner/nome", "owner/name/deeper", str(tmp_path / "gone"), "gone"):
-        with pytest.raises(ModelError, match="no such file"):
+        with pytest.raises(ModelError, match="no such file") as caught:
             open_checkpoint(missing)
+        assert f"{missing}@main" not in str(caught.value)  # none of them could be an id
     assert hub["asked"] == []
 
 

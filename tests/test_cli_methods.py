@@ -10,6 +10,7 @@ from cli_samples import Program
 from geomerge.cli.catalogue import catalogue
 from geomerge.methods import registry
 from geomerge.recipe import loads
+from geomerge.recipe.grammar import AFTER
 
 
 @pytest.fixture
@@ -26,13 +27,10 @@ def test_all_methods_are_listed(run: Program) -> None:
     assert (code, err) == (0, "")
     lines = out.split("\n\n")[0].splitlines()
     assert [line.split()[0] for line in lines] == ["method", *catalogue()]
-    assert [*catalogue()][-5:] == [
-        "continual_average",
-        "continual_task_arithmetic",
-        "continual_ties",
-        "opcm",
-        "greedy_soup",
-    ]
+    assert [*catalogue()][-13:] == [
+        "continual_average", "continual_task_arithmetic", "continual_ties", "opcm", "greedy_soup",
+        "trim", "step_dare", "step_della", "step_breadcrumbs", "step_svd_compress", "scale", "lines", "aim",
+    ]  # fmt: skip
     assert next(line.split() for line in lines if line.startswith("slerp ")) == [
         "slerp", "span", "1", "required", "Spherical", "linear", "interpolation", "(SLERP)",
     ]  # fmt: skip
@@ -67,7 +65,31 @@ def test_every_page_and_example(run: Program, name: str) -> None:
     assert registry.get(loads(example + "\n").output.method).name == name
 
 
-@pytest.mark.parametrize("name", [name for name in catalogue() if name not in registry.all_methods()])
+STEPS = [name for name, method in catalogue().items() if method.family == "step"]
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_steps(run: Program, name: str) -> None:
+    """Where a step stands, and an example that has it and no other."""
+    code, out, _ = run("methods", name)
+    step = catalogue()[name]
+    assert code == 0
+    assert f"family step, {'after' if name in AFTER else 'before'} a method" in " ".join(out.split())
+    recipe = loads("\n".join(line[2:] for line in out.split("\nexample\n")[1].splitlines()) + "\n").output
+    assert [s.name for s in recipe.steps] == [step.name]
+    assert set(recipe.steps[0].parameters) <= set(step.parameters())
+
+
+def test_steps_and_methods_of_one_name(run: Program) -> None:
+    """A method goes before a step that is called alike, and says where the step is explained; a step has aliases, too."""
+    assert run("methods", "dare").out == run("methods", "dare_linear").out
+    assert "`geomerge methods step_dare`" in run("methods", "dare").out
+    assert "`geomerge methods step_svd_compress`" in run("methods", "tsv_compress").out
+    assert "as a step" not in run("methods", "ties").out + run("methods", "step_dare").out
+    assert run("methods", "magnitude").out == run("methods", "trim").out
+
+
+@pytest.mark.parametrize("name", [n for n in catalogue() if n not in registry.all_methods() and n not in STEPS])
 def test_methods_that_are_verbs(run: Program, name: str) -> None:
     """Their page names the command, and the example is one that the program knows."""
     code, out, _ = run("methods", name)
@@ -102,4 +124,4 @@ def test_a_misspelt_method(run: Program) -> None:
     """The closest names are offered, with the code for a usage error."""
     code, out, err = run("methods", "slurp")
     assert (code, out) == (2, "")
-    assert err.startswith("error: there is no method 'slurp'\n  did you mean 'slerp' or ")
+    assert err.startswith("error: there is no method or step 'slurp'\n  did you mean 'slerp' or ")

@@ -47,6 +47,32 @@ def test_the_page(run: Program, tmp_path: Path) -> None:
     ]
 
 
+def test_steps_after_the_method_are_shown(run: Program, tmp_path: Path) -> None:
+    """LiNeS whose α is found when the merge runs, too; and the same in JSON."""
+    write_models(tmp_path)
+    text = TIES + "steps: [{{dare: 0.5}}, {{lines: {{alpha: auto, beta: 1}}}}, {{scale: 0.5}}]\n"
+    recipe = write_recipe(tmp_path, text)
+    _, out, _ = run("plan", recipe, "--no-estimate")
+    how = {row[0]: row[-1] for row in lines_of(out, "tensors")[1:]}
+    chain = "dare(density=0.5) → ties(weight=1, density=0.5) × 0.5 → lines(alpha=auto, beta·depth="
+    assert how["model.norm.weight"] == chain + "0)"
+    assert how["model.layers.{0-5}.*"] == chain + "0→1)"
+    tensors = {t["name"]: t for t in json.loads(run("plan", recipe, "--no-estimate", "--json").out)["tensors"]}
+    found = tensors["model.layers.5.mlp.up_proj.weight"]
+    assert (found["scale"], found["lines"]) == (0.5, {"alpha": "auto", "beta_times_depth": 1.0})
+    assert tensors["model.layers.0.mlp.up_proj.weight"]["before"][0]["step"] == "dare"
+
+
+def test_the_flag_for_codes(run: Program, tmp_path: Path) -> None:
+    """`--requantize` as `merge` takes it; the rounding loss is of what is no code."""
+    write_models(tmp_path)
+    _, out, _ = run("plan", write_recipe(tmp_path), "--requantize", "int8")
+    dtypes = {row[0]: row[3] for row in lines_of(out, "tensors")[1:]}
+    assert dtypes["model.norm.weight"] == "bfloat16"
+    assert dtypes["model.layers.{0-5}.mlp.up_proj.weight"] == "int8"
+    assert "rounding to bfloat16 takes" in out
+
+
 def test_blocks_with_other_parameters_have_a_line(run: Program, tmp_path: Path) -> None:
     """A setting for some blocks cuts the ranges; equal values for all models are said once."""
     write_models(tmp_path)

@@ -14,6 +14,7 @@ from torch import Tensor
 import geomerge as gm
 import tiny
 from geomerge import anatomy
+from geomerge.cli.app import main
 
 TEXT = {
     "model_type": "llama",
@@ -243,6 +244,37 @@ class TestNames:
         assert found.guessed == (model_type == "never-heard-of")
 
 
+class TestPages:
+    def test_the_plan_folds_blocks_of_other_names(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """A language model's blocks under a VLM's names are one line, and it alone is the card's base."""
+        vlm(tmp_path / "a", 1)
+        config = {**TEXT, "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}
+        tiny.save(tmp_path / "base", tiny.random_tensors(SHAPES, 2), config)
+        recipe = tmp_path / "r.yml"
+        recipe.write_text(
+            f"merge_method: task_arithmetic\nbase_model: {tmp_path}/base\nmodels: [{{model: {tmp_path}/a}}]\n"
+            f"components: {{vision: {{copy: {tmp_path}/a}}, projector: {{copy: {tmp_path}/a}}}}\nparameters: {{weight: 1}}\n"
+        )
+        assert main(["plan", str(recipe), "--no-estimate"]) == 0
+        out = capsys.readouterr().out
+        blocks = next(line for line in out.splitlines() if line.startswith("language_model.model.layers.{0-1}.*"))
+        assert "2 (own name), 1" in blocks
+        gm.merge(recipe, tmp_path / "out")
+        card = (tmp_path / "out" / "README.md").read_text("utf-8")
+        assert "| base | base |" in card
+        assert "| a |  |" in card
+
+    def test_a_filter_of_a_copied_component(self, tmp_path: Path) -> None:
+        """It decides nothing, and the note says why."""
+        vlm(tmp_path / "a", 1), vlm(tmp_path / "b", 2)
+        text = RECIPE.format(
+            tmp_path,
+            f"components: {{vision: {{copy: {tmp_path}/a}}}}\n"
+            "parameters: {normalize: [{component: vision, value: false}, {value: true}]}",
+        )
+        assert any("decides nothing: the component is copied" in note for note in gm.plan(text).notes)
+
+
 class TestRefusals:
     def test_unknown_component(self, tmp_path: Path) -> None:
         """Did you mean, and what there is."""
@@ -251,6 +283,39 @@ class TestRefusals:
             gm.RecipeError, match=r"no component 'visoin'(.|\n)*'vision'(.|\n)*language, projector, vision"
         ):
             gm.plan(RECIPE.format(tmp_path, "components: {visoin: merge}"))
+
+    @pytest.mark.parametrize(
+        ("rule", "what", "hint"),
+        [
+            ("./a", "merged or copied from a model, not './a'", "vision: {copy: ./a}"),
+            ("copy", "merged or copied from a model, not 'copy'", "vision: {copy: MODEL}"),
+            ("{copy: $/llm}", "llm has no component 'vision'", "such as $/a"),
+        ],
+    )
+    def test_rules_that_cannot_be(self, rule: str, what: str, hint: str, tmp_path: Path) -> None:
+        """With the rule's line, and what to write."""
+        vlm(tmp_path / "a", 1), vlm(tmp_path / "b", 2)
+        tiny.save(tmp_path / "llm", tiny.random_tensors(SHAPES, 2), {**TEXT, "architectures": ["LlamaForCausalLM"]})
+        rules = f"components:\n  vision: {rule.replace('$', str(tmp_path))}"
+        with pytest.raises(gm.RecipeError) as caught:
+            gm.plan(RECIPE.format(tmp_path, rules))
+        assert what in caught.value.what
+        assert hint.replace("$", str(tmp_path)) in str(caught.value.hint)
+        assert str(caught.value.where).endswith(":7")
+
+    @pytest.mark.parametrize("other", ["new names", "text only"])
+    def test_names_that_differ_by_prefixes_alone(self, other: str, tmp_path: Path) -> None:
+        """Without the key they are refused, and the hint is a rule that works."""
+        vlm(tmp_path / "a", 1)
+        if other == "new names":
+            vlm(tmp_path / "b", 2, new, "model.")
+        else:
+            config = {**TEXT, "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}
+            tiny.save(tmp_path / "b", tiny.random_tensors(SHAPES, 2), config)
+        with pytest.raises(gm.IncompatibleModels, match="differ by prefixes alone") as caught:
+            gm.plan(RECIPE.format(tmp_path, ""))
+        rule = str(caught.value.hint).split("`")[1]
+        assert gm.plan(RECIPE.format(tmp_path, rule))
 
     def test_a_model_of_one_part_has_no_components(self, tmp_path: Path) -> None:
         """The key has nothing to say there."""

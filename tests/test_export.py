@@ -527,3 +527,17 @@ class TestRefusals:
         assert own_lock(tmp_path / "m.gguf.partial") is not None
         with pytest.raises(gm.UsageError, match="another run"):
             gm.export_gguf(tmp_path / "m", tmp_path / "m.gguf")
+
+
+def test_places_that_are_wrong_are_found_first(tmp_path: Path) -> None:
+    """No directory for the file, or none, or none with a tokenizer, where one is to be taken from."""
+    model(tmp_path / "m", "qwen2")
+    (tmp_path / "empty").mkdir()
+    for out, tokenizer, what in (
+        ("gone/x.gguf", None, "gone: there is no such directory"),
+        ("x.gguf", "gone", "gone: there is no such directory"),
+        ("x.gguf", "empty", "empty: the directory has no tokenizer"),
+    ):
+        with pytest.raises(gm.UsageError, match=what):
+            gm.export_gguf(tmp_path / "m", tmp_path / out, tokenizer=tokenizer and tmp_path / tokenizer)
+    assert not (tmp_path / "x.gguf").exists()

@@ -460,7 +460,7 @@ class TestSteps:
                   - scale: 0.7
                   - lines: {alpha: 0.2, beta: [{filter: mlp, value: 1}]}
                   - scale: {value: [0, 1], filter: mlp}
-                  - lines
+                  - lines: {beta: 0.5}
                 """)
         )
         assert [(step.name, step.where.line) for step in recipe.steps] == [
@@ -473,9 +473,9 @@ class TestSteps:
             {"value": [0.7]},
             {"alpha": [0.2], "beta": [1]},
             {"value": [(0, 1)]},
-            {},
+            {"beta": [0.5]},
         ]
-        assert sum(len(scope) for scope in recipe.scopes()) == 4
+        assert sum(len(scope) for scope in recipe.scopes()) == 5
 
     @pytest.mark.parametrize(
         ("text", "message"),

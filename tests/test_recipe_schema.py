@@ -86,7 +86,7 @@ name: mine
 models: [{model: a}, {model: b}]
 merge_method: soup
 parameters: {weight: {role: attention, block: 3-7, filter: "*.q_proj.*", value: [0, 1]}}
-steps: [{scale: 0.7}, {lines: {alpha: 0.1, beta: [{block: 3, value: 1}]}}, lines]
+steps: [{scale: 0.7}, {lines: {alpha: 0.1, beta: [{block: 3, value: 1}]}}, lines: {beta: 0.5}]
 schedule: {attention: [0, 1]}
 compat: mergekit
 seed: 3

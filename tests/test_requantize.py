@@ -11,6 +11,9 @@ import torch
 import geomerge as gm
 import tiny
 from geomerge.cli.app import main
+from geomerge.engine.codes import own_error
+from geomerge.engine.loss import RoundingLoss
+from geomerge.methods.tile import TensorSource
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 SLERP = "merge_method: slerp\nbase_model: a\nmodels: [{model: b}]\nparameters: {t: 0.4}\n"
@@ -114,6 +117,23 @@ def test_resumed_and_threaded_runs_write_the_same(family: None) -> None:
     gm.merge(SLERP + "requantize: fp8\n", "one", threads=1)
     gm.merge(SLERP + "requantize: fp8\n", "two", threads=3, tile=64)
     assert tiny.same(tiny.read(Path("one")), tiny.read(Path("two")))
+
+
+def test_errors_do_not_depend_on_torch_s_threads() -> None:
+    """They are in the manifest, and decide which scales are taken: a dot product of the library's would not do."""
+    values = torch.randn(96 * 64, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    before = torch.get_num_threads()
+    found, lost = set(), set()
+    try:
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            found.add(own_error(TensorSource(values), 96, 64, "I8"))
+            loss = RoundingLoss()
+            loss.add(values, values.float(), torch.zeros_like(values))
+            lost.add(loss.share)
+    finally:
+        torch.set_num_threads(before)
+    assert len(found) == len(lost) == 1
 
 
 def test_what_it_is_refused_for(family: None) -> None:

@@ -103,8 +103,12 @@ def _missing_hint(ref: str, path: Path) -> str:
     owner, name, *deeper = ref.split("/")
     if deeper and is_hub_id(f"{owner}/{name}") and not Path(owner).exists():
         return f"a folder of a hub's model is written {owner}/{name}:{'/'.join(deeper)}"
-    if path.parent.is_dir():
+    if path.parent.is_dir() and is_hub_id(ref):
         return f"{str(path.parent)!r} is a local directory; for the hub's model write {ref}@main"
+    if ref.startswith((".", "/", "~")):
+        return (
+            f"local paths are relative to {Path.cwd()}" if not path.is_absolute() else "local paths are case-sensitive"
+        )
     return "ids of the hub have the form owner/name"
 
 

@@ -1,4 +1,4 @@
-"""All methods by the names under which they are explained: those of recipes, and those that are verbs of their own."""
+"""All methods by the names under which they are explained: those of recipes, those that are verbs of their own, and steps."""
 
 from __future__ import annotations
 
@@ -11,16 +11,23 @@ if TYPE_CHECKING:
 
 
 def catalogue() -> dict[str, type[Method]]:
-    """Name → class: the methods of recipes, then the continual ones and the greedy soup."""
+    """Name → class: the methods of recipes, then the continual ones and the greedy soup, then the steps around a method.
+
+    A step that is called as a method is, such as ``dare``, is listed as ``step_dare``.
+    """
     from geomerge.continual import RULES
     from geomerge.methods import registry
+    from geomerge.methods.after import explained_steps
     from geomerge.search.soup import GreedySoup
 
     recipes = registry.all_methods()
     continual = {
         f"continual_{name}" if name in recipes or name == "average" else name: rule for name, rule in RULES.items()
     }
-    return recipes | dict(sorted(continual.items())) | {GreedySoup.name: GreedySoup}
+    methods = recipes | dict(sorted(continual.items())) | {GreedySoup.name: GreedySoup}
+    taken = {*methods, *(alias for method in methods.values() for alias in method.aliases)}
+    steps = {f"step_{step.name}" if step.name in taken else step.name: step for step in explained_steps()}
+    return methods | steps
 
 
 def explained(name: str) -> tuple[str, type[Method]]:
@@ -32,7 +39,17 @@ def explained(name: str) -> tuple[str, type[Method]]:
     known = catalogue()
     if name in known:
         return name, known[name]
-    aliases = {alias: entry for entry, method in known.items() for alias in method.aliases}
+    aliases: dict[str, str] = {}
+    for entry, method in known.items():
+        for alias in method.aliases:
+            aliases.setdefault(alias, entry)  # a method's goes before a step's
     if name in aliases:
         return aliases[name], known[aliases[name]]
-    raise UsageError(f"there is no method {name!r}", hint=did_you_mean(name, [*known, *aliases]))
+    raise UsageError(f"there is no method or step {name!r}", hint=did_you_mean(name, [*known, *aliases]))
+
+
+def step_of(method: type[Method]) -> str | None:
+    """The entry of the step that is called as this method, or as one of its aliases."""
+    called = {method.name, *method.aliases}
+    steps = {entry: step for entry, step in catalogue().items() if step.family == "step" and step is not method}
+    return next((entry for entry, step in steps.items() if step.name in called), None)

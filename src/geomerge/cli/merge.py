@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from geomerge.cli.options import AllowPickle, AsJson, Compat, Quiet, Threads
+from geomerge.cli.options import AllowPickle, AsJson, Compat, Quiet, Requantize, Threads
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,12 +33,7 @@ def merge(
     device: Annotated[str, typer.Option(metavar="DEV", help="Where to compute: cpu, cuda, cuda:1, ...")] = "cpu",
     shard_size: Annotated[str, typer.Option(metavar="SIZE", help="The most bytes in one file, like 5GB.")] = "5GB",
     compat: Compat = None,
-    requantize: Annotated[
-        Literal["same", "int8", "fp8"] | None,
-        typer.Option(
-            help="Store linear layers as 8-bit codes: int8, fp8, or as the base stores them; whatever the recipe says."
-        ),
-    ] = None,
+    requantize: Requantize = None,
     allow_pickle: AllowPickle = False,
     durable: Annotated[
         bool, typer.Option("--durable", help="Flush to the disk as it goes: even a power cut can be resumed from.")

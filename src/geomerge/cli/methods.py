@@ -14,12 +14,14 @@ if TYPE_CHECKING:
 
 
 def methods(
-    name: Annotated[str | None, typer.Argument(metavar="NAME", help="A method; without a name all are listed.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="A method or a step; without a name all are listed.")
+    ] = None,
     json: AsJson = False,
 ) -> None:
-    """List the merge methods, or explain one.
+    """List the merge methods and steps, or explain one.
 
-    Of one method: its formula, paper, parameters, properties, and an example recipe.
+    Of one: its formula, paper, parameters, properties, and an example recipe.
     """
     from geomerge.cli.catalogue import catalogue, explained
     from geomerge.cli.console import write_json
@@ -41,38 +43,52 @@ def methods(
 def _show_all(found: dict[str, type[Method]]) -> None:
     from geomerge.cli.console import show, table
 
-    rows = [(name, m.family, _models(m), m.base_use, m.title) for name, m in found.items()]
+    rows = [
+        (name, m.family, "" if m.family == "step" else _models(m), m.base_use, m.title) for name, m in found.items()
+    ]
     made = table(("method", "family", "models", "base", "title"), rows)
-    show(made, "", "`geomerge methods NAME` explains one. Models are counted without a base that is required.")
+    show(
+        made,
+        "",
+        "`geomerge methods NAME` explains one. Models are counted without a base that is required. Steps stand before or "
+        "after a method, under `steps:` of a recipe.",
+    )
 
 
 def _show_one(name: str, method: type[Method]) -> None:
+    from geomerge.cli.catalogue import step_of
     from geomerge.cli.console import facts, heading, show, table, write_lines
+    from geomerge.methods.chain import Step
     from geomerge.methods.properties import MEANING
 
     aliases = f" (also {', '.join(method.aliases)})" if method.aliases else ""
-    properties = [MEANING[p] for p in MEANING if p in method.properties]
-    show(
-        facts(
-            [
-                (name, method.title + aliases),
-                ("usage", method.usage()),
-                ("formula", method.formula),
-                ("paper", method.paper),
-                ("when", method.when),
-                ("models", f"{method.models_text()}; the base is {method.base_use}"),
-                ("family", method.family),
-                ("properties", "; ".join(properties) or "none of the tested ones"),
-            ]
-        )
-    )
+    rows = [
+        (name, method.title + aliases),
+        ("usage", method.usage()),
+        ("formula", method.formula),
+        ("paper", method.paper),
+        ("when", method.when),
+    ]
+    if issubclass(method, Step):
+        rows.append(("family", f"step, {'before' if method.before else 'after'} a method; a base is {method.base_use}"))
+    else:
+        properties = [MEANING[p] for p in MEANING if p in method.properties]
+        rows += [
+            ("models", f"{method.models_text()}; the base is {method.base_use}"),
+            ("family", method.family),
+            ("properties", "; ".join(properties) or "none of the tested ones"),
+        ]
+        step = step_of(method)
+        if step is not None:
+            rows.append(("as a step", f"before another method: `geomerge methods {step}`"))
+    show(facts(rows))
     parameters = method.parameters()
     if parameters:
-        rows = [
+        lines = [
             (name, _range(p), _default(method, p), p.doc + ("; one for each model" if p.per_model else ""))
             for name, p in parameters.items()
         ]
-        made = table(("parameter", "value", "default", "meaning"), rows)
+        made = table(("parameter", "value", "default", "meaning"), lines)
         show(heading("parameters"), made)
     show(heading("example"))
     write_lines(f"  {line}" for line in method.example.rstrip().splitlines())
@@ -89,6 +105,8 @@ def _range(p: Parameter) -> str:
         return ", ".join(p.choices)
     if p.kind is bool:
         return "true, false"
+    if p.kind is str:
+        return "a file"
     text = "whole number" if p.kind is int else "number"
     if p.expert:
         text = "an expert's name or number"

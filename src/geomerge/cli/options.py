@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -12,6 +12,12 @@ Compat = Annotated[
     typer.Option(
         metavar="PROFILE",
         help="'mergekit': that tool's numeric choices in place of geomerge's, whatever the recipe says.",
+    ),
+]
+Requantize = Annotated[
+    Literal["same", "int8", "fp8"] | None,
+    typer.Option(
+        help="Store linear layers as 8-bit codes: int8, fp8, or as the base stores them; whatever the recipe says."
     ),
 ]
 AllowPickle = Annotated[

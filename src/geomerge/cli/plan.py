@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from geomerge.cli.options import AllowPickle, AsJson, Compat, Threads
+from geomerge.cli.options import AllowPickle, AsJson, Compat, Requantize, Threads
 
 if TYPE_CHECKING:
     from geomerge.checkpoint.checkpoint import Checkpoint
@@ -30,6 +30,7 @@ def plan(
     ] = True,
     threads: Threads = None,
     compat: Compat = None,
+    requantize: Requantize = None,
     allow_pickle: AllowPickle = False,
     json: AsJson = False,
 ) -> None:
@@ -45,7 +46,7 @@ def plan(
 
     if figure is not None and figure.suffix.lower() != ".png":
         raise UsageError("a figure is a .png", where=str(figure))
-    made, opened = planned(recipe, compat=compat, allow_pickle=allow_pickle, reopen=estimate)
+    made, opened = planned(recipe, compat=compat, requantize=requantize, allow_pickle=allow_pickle, reopen=estimate)
     try:
         expected = measure(made, opened, threads=threads) if estimate else None
     finally:

@@ -6,6 +6,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from geomerge.anatomy.components import inner_name
 from geomerge.checkpoint.dtypes import recipe_name
 from geomerge.cli.console import amount, bullets, clean, count, duration, facts, heading, show, table, write_lines
 from geomerge.cli.patterns import Group, folded, grouped, split
@@ -33,7 +34,7 @@ def rounding(plan: Plan, loss: float | None) -> str | None:
     """The rounding loss in a sentence, or `None` when there is nothing to say."""
     if loss is None or loss < WORTH_SAYING:
         return None
-    dtypes = _dtypes(n for n in plan.output_nodes() if n.method is not None)
+    dtypes = _rounded(plan.output_nodes())
     if plan.stages[-1].rounding == "stochastic":
         return (
             f"stochastic rounding to {dtypes} adds noise of {loss * 100:.0f} % of the task vectors' norm, which averages out; "
@@ -104,7 +105,7 @@ def _header(plan: Plan, expected: Estimate | None) -> list[tuple[str, str]]:
         ]
         loss = expected.rounding_loss
         if loss is not None:
-            small = f"rounding to {_dtypes(n for n in outputs if n.method)} takes {loss * 100:.1f} % of the task vectors' norm"
+            small = f"rounding to {_rounded(outputs)} takes {loss * 100:.1f} % of the task vectors' norm"
             rows.append(("loss", rounding(plan, loss) or small))
     elif last.rounding != "nearest":
         rows.append(("rounding", last.rounding))
@@ -141,7 +142,7 @@ def _tensor_table(nodes: Sequence[Node], names: _Names) -> list[Any]:
     def alike(node: Node) -> Hashable:
         # Tensors of one line may differ in their parameters' values, not in where they come from or what is done.
         how = node.rule if node.method is None else (type(node.method), node.rule)
-        steps = tuple(type(step) for step in node.chain), len(node.columns)
+        steps = tuple(type(step) for step in node.chain), len(node.columns), node.lift is None
         return how, steps, node.dtype, tuple((o.input, o.rows >= 0, names.shift(o, node.name)) for o in node.operands)
 
     def key(group: Group[Node]) -> tuple[str, str, str]:
@@ -189,6 +190,11 @@ def _dtypes(nodes: Iterable[Node]) -> str:
     return ", ".join(dict.fromkeys(recipe_name(n.dtype) for n in nodes)) or "nothing"
 
 
+def _rounded(nodes: Iterable[Node]) -> str:
+    """The dtypes that merged tensors are rounded to; what codes cost is said elsewhere."""
+    return _dtypes(n for n in nodes if n.method is not None and not n.scales)
+
+
 @dataclass
 class _Names:
     """How a plan's inputs are named in the table: by their numbers in the list of models."""
@@ -216,7 +222,7 @@ class _Names:
         template, numbers = split(operand.tensor)
         wanted, own = split(output)
         if template != wanted:
-            return operand.tensor
+            return template if inner_name(operand.tensor) == inner_name(output) else operand.tensor
         return tuple(a - b for a, b in zip(numbers, own, strict=True))
 
     def group(self, group: Group[Node]) -> str:
@@ -229,6 +235,8 @@ class _Names:
                 if first[0] == group.template and first[1]:
                     a, b = first[1][0], last[1][0]
                     text += f" (block{'' if a == b else 's'} {a}{'' if a == b else f'-{b}'})"
+                elif inner_name(operand.tensor) == inner_name(group.items[0].name):
+                    text += " (own name)"  # without the output's prefix; --all shows every name
                 else:
                     text += f" ({clean(operand.tensor)})"
             said.append(text + (" (new rows)" if operand.rows >= 0 else ""))
@@ -247,7 +255,7 @@ class _Described:
         self._known: dict[Hashable, str] = {}
 
     def __call__(self, node: Node) -> str:
-        key = (id(node.method), node.scale, node.rule, node.chain, tuple(c.omega for c in node.columns))
+        key = (id(node.method), node.scale, node.lift, node.rule, node.chain, tuple(c.omega for c in node.columns))
         if key not in self._known:
             self._known[key] = clean(self._say([node]))
         return self._known[key]
@@ -265,6 +273,9 @@ class _Described:
         text = " → ".join([*before, self._called([n.method for n in nodes if n.method is not None])])
         scale = _course([n.scale for n in nodes])
         text = text if scale == "1" else f"{text} × {scale}"
+        lifts = [n.lift for n in nodes if n.lift is not None]
+        if lifts:
+            text += f" → lines(alpha=auto, beta·depth={_course(lifts)})"
         for i in range(len(nodes[0].columns)):
             text += f" → aim(omega={_course([n.columns[i].omega for n in nodes])})"
         return f"{nodes[0].rule}: {text}" if nodes[0].rule.startswith(REST) else text
@@ -346,6 +357,7 @@ def _tensor(plan: Plan, node: Node) -> dict[str, Any]:
         "parameters": None if node.method is None else node.method.values(),
         "before": [{"step": step.name, "parameters": step.values()} for step in node.chain],
         "scale": node.scale,
+        "lines": None if node.lift is None else {"alpha": "auto", "beta_times_depth": node.lift},
         "aim": [{"statistics": source(c.statistics), "omega": c.omega, "axis": c.axis} for c in node.columns],
         "inputs": [source(o) for o in node.operands],
     }

@@ -98,11 +98,14 @@ def _show(found: Found, folder: Path, merged: Path | None, report: Path | None) 
     rows += [("merged", clean(merged))] if merged else []
     rows += [("report", clean(report))] if report else []
     parts = list(found.held_out[0].parts)
-    scores = [(clean(h.name), f"{h.value:.4f}", *(f"{h.parts[p]:.4f}" for p in parts)) for h in found.held_out]
+    # A line for each task: there may be more of them than a terminal has room for side by side.
+    names = [clean(h.name) for h in found.held_out]
+    scores = [("objective", *(f"{h.value:.4f}" for h in found.held_out))]
+    scores += [(clean(part), *(f"{h.parts[part]:.4f}" for h in found.held_out)) for part in parts]
     show(
         facts(rows),
         heading("On samples that the search has not seen"),
-        table(("model", "objective", *parts), scores, right=("objective", *parts)),
+        table(("task", *names), scores, right=names),
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from geomerge.anatomy import Part
+from geomerge.anatomy.components import inner_name
 from geomerge.engine.components import Components
 from geomerge.engine.lineup import Lineup
 from geomerge.engine.models import Model
@@ -147,11 +148,32 @@ class Accounts:
         # Beside a sliced stack, everything else goes with the first slice.
         return lineups is not None and all(e.model is not model for e in lineups[0].entrants)
 
+    def _other_names(self) -> str | None:
+        """A hint for models that differ by the prefixes of their components' names: two versions of transformers, or a language
+        model beside a vision-language model."""
+        if self.components is not None or self.recipe.modules[0].name is not None or self.slots.block_maps:
+            return None
+        most = max(self.members, key=lambda m: len(m.anatomy.components()))
+        if most.anatomy.components() == ("",):
+            return None
+        names = {inner_name(name) for name in most.tensors}
+        others = [m for m in self.members if m.tensors.keys() != most.tensors.keys()]
+        if not others or not all(names & {inner_name(n) for n in m.tensors} for m in others):
+            return None
+        lacking = [c for c in most.anatomy.components() if any(c not in m.anatomy.components() for m in others)]
+        if lacking == list(most.anatomy.components()):  # models of one part: they may be the language model
+            lacking = [c for c in lacking if c != "language"]
+        copied = [f"{c}: {{copy: {most}}}" for c in lacking]
+        merged = "language" if "language" in most.anatomy.components() else most.anatomy.components()[0]
+        rules = ", ".join([f"{merged}: merge", *copied])
+        return f"the names may differ by prefixes alone, which `components: {{{rules}}}` sees through"
+
     def refuse_missing(self) -> None:
         shown = "; ".join(self.missing[:4])
         more = f"; and {len(self.missing) - 4} more" if len(self.missing) > 4 else ""
         raise IncompatibleModels(
             f"{len(self.missing)} tensors are not in every model: {shown}{more}",
             where=str(self.recipe.where),
-            hint="are they of one architecture? `unmatched: copy` takes such tensors from the model that has them",
+            hint=self._other_names()
+            or "are they of one architecture? `unmatched: copy` takes such tensors from the model that has them",
         )

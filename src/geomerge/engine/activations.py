@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from geomerge import anatomy
+from geomerge.anatomy.components import inner_name
 from geomerge.engine.adapted import stored_transposed
 from geomerge.engine.plan import Columns
-from geomerge.errors import IncompatibleModels, RecipeError, did_you_mean
+from geomerge.errors import IncompatibleModels, RecipeError
 from geomerge.recipe.resolve import Lookup
 
 if TYPE_CHECKING:
@@ -42,21 +44,14 @@ class Activations:
         self.file = models.get(step.statistics, step.where)
         self._omega = Lookup("omega", (step.parameters,), used)
         self._found = self._asked = 0
-        known = {*base.tensors, *base.anatomy.tied}
-        unknown = next((name for name in self.file.tensors if name not in known), None)
-        if unknown is not None:
-            raise RecipeError(
-                f"{self.file} has activations of {unknown!r}, which is no tensor of {base}",
-                where=str(step.where),
-                hint=did_you_mean(unknown, known),
-            )
+        self._stored = self._named()
 
     def at(self, part: Part, name: str, shape: tuple[int, ...], t: float) -> Columns | None:
         """The factors of one tensor; `None` where there are none.
 
         Args:
             part: The output's tensor, which filters test.
-            name: Its name in the base.
+            name: Its name in the base (of a base under another model's names: there, see `geomerge.engine.components`).
             shape: Its shape.
             t: The depth in the slice.
 
@@ -73,11 +68,32 @@ class Activations:
             raise RecipeError(f"omega must be a number, not {found and found.value!r}", where=str(place)) from None
         if not 0 <= omega <= 1:
             raise RecipeError(f"omega must lie in [0, 1], not {omega:g}", where=str(place))
-        if name not in self.file.tensors or part.role == "embedding":
+        if name not in self._stored or part.role == "embedding":
             return None
         axis = self._axis(name, shape)
         self._found += 1
-        return Columns(self.file.operand(name), omega, axis) if omega < 1 else None
+        return Columns(self.file.operand(self._stored[name]), omega, axis) if omega < 1 else None
+
+    def _named(self) -> dict[str, str]:
+        """The base's tensors that have activations → their names in the file: as they are stored, or as a version of
+        transformers calls them in memory, which may be with other prefixes (see `geomerge.anatomy.components`)."""
+        base, file = self.base, self.file.tensors
+        own = {base.own.get(name, name): name for name in (*base.tensors, *base.anatomy.tied)}
+        found = {own[name]: name for name in file if name in own}
+        others = {name: kind.shape for name, kind in file.items() if name not in own}
+        known = (
+            {(part.component, inner_name(name)): name for name, part in base.anatomy.parts.items()} if others else {}
+        )
+        for name, part in anatomy.read(others, base.config).parts.items() if others else ():
+            meant = known.get((part.component, inner_name(name)))
+            if meant is None:
+                raise RecipeError(
+                    f"{self.file} has activations of {name!r}, which is no tensor of {base}",
+                    where=str(self.step.where),
+                    hint=f"observe {base} itself: `geomerge.observe.activations` makes such a file",
+                )
+            found.setdefault(meant, name)
+        return found
 
     @property
     def note(self) -> str:
@@ -89,13 +105,13 @@ class Activations:
 
     def _axis(self, name: str, shape: tuple[int, ...]) -> int:
         """The dimension of the input features: the last, but the first of weights that are stored as (in, out)."""
-        length = self.file.tensors[name].shape
+        length = self.file.tensors[self._stored[name]].shape
         fits = [axis for axis in range(len(shape)) if length == (shape[axis],)] if len(shape) in (1, 2) else []
         known = self._known(name, shape)
         if known is not None:
             fits = [axis for axis in fits if axis == known]
         if len(fits) == 2:
-            others = {axis for each in self.file.tensors if (axis := self._evident(each)) is not None}
+            others = {axis for each in self._stored if (axis := self._evident(each)) is not None}
             if len(others) != 1:
                 raise IncompatibleModels(
                     f"{name} is square {list(shape)}: which of its dimensions are the input features cannot be told",
@@ -107,7 +123,8 @@ class Activations:
             raise IncompatibleModels(
                 f"{self.file} has activations of the shape {list(length)} for {name} {list(shape)}",
                 where=str(self.step.where),
-                hint="a weight needs one number for each input feature, a norm one for each of its own elements",
+                hint="a weight needs one number for each input feature, a norm one for each of its own elements; "
+                "`geomerge.observe.activations` makes such a file",
             )
         return fits[0]
 
@@ -124,5 +141,5 @@ class Activations:
         kind = self.base.tensors.get(name)
         if kind is None or len(kind.shape) != 2 or kind.shape[0] == kind.shape[1]:
             return None
-        length = self.file.tensors[name].shape
+        length = self.file.tensors[self._stored[name]].shape
         return next((axis for axis in (1, 0) if length == (kind.shape[axis],)), None)

@@ -7,13 +7,18 @@ from typing import TYPE_CHECKING, Any
 from geomerge.engine.matrices import is_weight
 from geomerge.errors import RecipeError, UsageError
 from geomerge.methods import chain
+from geomerge.methods.base import Method
 from geomerge.methods.chain import Step, SvdCompress
+from geomerge.methods.elementwise.task_vectors import TaskVectors
 from geomerge.recipe import grammar
 from geomerge.recipe.resolve import Lookup, Resolved, scopes
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from geomerge.anatomy import Part
     from geomerge.engine.lineup import Lineup
+    from geomerge.engine.plan import Node
     from geomerge.recipe import values
     from geomerge.recipe.values import Module
 
@@ -42,6 +47,15 @@ class Chain:
                 hint="add `base_model: PATH`"
                 if use == "optional"
                 else "take a method that needs a base model, such as task_arithmetic",
+            )
+        drawn = next((s for s in steps if s.name in _RANDOM and _thins_by(lineup.method) == s.name), None)
+        if drawn is not None:
+            # The step has the masks of the method of its name: what it keeps would be kept again, and made up for twice.
+            raise RecipeError(
+                f"the step {drawn.name!r} comes before {lineup.method.name}, which is the same step and a method",
+                where=str(drawn.where),
+                hint=f"give {lineup.method.name} the product of the densities, or take the method of the chain "
+                f"`{getattr(lineup.method, 'chain', '')}`",
             )
         self._lineup = lineup
         self._made: dict[tuple[Any, ...], Step] = {}
@@ -115,6 +129,38 @@ class Chain:
             assert isinstance(new, Step)
             made = self._made[key] = new
         return made
+
+
+_RANDOM = ("dare", "della")
+"""Steps that draw."""
+
+
+def _thins_by(method: type[Method]) -> str | None:
+    """The step that a published method begins with."""
+    return method.chain.split(" → ")[0] if issubclass(method, TaskVectors) else None
+
+
+def same_draws(nodes: Sequence[Node], stages: Sequence[values.Recipe]) -> str | None:
+    """A note on a recipe that draws by the same seed for what an earlier recipe of the file has drawn for already: masks
+    depend on the seed, the tensor and the place among the experts, so what the first keeps the second keeps, too, and
+    rescaling makes up for it twice."""
+    for node in nodes:
+        for operand in node.operands[1:] if _draws(node) else ():
+            earlier = nodes[operand.node] if operand.node >= 0 else None
+            if earlier is None or not _draws(earlier) or node.name != earlier.name:
+                continue
+            first, second = stages[earlier.stage], stages[node.stage]
+            if first.seed == second.seed:
+                return (
+                    f"{first.name!r} and the merge of it draw the same masks, so that what is left is made up for twice: "
+                    f"give one of them another `seed` than {first.seed}"
+                )
+    return None
+
+
+def _draws(node: Node) -> bool:
+    own = None if node.method is None else _thins_by(type(node.method))
+    return own in _RANDOM or any(step.name in _RANDOM for step in node.chain)
 
 
 def _impossible(cls: type[Step], answer: Resolved, values: dict[str, Any]) -> bool:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from geomerge.checkpoint.dtypes import to_torch
-from geomerge.methods.tile import TILE, Source
+from geomerge.methods.tile import TILE, Source, block_sums
 
 if TYPE_CHECKING:
     from geomerge.methods.kernel import Prepared
@@ -76,30 +76,28 @@ def encode(
         The scales, and what it cost.
     """
     largest = torch.zeros(rows, dtype=torch.float64)
-    squared = 0.0
+    squares: list[float] = []
 
     def look(start: int, values: Tensor) -> None:
-        nonlocal squared
-        squared += float(torch.dot(values, values))
+        squares.extend(_squares(values))
         for row, piece in _by_row(start, values, columns):
             largest[row : row + len(piece)] = torch.maximum(largest[row : row + len(piece)], piece.abs().amax(1))
 
     _walk(prepared, look)
+    squared = math.fsum(squares)
     # What the grid costs an element is s²/12 for whole numbers; a float's step grows with it, on average as computed here.
     losses = [p if isinstance(p, float) else _grid(p, columns, codes, squared) for p in parents]
     own = max(losses, default=math.inf)
     chosen, best = None, math.inf
     for shrink in SHRINK:
         scales = (largest * (shrink / LARGEST[codes])).to(to_torch(scale)).double()
-        error = 0.0
+        errors: list[float] = []
 
-        def weigh(start: int, values: Tensor, scales: Tensor = scales) -> None:
-            nonlocal error
-            for row, piece in _by_row(start, values, columns):
-                step = scales[row : row + len(piece), None]
-                error += float(((_code(piece, step, codes).double() * step - piece) ** 2).sum())
+        def weigh(start: int, values: Tensor, scales: Tensor = scales, errors: list[float] = errors) -> None:
+            errors.extend(_errors(start, values, scales, columns, codes))
 
         _walk(prepared, weigh)
+        error = math.fsum(errors)
         if error < best:
             chosen, best = (scales, shrink), error
         if math.sqrt(best) <= ALLOWED * own * math.sqrt(squared):
@@ -124,13 +122,25 @@ def own_error(source: Source, rows: int, columns: int, codes: str) -> float:
         for row, piece in _by_row(start, values, columns):
             largest[row : row + len(piece)] = torch.maximum(largest[row : row + len(piece)], piece.abs().amax(1))
     scales = largest / LARGEST[codes]
-    error = squared = 0.0
+    errors: list[float] = []
+    squares: list[float] = []
     for start, values in _read(source, rows * columns):
-        squared += float(torch.dot(values, values))
-        for row, piece in _by_row(start, values, columns):
-            step = scales[row : row + len(piece), None]
-            error += float(((_code(piece, step, codes).double() * step - piece) ** 2).sum())
-    return math.sqrt(error / squared) if squared else 0.0
+        squares.extend(_squares(values))
+        errors.extend(_errors(start, values, scales, columns, codes))
+    squared = math.fsum(squares)
+    return math.sqrt(math.fsum(errors) / squared) if squared else 0.0
+
+
+def _squares(values: Tensor) -> list[float]:
+    """Sums of squares. (Not `torch.dot`: its last bit depends on how many threads the library takes for it.)"""
+    return block_sums(values.square())
+
+
+def _errors(start: int, values: Tensor, scales: Tensor, columns: int, codes: str) -> Iterator[float]:
+    """Sums of the squared errors of a tile."""
+    for row, piece in _by_row(start, values, columns):
+        step = scales[row : row + len(piece), None]
+        yield from block_sums((_code(piece, step, codes).double() * step - piece).square_().reshape(-1))
 
 
 def _read(source: Source, numel: int) -> Iterator[tuple[int, Tensor]]:

@@ -52,6 +52,7 @@ class Components(Models):
         for name, rule in recipe.components.items():
             self._check(name, known, rule)
             self.owners[name] = None if rule.copy is None else self.get(rule.copy, rule.where)
+            self._check_owner(name, rule)
         self.notes: list[str] = []
         if self.template.anatomy.guessed:
             self.notes.append(
@@ -101,7 +102,18 @@ class Components(Models):
         raise RecipeError(
             f"{self.template} has no component {name!r}",
             where=str(rule.where),
-            hint=f"{close + '; ' if close else ''}its components: {', '.join(known)}",
+            hint=f"{close + ' ' if close else ''}its components are {', '.join(known)}",
+        )
+
+    def _check_owner(self, name: str, rule: Component) -> None:
+        owner = self.owners[name]
+        if owner is None or name in owner.anatomy.components():
+            return
+        found = [m for m in self._seen.values() if name in m.anatomy.components()]
+        raise RecipeError(
+            f"{owner} has no component {name!r} that could be copied from it",
+            where=str(rule.where),
+            hint=f"name a model that has it, such as {next(iter(found), self.template)}",
         )
 
     def _under_the_template_s_names(self, model: Model) -> Model:

@@ -77,10 +77,18 @@ class LiveMerge:
             IncompatibleModels: The module lacks a tensor of the merge, or has one that the merge lacks.
         """
         plan, inputs = make_plan(recipe, models=self.parents)
-        sink = ModuleSink(self.module, plan)
-        known = surveyed(plan, lambda p: Builder(p, inputs), threads=self._threads)
-        work = Work(Builder(known, inputs, kept=self._kept), sink, lambda nbytes: None, threading.Event())
-        Threads(work, self._threads).run(list(enumerate(known.output_nodes())), lambda entries: None)
+        try:
+            sink = ModuleSink(self.module, plan)
+            known = surveyed(plan, lambda p: Builder(p, inputs), threads=self._threads)
+            work = Work(Builder(known, inputs, kept=self._kept), sink, lambda nbytes: None, threading.Event())
+            Threads(work, self._threads).run(list(enumerate(known.output_nodes())), lambda entries: None)
+        finally:
+            mine = {id(parent) for parent in self.parents.values()}
+            # Files of statistics, which a recipe names beside the parents.
+            files = {o.input for n in plan.nodes for o in (*n.statistics, *(c.statistics for c in n.columns))}
+            for opened in (inputs[index] for index in files):
+                if id(opened) not in mine:
+                    opened.close()
         return plan
 
 

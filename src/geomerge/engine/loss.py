@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from geomerge.methods.tile import block_sums
+
 SAMPLE = 1 << 12
 """Elements of a tile that are looked at: fewer than any tile has, so that the estimate does not depend on the tile's size."""
 
@@ -48,4 +50,6 @@ class RoundingLoss:
 
 
 def _squared(x: Tensor) -> float:
-    return float(torch.dot(x, x))
+    return math.fsum(
+        block_sums(x.square())
+    )  # not `torch.dot`, whose last bit depends on the library's number of threads

@@ -15,6 +15,7 @@ from typing import Any
 
 from geomerge.checkpoint.checkpoint import Checkpoint
 from geomerge.checkpoint.collector import collector_paused
+from geomerge.engine.chain import same_draws
 from geomerge.engine.models import Models
 from geomerge.engine.output import licence_of
 from geomerge.engine.plan import InputModel, Node, Plan, Rotation, Rows, Stage, Transform
@@ -78,6 +79,8 @@ class Planner:
                 self.models.add_stage(recipe.name, stage.as_model(made))
         config, copies, texts, notes = stage.describe(made)
         self.notes += notes
+        drawn = same_draws(self.nodes, self.pipeline.recipes)
+        self.notes += [] if drawn is None else [drawn]
         return Plan(
             inputs=tuple(input_model(c) for c in self.models.inputs),
             stages=tuple(stages),

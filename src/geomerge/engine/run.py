@@ -440,6 +440,7 @@ def _card(plan: Plan, name: str, said: Sequence[str]) -> str:
     based = mixture or (method is not None and method.base_use == "required")
     # Files of statistics are inputs, but no parents.
     numbers = {o.input for n in plan.nodes for o in (*n.statistics, *(c.statistics for c in n.columns))}
+    bases = {n.operands[0].input for n in plan.output_nodes() if n.method is not None and n.operands}
     parents = [
         Parent(
             name=(i.hub_id or (Path(i.path).name if i.path else i.ref))
@@ -448,7 +449,7 @@ def _card(plan: Plan, name: str, said: Sequence[str]) -> str:
             hub_id=i.hub_id,
             revision=i.revision,
             licence=i.licence,
-            base=based and any(n.operands and n.operands[0].input == k for n in plan.output_nodes()),
+            base=based and k in bases,
         )
         for k, i in enumerate(plan.inputs)
         if k not in numbers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from geomerge.anatomy import Part
 from geomerge.errors import RecipeError
@@ -39,7 +40,9 @@ class Steps:
             try:
                 numbers = {k: float(v) for k, v in values.items() if not (auto and k == "alpha")}
             except ValueError:
-                raise RecipeError(f"the step {name!r} takes numbers, not {values}", where=str(where)) from None
+                raise RecipeError(
+                    f"the step {name!r} takes numbers, not {_written(values)}", where=str(where)
+                ) from None
             if name == "scale":
                 scale *= numbers.get("value", 1.0)
                 continue
@@ -53,9 +56,17 @@ class Steps:
         return scale, lift
 
 
+def _written(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name}: {value}" for name, value in values.items())
+
+
 def _lifted(numbers: dict[str, float], part: Part, where: Where) -> float:
     """β·depth of LiNeS; tensors outside of the blocks have depth 0."""
     if "beta" not in numbers:
-        raise RecipeError("the step 'lines' needs beta", where=str(where))
+        raise RecipeError(
+            f"the step 'lines' needs beta (for {part.name})",
+            where=str(where),
+            hint="add an entry without a filter: it is for all other tensors",
+        )
     depth = part.depth or 0.0 if part.position == "block" else 0.0
     return numbers["beta"] * depth

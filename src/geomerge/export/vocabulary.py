@@ -107,6 +107,7 @@ def tokenizer_metadata(
             f"has a tokenizer of the kind {kind}; written are byte-level BPE (tokenizer.json) and SentencePiece's BPE "
             "(tokenizer.json with byte_fallback, or tokenizer.model)",
             where=str(folder),
+            hint="--tokenizer DIR takes another model's, if its tokens are the same",
         )
     notes = []
     beyond = [token for token, index in ids.items() if index >= rows]

@@ -29,6 +29,7 @@ from geomerge.export.vocabulary import tokenizer_metadata
 from geomerge.methods.tile import Source, TensorSource
 from geomerge.recipe.references import parse_reference
 from geomerge.recipe.values import NOWHERE
+from geomerge.tokens.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -116,7 +117,7 @@ def export_gguf(
         described = describe(checkpoint.config, shapes[name][0] if name else 0, str(model))
         chosen = kind or _own_type(checkpoint)
         listed, notes = entries(shapes, described, chosen, str(model))
-        folder = Path(tokenizer) if tokenizer is not None else checkpoint.tokenizer_folder
+        folder = checkpoint.tokenizer_folder if tokenizer is None else _tokenizer_folder(Path(tokenizer))
         rows = shapes[name][0] if name else 0
         words, said = tokenizer_metadata(folder, rows, described.config, pre_tokenizer, str(model))
         metadata = _general(checkpoint, chosen) | {
@@ -146,9 +147,28 @@ def _check_place(place: Path, checkpoint: Checkpoint, *, force: bool) -> None:
         raise UsageError("a GGUF file's name ends in .gguf", where=str(place), hint=f"for example {place.name}.gguf")
     if any(file.path.resolve() == place for file in checkpoint.files):
         raise UsageError("the output is the input", where=str(place), hint="choose another output")
+    if not place.parent.is_dir():
+        raise UsageError(
+            "there is no such directory", where=str(place.parent), hint="make it, or choose another output"
+        )
     if place.is_dir() or (place.exists() and not force):
         hint = "choose another output" + ("" if place.is_dir() else ", or replace it with --force")
         raise UsageError("the output exists", where=str(place), hint=hint)
+
+
+def _tokenizer_folder(folder: Path) -> Path:
+    """The directory that `tokenizer` names.
+
+    Raises:
+        UsageError: There is none, or it has no tokenizer.
+    """
+    if not folder.is_dir():
+        raise UsageError("there is no such directory", where=str(folder), hint="--tokenizer takes a model's directory")
+    if Vocabulary.load(folder) is None:
+        raise UsageError(
+            "the directory has no tokenizer", where=str(folder), hint="it needs a tokenizer.json or a tokenizer.model"
+        )
+    return folder
 
 
 def _own_type(checkpoint: Checkpoint) -> str:

@@ -29,11 +29,31 @@ from geomerge.methods.walk import whole
 Shape = tuple[int, ...]
 
 
+def example(step: str, method: str = "ties", more: str = "") -> str:
+    """A recipe with one step."""
+    return f"""\
+merge_method: {method}
+base_model: ./base
+models:
+  - {{model: ./chat}}
+  - {{model: ./code}}
+steps:
+  - {step}
+{more}dtype: bfloat16
+"""
+
+
 @dataclass(frozen=True)
 class Step(Method):
     """One step before a method: parameters as a method has them, a name, and what it does to a tensor's task vectors."""
 
     family: ClassVar[str] = "step"
+    before: ClassVar[bool] = True
+    """Whether it comes before the method; see `geomerge.methods.after` for the others."""
+
+    @classmethod
+    def usage(cls) -> str:
+        return f"steps: [{{{cls.name}: {{{', '.join(f'{name}: …' for name in cls.parameters())}}}}}]"
 
     @property
     def idle(self) -> bool:
@@ -198,6 +218,11 @@ class Trim(_Sparse):
 
     name: ClassVar[str] = "trim"
     aliases: ClassVar[tuple[str, ...]] = ("magnitude",)
+    title: ClassVar[str] = "Trim (a step: the largest magnitudes)"
+    paper: ClassVar[str] = "Yadav et al. 2023, TIES-Merging, arXiv:2306.01708"
+    formula: ClassVar[str] = "τ̂ = τ ⊙ m,  mᵢ = 1 for the density·n largest |τᵢ|"
+    when: ClassVar[str] = "Before a method that takes all elements, when most of a fine-tune's small changes are noise."
+    example: ClassVar[str] = example("trim: 0.2", "sce")
 
     top_k: str = parameter(
         "exact_k",
@@ -214,6 +239,11 @@ class Dare(_Sparse):
     """Drop elements at random (DARE)."""
 
     name: ClassVar[str] = "dare"
+    title: ClassVar[str] = "DARE (a step: elements drawn at random)"
+    paper: ClassVar[str] = "Yu et al. 2024, Language models are Super Mario (DARE), arXiv:2311.03099"
+    formula: ClassVar[str] = "τ̂ = τ ⊙ m/p,  m ~ Bernoulli(p),  p = density"
+    when: ClassVar[str] = "Fine-tunes with small task vectors, before any method that works from a base."
+    example: ClassVar[str] = example("dare: 0.5", "sce", "seed: 42\n")
 
     rescale: bool = parameter(True, doc="make up for what was dropped")
 
@@ -227,6 +257,11 @@ class Della(_Sparse):
 
     name: ClassVar[str] = "della"
     aliases: ClassVar[tuple[str, ...]] = ("magprune",)
+    title: ClassVar[str] = "DELLA's MagPrune (a step: large elements more often)"
+    paper: ClassVar[str] = "Deep et al. 2024, DELLA-Merging, arXiv:2406.11617"
+    formula: ClassVar[str] = "τ̂ = τ ⊙ m/q,  m ~ Bernoulli(q),  q = density − ε + 2ε·rank/(n−1)"
+    when: ClassVar[str] = "As the step DARE, when large task-vector elements should survive more often than small ones."
+    example: ClassVar[str] = example("della: {density: 0.5, epsilon: 0.1}", "sce", "seed: 42\n")
 
     rescale: bool = parameter(True, doc="make up for what was dropped")
     epsilon: tuple[float, ...] = per_model(
@@ -247,6 +282,11 @@ class Breadcrumbs(_Sparse):
     """Drop the smallest and the very largest elements (Model Breadcrumbs)."""
 
     name: ClassVar[str] = "breadcrumbs"
+    title: ClassVar[str] = "Breadcrumbs (a step: neither the smallest nor the very largest)"
+    paper: ClassVar[str] = "Davari & Belilovsky 2023, Model Breadcrumbs, arXiv:2312.06795"
+    formula: ClassVar[str] = "τ̂ keeps ranks [n − γn − density·n, n − γn) of |τ|"
+    when: ClassVar[str] = "Where outliers of single task vectors spoil what the method makes of them."
+    example: ClassVar[str] = example("breadcrumbs: {density: 0.9, gamma: 0.01}", "tsvm")
 
     gamma: tuple[float, ...] = per_model(0.01, within=(0, 1), doc="share of the largest elements that is dropped")
 
@@ -264,6 +304,13 @@ class SvdCompress(Step):
 
     name: ClassVar[str] = "svd_compress"
     aliases: ClassVar[tuple[str, ...]] = ("tsv_compress",)
+    title: ClassVar[str] = "SVD compression (a step: the largest singular triplets)"
+    paper: ClassVar[str] = (
+        "Eckart & Young 1936; of task vectors: Gargiulo et al. 2025, Task Singular Vectors, arXiv:2412.00081"
+    )
+    formula: ClassVar[str] = "τ̂ = Uₖ Σₖ Vₖᵀ,  the k largest singular triplets of τ"
+    when: ClassVar[str] = "To drop the noise of a fine-tune's weak directions before another method."
+    example: ClassVar[str] = example("svd_compress: {energy: 0.9}", more="parameters: {density: 0.3, weight: 1.0}\n")
 
     rank: int | None = parameter(None, within=(0, 1e9), doc="singular triplets that are kept")
     ratio: float | None = parameter(

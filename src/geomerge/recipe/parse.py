@@ -13,7 +13,7 @@ from typing import Any, Literal, cast
 
 from geomerge.errors import UsageError, did_you_mean
 from geomerge.recipe import grammar
-from geomerge.recipe.document import Node, Table, Text, plain, read_documents, read_text
+from geomerge.recipe.document import Node, Table, Text, plain, read_documents, read_text, said_kind
 from geomerge.recipe.grammar import Key, Shape
 from geomerge.recipe.pipeline import in_order
 from geomerge.recipe.references import expand_home, parse_reference
@@ -256,7 +256,12 @@ class _Reader(Reader):
             elif isinstance(value, Text) and value.text == "merge":
                 rules[name] = Component(None, where)
             else:
-                raise refuse(where, f"the component {name!r} is either 'merge' or '{{copy: model}}'")
+                said = value.text if isinstance(value, Text) and value.text not in ("copy", "keep") else "MODEL"
+                raise refuse(
+                    where,
+                    f"the component {name!r} is either merged or copied from a model, not {said_kind(value)}",
+                    f"write '{name}: merge' or '{name}: {{copy: {said or 'MODEL'}}}'",
+                )
         if not rules:
             raise refuse(node.where, "'components' is empty")
         return rules

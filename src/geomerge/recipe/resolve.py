@@ -152,7 +152,9 @@ def check_filters(recipe: Recipe, used: set[int], parts: Iterable[Part]) -> tupl
     for parameter, entry in unused:
         assert entry.filter is not None
         if any(entry.filter.matches(part) for part in tensors):
-            notes.append(f"{entry.where}: '{entry.filter}' of {parameter!r} decides nothing: others come before it")
+            rule = recipe.components.get(entry.filter.component or "")
+            why = "others come before it" if rule is None or rule.copy is None else "the component is copied"
+            notes.append(f"{entry.where}: '{entry.filter}' of {parameter!r} decides nothing: {why}")
             continue
         what = f"'{entry.filter}' of {parameter!r} matches no tensor"
         if recipe.compat != "mergekit":

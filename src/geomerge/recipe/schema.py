@@ -168,7 +168,7 @@ def _definitions() -> dict[str, _Schema]:
         },
         "tokens": {"type": "object", "additionalProperties": _object(grammar.TOKEN)},
         "token_source": {"anyOf": [{"$ref": "#/$defs/model"}, _object(grammar.TOKEN_SOURCE)]},
-        "steps": _list({"anyOf": [{"enum": list(grammar.STEPS)}, *steps]}),
+        "steps": _list({"anyOf": [{"enum": list(grammar.BEFORE)}, *steps]}),
     }
 
 

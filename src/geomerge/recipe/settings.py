@@ -144,6 +144,8 @@ class Reader:
 
     def read_steps(self, node: Node, key: Key) -> tuple[Step, ...]:
         steps: list[Step] = []
+        if not isinstance(node, Items):
+            raise refuse(node.where, f"'steps' must be a list, not {said_kind(node)}", "as in 'steps: [{dare: 0.5}]'")
         for item in items(node, key):
             written, where, value = _step(item)
             if written not in grammar.STEPS:
@@ -152,8 +154,9 @@ class Reader:
             if name in grammar.BEFORE:
                 self._check_place(name, where, steps)
             settings, statistics = self._step_parameters(name, value)
-            if name == "aim" and statistics is None:
-                raise refuse(where, "the step 'aim' needs statistics", "as in '- aim: {statistics: ./act.safetensors}'")
+            needed = "statistics" if name == "aim" else _NEEDED.get(name)
+            if needed is not None and needed not in settings and statistics is None:
+                raise refuse(where, f"the step {name!r} needs {_NAMED.get(needed, needed)}", _shown(name))
             steps.append(Step(name, settings, where, statistics))
         return tuple(steps)
 
@@ -180,7 +183,9 @@ class Reader:
         if len(known) == 1 or (known[0] == "density" and bare):
             return {known[0]: self._setting(known[0], node, node.where)}, None
         if not isinstance(node, Table):
-            raise refuse(node.where, f"the step {step!r} takes {' and '.join(known)}, not {said_kind(node)}")
+            raise refuse(
+                node.where, f"the step {step!r} takes {' and '.join(known)}, not {said_kind(node)}", _shown(step)
+            )
         settings: dict[str, Setting] = {}
         statistics = None
         for name, (where, value) in node.entries.items():
@@ -273,6 +278,25 @@ def _scalar(node: Node) -> Scalar:
     return value
 
 
+_NEEDED = {"scale": "value", "lines": "beta"}
+"""What a step after the method cannot do without."""
+
+_NAMED = {"value": "a value"}
+
+_SHOWN = {
+    "scale": "scale: 0.7",
+    "lines": "lines: {alpha: 0.3, beta: 0.7}",
+    "aim": "aim: {statistics: ./act.safetensors}",
+    "svd_compress": "svd_compress: {energy: 0.9}",
+}
+
+
+def _shown(step: str) -> str | None:
+    """A step as it may be written."""
+    shown = _SHOWN.get(_plain(step))
+    return None if shown is None else f"as in '- {shown}'"
+
+
 def _step(item: Node) -> tuple[str, Where, Node | None]:
     """A step's name, its place, and its parameters."""
     if isinstance(item, Text):
@@ -294,8 +318,15 @@ def _beside(document: Table) -> tuple[str, ...]:
     return tuple(found)
 
 
+def _plain(step: str) -> str:
+    return grammar.STEP_ALIASES.get(step, step)
+
+
 def _meant(name: str, known: Sequence[str]) -> str | None:
     """The hint for an unknown parameter; one that a step has is written with the step's name."""
+    owner, _, parameter = name.partition(".")
+    if parameter in grammar.BESIDE and owner in grammar.BEFORE and f"{_plain(owner)}.{parameter}" not in known:
+        return f"there is no step {owner!r} before the method: add `steps: [{{{owner}: …}}]`"
     step = next((k for k in known if k.endswith(f".{name}")), None)
     return f"the step's is written {step}" if step is not None else did_you_mean(name, known)
 
