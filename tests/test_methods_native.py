@@ -242,3 +242,18 @@ def test_says_why_nothing_was_compiled(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("CC", "false")
     assert "failed" in str(build.build(tmp_path / "kernels.so"))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("method", ["linear", "slerp", "ties"])
+def test_tensors_with_gaps(method: str) -> None:
+    """A slice with steps is read by its elements, not by its memory."""
+    torch.manual_seed(3)
+    base, expert = torch.randn(2, 10_000)[:, ::2], torch.randn(5_000, 3)[:, 1]
+    merge = getattr(gm.methods, method)
+
+    def merged(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        if method == "linear":
+            return merge([x, y], weight=[0.3, 0.7])
+        return merge(x, [y], t=0.3) if method == "slerp" else merge(x, [y], weight=1.0, density=0.5)
+
+    assert torch.equal(merged(base[0], expert), merged(base[0].contiguous(), expert.contiguous()))

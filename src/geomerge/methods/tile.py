@@ -84,7 +84,7 @@ class TensorSource:
     def __init__(self, tensor: Tensor, label: str = "tensor") -> None:
         self.label = label
         self.dtype = tensor.dtype
-        self.flat = tensor.detach().reshape(-1)
+        self.flat = tensor.detach().reshape(-1).contiguous()  # a slice with steps is reshaped as it is
 
     def read(self, start: int, out: Tensor) -> None:
         out.copy_(self.flat[start : start + out.numel()])
