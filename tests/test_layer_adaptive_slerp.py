@@ -18,6 +18,7 @@ import references as ref
 import tiny
 from geomerge.engine import sinks, sources
 from geomerge.engine.schedule import PRESETS
+from geomerge.methods import native
 
 SLERP = "merge_method: slerp\nbase_model: a\nmodels: [{model: b}]\n"
 ADAPTIVE = "merge_method: layer_adaptive_slerp\nbase_model: a\nmodels: [{model: b}]\n"
@@ -208,6 +209,15 @@ class TestRecipes:
         assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+IO = Path("/proc/self/io")
+
+
+def counted() -> tuple[int, int]:
+    """The bytes that this process has read and written so far."""
+    lines = dict(line.split(": ") for line in IO.read_text().splitlines())
+    return int(lines["rchar"]), int(lines["wchar"])
+
+
 class TestTraffic:
     """Averaging moves 3d bytes, SLERP 5d, and 3d again when the tiles are held between its passes."""
 
@@ -240,5 +250,26 @@ class TestTraffic:
 
         monkeypatch.setattr(sources, "read_into", counted_read)
         monkeypatch.setattr(sinks.FileSink, "write", counted_write)
-        gm.merge(method + "guardrails: off\n", "out", tile=tile, threads=1)  # which look at a sample of the parents
+        with native.turned_off():
+            gm.merge(method + "guardrails: off\n", "out", tile=tile, threads=1)  # which look at a sample of the parents
         assert moved == {"read": reads * d, "written": d}
+
+    @pytest.mark.skipif(not native.available() or not IO.exists(), reason="counted by Linux, where loops were compiled")
+    @pytest.mark.parametrize(
+        ("method", "reads"), [("merge_method: linear\nmodels: [{model: a}, {model: b}]\n", 2), (SLERP, 4)]
+    )
+    def test_bytes_of_loops(self, method: str, reads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Compiled loops read and write themselves; beside the weights there are a few small files, and samples."""
+        monkeypatch.chdir(tmp_path)
+        for seed, name in enumerate("ab"):
+            Path(name).mkdir()
+            x = torch.randn(5, 1000, 1000, generator=torch.Generator().manual_seed(seed))
+            save_file({f"w{i}.weight": x[i].clone() for i in range(5)}, f"{name}/model.safetensors")
+        parameters = "parameters: {weight: 1}\n" if reads == 2 else "parameters: {t: 0.3}\n"
+        gm.merge(method + parameters + "guardrails: off\n", "warm", threads=1)  # what is imported is read as well
+        before = counted()
+        gm.merge(method + parameters + "guardrails: off\n", "out", threads=1)
+        read, written = (after - b for after, b in zip(counted(), before, strict=True))
+        d = 5 * 1000 * 1000 * 4
+        assert reads * d <= read <= (reads + 0.15) * d
+        assert d <= written <= 1.05 * d

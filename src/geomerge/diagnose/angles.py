@@ -258,6 +258,9 @@ class _Nowhere:
     def write(self, node: Node, start: int, values: torch.Tensor) -> None:
         """Never called."""
 
+    def stored(self, node: Node) -> None:
+        """Nowhere."""
+
 
 @dataclass
 class _Measure(Work):

@@ -15,6 +15,7 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from geomerge.checkpoint.dtypes import DTYPES, to_torch
@@ -25,10 +26,12 @@ from geomerge.engine.matrices import ROOM, whole_matrices
 from geomerge.engine.memory import keep_freed_memory
 from geomerge.engine.plan import BUFFER, SCALES, Node
 from geomerge.engine.sinks import Sink
-from geomerge.engine.sources import read_into, staging
+from geomerge.engine.sources import FileSource, read_into, staging
 from geomerge.errors import GeomergeError, NotFiniteError
+from geomerge.methods import native
 from geomerge.methods.kernel import Prepared
-from geomerge.methods.tile import Segment
+from geomerge.methods.native import in_memory
+from geomerge.methods.tile import SEGMENT, Loop, Segment, output
 
 _BUNDLE_ELEMENTS = 1 << 18
 _BUNDLE_TENSORS = 256
@@ -152,26 +155,48 @@ class Work:
 
     @torch.inference_mode()
     def _segment(self, node: Node, prepared: Prepared, segment: Segment) -> RoundingLoss:
+        loop = prepared.loop(to_torch(node.dtype)) if self.builder.nearest(node) else None
+        if loop is not None:
+            return self._looped(node, prepared, loop, segment)
         round_ = self.builder.rounding(node)
         itemsize = DTYPES[node.dtype].itemsize
         loss = RoundingLoss()
         sampled = prepared.scan.numel >= _SAMPLED
-        compiled = prepared.rounded(segment, to_torch(node.dtype)) if self.builder.nearest(node) else None
-        pieces: Iterator[tuple[int, torch.Tensor, torch.Tensor | None]]
-        if compiled is None:
-            pieces = ((start, round_(start, values), values) for start, values in prepared.tiles(segment))
-        else:
-            pieces = ((start, rounded, None) for start, rounded in compiled)
-        for start, rounded, merged in pieces:
+        for start, values in prepared.tiles(segment):
             if self.stop.is_set():
                 raise Interrupted
+            rounded = round_(start, values)
             self.sink.write(node, start, rounded)
             if sampled and start == segment.start:
-                values = prepared.beginning(segment, SAMPLE) if merged is None else merged
                 reference = torch.empty_like(values[:SAMPLE])
                 prepared.scan.sources[0].read(start, reference)
                 loss.add(values, rounded, reference)
             self.advance(rounded.numel() * itemsize)
+        return loss
+
+    def _looped(self, node: Node, prepared: Prepared, loop: Loop, segment: Segment) -> RoundingLoss:
+        """The same by a compiled loop, which writes the elements itself."""
+        dtype, loss = to_torch(node.dtype), RoundingLoss()
+        sampled = prepared.scan.numel >= _SAMPLED
+        stored = self.sink.stored(node)
+        for place in prepared.scan.places(segment):
+            if self.stop.is_set():
+                raise Interrupted
+            beginning = np.empty(min(SAMPLE, place.numel)) if sampled and place.start == segment.start else None
+            room = output(place.numel, dtype, prepared.scan.level) if stored is None else None
+            out = in_memory(room) if room is not None else stored and stored.at(place.start)
+            assert out is not None
+            if not loop(place, out, beginning):
+                merged = prepared.at(place)
+                room = merged.to(dtype)
+                if beginning is not None:
+                    beginning[:] = merged[: len(beginning)]
+            if room is not None:
+                self.sink.write(node, place.start, room)
+            if beginning is not None:
+                before = prepared.scan.stored_one(0, place.start, len(beginning))
+                loss.add_differences(*native.change(before, beginning, out.code))
+            self.advance(place.numel * DTYPES[node.dtype].itemsize)
         return loss
 
     def _copy(self, node: Node) -> None:
@@ -184,14 +209,32 @@ class Work:
             return
         itemsize = DTYPES[info.dtype].itemsize
         descriptor = checkpoint.descriptor(info.file)
+        label = f"{checkpoint.ref}: {name}"
+        if self._copied(node, FileSource(descriptor, info, label).stored()):
+            return
         for start in range(0, node.numel, _COPY):
             count = min(_COPY, node.numel - start)
             raw = staging(count * itemsize)
-            read_into(descriptor, raw, info.offset + start * itemsize, f"{checkpoint.ref}: {name}")
+            read_into(descriptor, raw, info.offset + start * itemsize, label)
             values = raw.view(to_torch(info.dtype))
-            _check_copied(node, values, f"{checkpoint.ref}: {name}")
+            _check_copied(node, values, label)
             self.sink.write(node, start, values)
             self.advance(count * itemsize)
+
+    def _copied(self, node: Node, stored: native.Stored | None) -> bool:
+        """Copy by a compiled loop. Whether that could be done, and what was copied holds nothing that is refused."""
+        out = self.sink.stored(node)
+        if stored is None or out is None or stored.code != out.code or not native.available():
+            return False
+        itemsize = DTYPES[node.dtype].itemsize
+        for start in range(0, node.numel, SEGMENT):
+            if self.stop.is_set():
+                raise Interrupted
+            count = min(SEGMENT, node.numel - start)
+            if not native.copy(stored.at(start), count, out.at(start), unbounded=node.rule == BUFFER):
+                return False
+            self.advance(count * itemsize)
+        return True
 
 
 class Threads:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from geomerge.checkpoint.checkpoint import Checkpoint
+from geomerge.checkpoint.dtypes import to_torch
 from geomerge.checkpoint.reader import resident
 from geomerge.engine.adapted import open_model
 from geomerge.engine.build import Builder
@@ -28,11 +29,13 @@ from geomerge.engine.plan import REST, Node, Plan
 from geomerge.engine.planner import make_plan
 from geomerge.engine.survey import surveyed
 from geomerge.errors import IncompatibleModels
+from geomerge.methods.native import in_memory
 from geomerge.recipe.references import parse_reference
 from geomerge.recipe.values import NOWHERE
 
 if TYPE_CHECKING:
     from geomerge.methods.gram import Gram
+    from geomerge.methods.native import Stored
     from geomerge.recipe.values import Pipeline
 
 
@@ -133,6 +136,11 @@ class ModuleSink:
         flat = self._flat.get(node.name)
         if flat is not None:
             flat[start : start + values.numel()].copy_(values.detach().reshape(-1))
+
+    def stored(self, node: Node) -> Stored | None:
+        """See `geomerge.engine.sinks.Sink`."""
+        flat = self._flat.get(node.name)
+        return None if flat is None or flat.dtype != to_torch(node.dtype) else in_memory(flat)
 
 
 def _renaming(module: torch.nn.Module) -> Callable[[str], str]:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from geomerge.methods.tile import block_sums
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SAMPLE = 1 << 12
 """Elements of a tile that are looked at: fewer than any tile has, so that the estimate does not depend on the tile's size."""
@@ -34,11 +35,15 @@ class RoundingLoss:
     elements: int = 0
 
     def add(self, merged: Tensor, rounded: Tensor, reference: Tensor) -> None:
-        """Take in the beginning of one tile: float64 result, its rounding, the reference's float64 elements."""
-        merged, rounded, reference = merged[:SAMPLE], rounded[:SAMPLE], reference[:SAMPLE]
-        self.change += _squared(merged - reference)
-        self.error += _squared(rounded.to(torch.float64) - merged)
-        self.elements += merged.numel()
+        """Take in the beginning of one tile: the result, its rounding, the reference's elements."""
+        result, near, before = (_float64(x[:SAMPLE]) for x in (merged, rounded, reference))
+        self.add_differences(result - before, near - result)
+
+    def add_differences(self, change: np.ndarray, error: np.ndarray) -> None:
+        """The same, from θ − reference and round(θ) − θ."""
+        self.change += _squared(change)
+        self.error += _squared(error)
+        self.elements += change.size
 
     def __add__(self, other: RoundingLoss) -> RoundingLoss:
         return RoundingLoss(self.change + other.change, self.error + other.error, self.elements + other.elements)
@@ -49,7 +54,11 @@ class RoundingLoss:
         return math.sqrt(self.error / self.change) if self.change > 0 else None
 
 
-def _squared(x: Tensor) -> float:
-    return math.fsum(
-        block_sums(x.square())
-    )  # not `torch.dot`, whose last bit depends on the library's number of threads
+def _float64(x: Tensor) -> np.ndarray:
+    found: np.ndarray = x.detach().cpu().double().reshape(-1).numpy()
+    return found
+
+
+def _squared(x: np.ndarray) -> float:
+    # Not by the linear algebra library, whose last bit depends on its number of threads.
+    return float(np.add.reduce(np.square(x)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +13,11 @@ from torch import Tensor
 from geomerge.checkpoint.dtypes import DTYPES, to_torch
 from geomerge.checkpoint.writer import Layout, disk_error
 from geomerge.engine.plan import Node, Plan
+from geomerge.methods.native import CODES, Stored, in_memory
+
+_WRITE = 1 << 18
+"""Bytes of one write. A megabyte or more in one go makes the kernel look for pages that lie together, and where memory is
+virtual and such pages were given back to the host, that takes six times as long."""
 
 
 class Sink(Protocol):
@@ -20,6 +25,9 @@ class Sink(Protocol):
 
     def write(self, node: Node, start: int, values: Tensor) -> None:
         """`values` (in the node's dtype) are its elements from `start` on."""
+
+    def stored(self, node: Node) -> Stored | None:
+        """Where compiled loops may write a node's elements themselves; `None`: nowhere."""
 
 
 class Files(Protocol):
@@ -42,11 +50,24 @@ class FileSink:
         descriptor = self.files.descriptors[place.file]
         try:
             while view:
-                done = os.pwrite(descriptor, view, offset)
+                done = os.pwrite(descriptor, view[:_WRITE], offset)
                 view, offset = view[done:], offset + done
         except OSError as error:
-            path = self.files.partial / self.layout.files[place.file].name
-            raise disk_error(error, path, self.layout.size) from None
+            raise self._refused(error, place.file) from None
+
+    def stored(self, node: Node) -> Stored | None:
+        place = self.layout.place[node.name]
+        code = CODES.get(to_torch(node.dtype))
+        if code is None:
+            return None
+
+        def failed(error: int) -> NoReturn:
+            raise self._refused(OSError(error, os.strerror(error)), place.file) from None
+
+        return Stored(code, file=self.files.descriptors[place.file], offset=place.offset, failed=failed)
+
+    def _refused(self, error: OSError, file: int) -> Exception:
+        return disk_error(error, self.files.partial / self.layout.files[file].name, self.layout.size)
 
 
 class MemorySink:
@@ -60,3 +81,6 @@ class MemorySink:
 
     def write(self, node: Node, start: int, values: Tensor) -> None:
         self._flat[node.name][start : start + values.numel()] = values.detach().reshape(-1).cpu()
+
+    def stored(self, node: Node) -> Stored | None:
+        return in_memory(self._flat[node.name])

@@ -7,11 +7,12 @@ is read gives an error instead of a bus error.
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from geomerge.checkpoint.dtypes import DTYPES, to_torch
 from geomerge.errors import RunError
 from geomerge.methods.kernel import Prepared
+from geomerge.methods.native import CODES, Stored, in_memory
 from geomerge.methods.tile import TensorSource, empty
 from geomerge.tokens.rows import MEAN, OMP, PAD
 
@@ -54,16 +56,22 @@ def read_into(descriptor: int, buffer: Tensor, offset: int, label: str) -> None:
         try:
             got = os.preadv(descriptor, [view], offset)
         except OSError as error:
-            raise RunError(
-                f"reading failed: {error.strerror}", where=label, hint="is the disk or network drive still there?"
-            ) from error
+            raise unreadable(error.errno or errno.EIO, label) from error
         if got == 0:
-            raise RunError(
-                "the file ended early: it was cut short while the merge ran",
-                where=label,
-                hint="restore it and run again with --resume",
-            )
+            raise unreadable(0, label)
         view, offset = view[got:], offset + got
+
+
+def unreadable(error: int, label: str) -> RunError:
+    """What to tell the user: `error` is `errno`, or 0 when the file ended early."""
+    if error:
+        hint = "is the disk or network drive still there?"
+        return RunError(f"reading failed: {os.strerror(error)}", where=label, hint=hint)
+    return RunError(
+        "the file ended early: it was cut short while the merge ran",
+        where=label,
+        hint="restore it and run again with --resume",
+    )
 
 
 class FileSource:
@@ -85,10 +93,21 @@ class FileSource:
         read_into(self._descriptor, raw, self._offset + start * self._itemsize, self.label)
         out.copy_(raw.view(self.dtype), non_blocking=pinned)
 
-    def stored(self, start: int, count: int, room: Tensor) -> Tensor:
-        raw = room[: count * self._itemsize]
-        read_into(self._descriptor, raw, self._offset + start * self._itemsize, self.label)
-        return raw.view(self.dtype)
+    def whole(self, numel: int) -> Tensor:
+        """All of the tensor, as it is stored."""
+        found = empty(numel, self.dtype)
+        if numel:
+            read_into(self._descriptor, found.view(torch.uint8), self._offset, self.label)
+        return found
+
+    def stored(self) -> Stored | None:
+        code = CODES.get(self.dtype)
+        if code is None:
+            return None
+        return Stored(code, file=self._descriptor, offset=self._offset, failed=self._failed)
+
+    def _failed(self, error: int) -> NoReturn:
+        raise unreadable(error, self.label)
 
 
 class HeldSource:
@@ -104,14 +123,19 @@ class HeldSource:
         self._held: Tensor | None = None
 
     def read(self, start: int, out: Tensor) -> None:
-        out.copy_(self.stored(start, out.numel()))
+        out.copy_(self._whole()[start : start + out.numel()])
 
-    def stored(self, start: int, count: int, room: Tensor | None = None) -> Tensor:
+    def stored(self) -> Stored | None:
+        return in_memory(self._whole())
+
+    def _whole(self) -> Tensor:
         with self._lock:
-            if self._held is None:
+            if self._held is None and isinstance(self._source, FileSource):
+                self._held = self._source.whole(self._numel)
+            elif self._held is None:
                 self._held = empty(self._numel, self.dtype)
                 self._source.read(0, self._held)
-        return self._held[start : start + count]
+            return self._held
 
 
 class StoredParts:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from geomerge.methods.gram import Gram
-    from geomerge.methods.tile import Place, Scan, Tile
+    from geomerge.methods.tile import Loop, Scan, Tile
     from geomerge.methods.walk import Walk
 
 BaseUse = Literal["required", "optional", "ignored"]
@@ -396,7 +396,7 @@ class Elementwise(Method):
         """
         return None
 
-    def compiled(self, scan: Scan, stats: Any) -> Callable[[Place, Tensor], bool] | None:
+    def compiled(self, scan: Scan, stats: Any) -> Loop | None:
         """A compiled loop with the very bits of `blend` rounded to nearest, or `None`: see `Prepared.fused`.
 
         Args:

@@ -146,7 +146,7 @@ def _compiled_products(scan: Scan, segment: Segment) -> list[list[float]]:
     """The same from the inputs as they are stored."""
     found = []
     for place in scan.places(segment):
-        found.append(native.gram(scan.stored(place.start, place.numel), BLOCK, single=scan.dtype == torch.float32))
+        found.append(native.gram(scan.stored(place.start, place.numel), BLOCK, single=scan.single))
         if scan.checks and not np.isfinite(found[-1]).all():
             scan.look_again(place.start, place.numel)
     sums: list[list[float]] = np.concatenate(found, 1).tolist()

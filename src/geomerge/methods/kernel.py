@@ -19,7 +19,7 @@ from geomerge.methods.base import Elementwise, Matrix, Method, Span
 from geomerge.methods.combine import exactly, weighted_sum
 from geomerge.methods.linalg import one_thread
 from geomerge.methods.rest import is_matrix, rest_method
-from geomerge.methods.tile import Place, Scan, Segment, Tile, output
+from geomerge.methods.tile import Loop, Place, Scan, Segment, Tile
 from geomerge.methods.walk import Walk, whole
 
 _NARROW = (torch.bfloat16, torch.float16)
@@ -40,8 +40,7 @@ class Prepared:
         coefficients: Of the inputs, for span methods with one for the whole tensor.
         begin: Called before the first tile of a segment is read: what it computes may use the thread's tile buffers.
         told: What the manifest shall say of the tensor; asked when all tiles are blended.
-        fused: The compiled loop that does the same as reading a tile, `blend` and rounding to nearest, where there is one: from
-            a tile's place to its elements in the output's dtype. `False`: leave it to `blend`.
+        fused: The compiled loop that does the same as reading a tile, `blend` and rounding to nearest, where there is one.
     """
 
     scan: Scan
@@ -49,7 +48,7 @@ class Prepared:
     coefficients: tuple[float, ...] | None = None
     begin: Callable[[], object] | None = None
     told: Callable[[], dict[str, Any]] = dict
-    fused: Callable[[Place, Tensor], bool] | None = None
+    fused: Loop | None = None
 
     @property
     def copies(self) -> int | None:
@@ -66,25 +65,14 @@ class Prepared:
         for tile in self.scan.tiles(segment):
             yield tile.start, self.blend(tile).reshape(-1)
 
-    def rounded(self, segment: Segment, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]] | None:
-        """The same rounded to nearest in the output's dtype, by a compiled loop; `None` where there is none."""
-        if self.fused is None or not self.scan.compiled or not native.takes([dtype]):
-            return None
-        return self._rounded(self.fused, segment, dtype)
+    def loop(self, dtype: torch.dtype) -> Loop | None:
+        """The compiled loop for this output, if it can do all that is asked."""
+        return self.fused if self.fused is not None and self.scan.compiled and native.takes([dtype]) else None
 
-    def _rounded(
-        self, fused: Callable[[Place, Tensor], bool], segment: Segment, dtype: torch.dtype
-    ) -> Iterator[tuple[int, Tensor]]:
-        for place in self.scan.places(segment):
-            out = output(place.numel, dtype, self.scan.level)
-            if not fused(place, out):
-                part = Segment(place.segment, place.start, place.start + place.numel)
-                out.copy_(self.blend(self.scan.tile_at(part, place.numel)).reshape(-1))
-            yield place.start, out
-
-    def beginning(self, segment: Segment, count: int) -> Tensor:
-        """The first elements of a segment's output, before rounding."""
-        return self.blend(self.scan.tile_at(segment, count)).reshape(-1)[:count]
+    def at(self, place: Place) -> Tensor:
+        """What a compiled loop left to `blend`: the elements of a place before they are rounded."""
+        part = Segment(place.segment, place.start, place.start + place.numel)
+        return self.blend(self.scan.tile_at(part, place.numel)).reshape(-1)
 
 
 def prepare(
@@ -306,13 +294,11 @@ def _combine(coefficients: tuple[float, ...], tile: Tile) -> Tensor:
     return tile.inputs[0].zero_() if total is None else total
 
 
-def _fused_sum(coefficients: tuple[float, ...], place: Place, out: Tensor) -> bool:
+def _fused_sum(coefficients: tuple[float, ...], place: Place, out: native.Stored, beginning: np.ndarray | None) -> bool:
     """`_combine` from the inputs as they are stored."""
-    raw = place.scan.stored(place.start, place.numel)
     used = [i for i, c in enumerate(coefficients) if c != 0.0]
-    if len(used) < raw.count:
-        raw = native.Raw([raw.inputs[i] for i in used])
-    return native.span(raw, [coefficients[i] for i in used], out)
+    inputs = place.scan.stored(place.start, place.numel, used)
+    return native.span(inputs, [coefficients[i] for i in used], out, beginning)
 
 
 def _looked_at(combine: Callable[..., Tensor], coefficients: tuple[float, ...], tile: Tile) -> Tensor:

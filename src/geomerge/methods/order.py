@@ -275,8 +275,13 @@ def _sample(
     """Magnitudes from about so many places (all of them, if there are no more), by selection."""
     taken: dict[int, list[Floats]] = {i: [] for i in wanted}
     if experts is not None and scan.compiled:
-        for place in scan.sample_places(size):
-            for i, (_, _, values) in _count(place, dict.fromkeys(taken, _EVERYTHING), experts).items():
+        everything = dict.fromkeys(taken, _EVERYTHING)
+        if scan.numel <= size:
+            places = [(place, [0]) for segment in scan.segments for place in scan.places(segment)]
+        else:
+            places = scan.together(scan.sample_places(size))
+        for place, starts in places:
+            for i, (_, _, values) in _count(place, everything, experts, starts).items():
                 taken[i].append(values)
         return taken
     for tile in scan.sample(size):
@@ -375,14 +380,17 @@ def _bracket(values: Floats, k: int, n: int, floor: float) -> native.Bounds:
 _EVERYTHING: native.Bounds = (-math.inf, math.inf, math.nan)
 
 
-def _count(place: Place, brackets: dict[int, native.Bounds], experts: Sequence[int]) -> dict[int, native.Counted]:
-    """What lies in and above the brackets at one place, by a compiled loop."""
+def _count(
+    place: Place, brackets: dict[int, native.Bounds], experts: Sequence[int], starts: Sequence[int] = (0,)
+) -> dict[int, native.Counted]:
+    """What lies in and above the brackets at one place (or at others so many elements after it), by a compiled loop."""
     scan = place.scan
     asked = [(experts[i], bounds) for i, bounds in brackets.items()]
-    raw = scan.stored(place.start, place.numel)
-    finite, counted = native.survey(raw, asked, single=scan.dtype == torch.float32, check=scan.checks)
+    inputs = scan.stored(place.start, place.numel)
+    finite, counted = native.survey(inputs, asked, starts, single=scan.single, check=scan.checks)
     if not finite:
-        scan.look_again(place.start, place.numel)
+        for start in starts:
+            scan.look_again(place.start + start, place.numel)
     return dict(zip(brackets, counted, strict=True))
 
 

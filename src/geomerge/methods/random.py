@@ -57,7 +57,8 @@ def keep_(values: Tensor, tile: Tile, label: str, probability: float) -> Tensor:
     A multiple of 2⁻¹⁶ stands for a probability that it meets to 2·10⁻⁵, as it does for 0.3, 0.4 or 0.5; other probabilities
     are met to 2⁻³² at twice the cost.
     """
-    drawn, limit = draw(tile, label, probability)
+    width, limit = _resolution(probability)
+    drawn = words(tile, label, width)
     mask = drawn < drawn.dtype.type(limit)
     if values.device.type == "cpu":
         flat = values.view(-1).numpy()
@@ -66,11 +67,21 @@ def keep_(values: Tensor, tile: Tile, label: str, probability: float) -> Tensor:
     return values.mul_(torch.from_numpy(mask).view(values.shape).to(values.device))
 
 
-def draw(tile: Tile | Place, label: str, probability: float) -> tuple[NDArray[np.uint32] | NDArray[np.uint16], int]:
-    """A word for each element of a tile, and the limit below which it survives."""
+def drawing(place: Place, label: str, probability: float) -> tuple[np.random.PCG64DXSM, int, int]:
+    """For a compiled loop that draws as `keep_` does: the generator at a place, the bits of a word, and its limit."""
+    width, limit = _resolution(probability)
+    generator = stream(place.scan.seed, f"{label}/{place.scan.name}")
+    first, shift = divmod(place.start, 64 // width)
+    assert shift == 0, "segments hold whole numbers of 64 bits"
+    generator.advance(first)
+    return generator, width, limit
+
+
+def _resolution(probability: float) -> tuple[int, int]:
+    """The bits of a word, and the limit below which it survives."""
     near = abs(round(probability * 2**16) / 2**16 - probability) <= 2e-5 * min(probability, 1 - probability)
     width = 16 if near else 32
-    return words(tile, label, width), min(round(probability * 2**width), 2**width - 1)
+    return width, min(round(probability * 2**width), 2**width - 1)
 
 
 def bernoulli(tile: Tile, label: str, probability: Tensor) -> Tensor:

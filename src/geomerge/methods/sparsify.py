@@ -16,7 +16,7 @@ from torch import Tensor
 
 from geomerge.methods.native import Thinning
 from geomerge.methods.order import Selection, largest, largest_of_all
-from geomerge.methods.random import bernoulli, draw, keep_
+from geomerge.methods.random import bernoulli, drawing, keep_
 from geomerge.methods.tile import Place, Scan, Tile
 from geomerge.methods.walk import Walk
 
@@ -50,12 +50,8 @@ class Sparsifier(Protocol):
 class Thins(Protocol):
     """A step that compiled loops know."""
 
-    def thin(self, into: Thinning, k: int, place: Place, stats: Any) -> object:
-        """Say what `keep_` drops at a place; `into` is the same for all tiles of a segment.
-
-        Returns:
-            What must live until the loop is over.
-        """
+    def thin(self, into: Thinning, k: int, place: Place, stats: Any) -> None:
+        """Say what `keep_` drops at a place; `into` is the same for all places of a segment."""
 
 
 def measure(step: Sparsifier, scan: Scan) -> tuple[Any, list[float]]:
@@ -181,16 +177,16 @@ class Random:
             return delta.zero_()
         return keep_(delta, tile, f"dare/{k}", density)
 
-    def thin(self, into: Thinning, k: int, place: Place, stats: None) -> object:
+    def thin(self, into: Thinning, k: int, place: Place, stats: None) -> None:
         density = self.density[k]
         if density >= 1:
-            return None
+            return
         if density <= 0:
             into.keep = math.inf
-            return None
-        drawn, into.limit = draw(place, f"dare/{k}", density)
-        into.words, into.width = drawn.ctypes.data, 8 * drawn.itemsize
-        return drawn
+            return
+        # The loop goes on by itself from the first place of a segment to the next.
+        if place.start == place.scan.segments[place.segment].start:
+            into.draw(*drawing(place, f"dare/{k}", density))
 
     def inverse(self) -> list[float]:
         return _inverse(self.density)

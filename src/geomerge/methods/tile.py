@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,8 +60,7 @@ class Source(Protocol):
 
         `out` is one-dimensional and float64, or float32 where that holds `dtype`.
 
-        A source that has its elements as they are stored may also have ``stored(start, count, room)``: those elements, in
-        the bytes `room` (8 an element) or wherever they are.
+        A source that has its elements somewhere as they are may also have ``stored()``, which says where: see `stored_of`.
         """
 
 
@@ -89,8 +89,14 @@ class TensorSource:
     def read(self, start: int, out: Tensor) -> None:
         out.copy_(self.flat[start : start + out.numel()])
 
-    def stored(self, start: int, count: int, room: Tensor) -> Tensor:
-        return self.flat[start : start + count]
+    def stored(self) -> native.Stored | None:
+        return native.in_memory(self.flat)
+
+
+def stored_of(source: Source) -> native.Stored | None:
+    """Where compiled loops find a source's elements, if they lie anywhere as they are and in a dtype that the loops know."""
+    stored: Callable[[], native.Stored | None] | None = getattr(source, "stored", None)
+    return None if stored is None else stored()
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +117,11 @@ class Place:
     segment: int
     scan: Scan
     carry: dict[Any, Any]
+
+
+Loop = Callable[[Place, native.Stored, np.ndarray | None], bool]
+"""A compiled loop: writes the elements of a place, rounded to nearest, where they are to be, and the first of them as they are
+before that into an array, if there is one. `False`: it is left to torch."""
 
 
 @dataclass(slots=True)
@@ -214,6 +225,7 @@ class Scan:
         starts = range(0, self.numel, segment)
         self.segments = [Segment(i, s, min(s + segment, self.numel)) for i, s in enumerate(starts)]
         self._run = run
+        self._places: list[native.Stored | None] | None = None
 
     @property
     def experts(self) -> int:
@@ -249,6 +261,11 @@ class Scan:
         return plain and native.takes([source.dtype for source in self.sources])
 
     @property
+    def single(self) -> bool:
+        """Whether tiles are float32."""
+        return self.dtype == torch.float32
+
+    @property
     def checks(self) -> bool:
         """Whether inputs that are not finite are still to be refused."""
         return not self._finite
@@ -256,22 +273,32 @@ class Scan:
     def places(self, segment: Segment) -> Iterator[Place]:
         """Where the pieces of one segment lie that compiled loops read, in order."""
         carry: dict[Any, Any] = {}
-        size = TOGETHER * self.tile
+        # What the loops do not read themselves has to be held.
+        size = TOGETHER * self.tile if None in self._stored else max(segment.stop - segment.start, 1)
         for start in range(segment.start, segment.stop, size):
             yield Place(start, min(size, segment.stop - start), segment.index, self, carry)
 
-    def stored(self, start: int, count: int) -> native.Raw:
-        """Some elements of all inputs, each in the dtype in which it is stored; valid until the next are asked for."""
-        inputs = []
-        for slot, source in enumerate(self.sources):
-            room = _buffer((self.level, slot), 8 * count, torch.uint8, self.device)
-            stored = getattr(source, "stored", None)
-            if stored is None:
-                inputs.append(room.view(torch.float64))
-                source.read(start, inputs[-1])
-            else:
-                inputs.append(stored(start, count, room))
-        return native.Raw(inputs)
+    def stored(self, start: int, count: int, used: Sequence[int] | None = None) -> native.Inputs:
+        """Some elements of all inputs (or those that are used), for compiled loops; valid until the next are asked for."""
+        slots = range(len(self.sources)) if used is None else used
+        return native.Inputs([self.stored_one(slot, start, count) for slot in slots], count)
+
+    def stored_one(self, slot: int, start: int, count: int) -> native.Stored:
+        """The same of one input."""
+        found = self._stored[slot]
+        if found is not None:
+            return found.at(start)
+        values = _buffer((self.level, slot), count, torch.float64, self.device)
+        self.sources[slot].read(start, values)
+        found = native.in_memory(values)
+        assert found is not None
+        return found
+
+    @property
+    def _stored(self) -> list[native.Stored | None]:
+        if self._places is None:
+            self._places = [stored_of(source) for source in self.sources]
+        return self._places
 
     def tile_at(self, segment: Segment, count: int) -> Tile:
         """The first elements of a segment, as many as asked for or as make whole rows."""
@@ -384,16 +411,19 @@ class Scan:
             yield Tile(stack, place.start, -1, self, thinned=self.thinning is not None)
 
     def sample_places(self, limit: int) -> Iterator[Place]:
-        """Where they lie, for compiled loops."""
-        if self.numel <= limit:
-            for segment in self.segments:
-                yield from self.places(segment)
-            return
+        """Where those of a part lie."""
         piece = min(self.columns or 4096, self.tile, self.numel)
         number = max(limit // piece, 1)
         last = (self.numel - piece) // piece
         for i in range(number):
             yield Place((last * i // max(number - 1, 1)) * piece, piece, -1, self, {})
+
+    def together(self, places: Iterable[Place]) -> list[tuple[Place, list[int]]]:
+        """Places of one size in as few calls of a compiled loop as can be: the first, and how far behind it the others are."""
+        found = list(places)
+        if None in self._stored:
+            return [(place, [0]) for place in found]
+        return [(found[0], [place.start - found[0].start for place in found])]
 
 
 def block_sums(values: Tensor) -> list[float]:
@@ -417,7 +447,7 @@ def empty(count: int, dtype: torch.dtype, device: torch.device | str = "cpu", *,
 
 
 def output(count: int, dtype: torch.dtype, level: int) -> Tensor:
-    """This thread's buffer for a tile's output."""
+    """This thread's buffer for an output of compiled loops that has no place of its own."""
     return _buffer((level, -1), count, dtype, torch.device("cpu"))
 
 

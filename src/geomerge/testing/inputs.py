@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from geomerge.methods import native
 from geomerge.methods.base import Method
 from geomerge.methods.kernel import prepare
 from geomerge.methods.tile import TILE, Scan, Segment, TensorSource
@@ -79,8 +80,14 @@ def merge(
     prepared = prepare(method, open_scan, shape, dtype=dtype)
 
     def write(segment: Segment) -> None:
-        for start, values in prepared.rounded(segment, dtype) or prepared.tiles(segment):
-            flat[start : start + values.numel()] = values
+        loop, out = prepared.loop(dtype), native.in_memory(flat)
+        if loop is None or out is None:
+            for start, values in prepared.tiles(segment):
+                flat[start : start + values.numel()] = values
+            return
+        for place in prepared.scan.places(segment):
+            if not loop(place, out.at(place.start), None):
+                flat[place.start : place.start + place.numel] = prepared.at(place)
 
     list(run(write, prepared.scan.segments))
     return out

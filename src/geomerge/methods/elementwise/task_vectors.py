@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from geomerge.methods import native
 from geomerge.methods.base import Elementwise, parameter, per_model
 from geomerge.methods.combine import cancelled, disjoint_merge, exactly, weighted_sum
 from geomerge.methods.sparsify import MagPrune, Rescale, Sparsifier, Thins, measure
-from geomerge.methods.tile import Place, Scan, Tile
+from geomerge.methods.tile import Loop, Place, Scan, Tile
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class TaskVectors(Elementwise):
         scale = self.lambda_ / divisor if self.normalize and abs(divisor) >= 1e-8 else self.lambda_
         return [scale * w * f for w, f in zip(self.weight, factors, strict=True)]
 
-    def compiled(self, scan: Scan, stats: Any) -> Callable[[Place, Tensor], bool] | None:
+    def compiled(self, scan: Scan, stats: Any) -> Loop | None:
         step, options = self.sparsifier(), self.merging()
         if not isinstance(step, Thins) or not self.loops:
             return None
@@ -101,14 +101,16 @@ class TaskVectors(Elementwise):
             normalize=options["normalize"],
             lambda_=self.lambda_,
         )
-        limit, single = cancelled(scan), scan.dtype == torch.float32
+        limit = cancelled(scan)
 
-        def fused(place: Place, out: Tensor) -> bool:
+        def fused(place: Place, out: native.Stored, beginning: np.ndarray | None) -> bool:
             thinned = place.carry.setdefault("thinned", native.whole(scan.experts))
-            kept = [step.thin(each, k, place, found) for k, each in enumerate(thinned)]
-            raw = scan.stored(place.start, place.numel)
-            done = native.task_vectors(raw, thinned, rule, out, single=single, limit=limit, check=scan.checks)
-            del kept  # the random words, which had to live as long
+            for k, each in enumerate(thinned):
+                step.thin(each, k, place, found)
+            inputs = scan.stored(place.start, place.numel)
+            done = native.task_vectors(
+                inputs, thinned, rule, out, single=scan.single, limit=limit, check=scan.checks, beginning=beginning
+            )
             if not done:
                 scan.look_again(place.start, place.numel)
             return done

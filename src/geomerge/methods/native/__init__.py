@@ -1,6 +1,7 @@
 """The compiled loops of `kernels.c`, where they exist: optional, and the same bits as the torch code that they stand for.
 
-`available()` says whether they are used; ``GEOMERGE_NATIVE=0`` turns them off. Tensors are flat, contiguous and on the CPU.
+`available()` says whether they are used; ``GEOMERGE_NATIVE=0`` turns them off. They read elements where these are `Stored`, in
+memory or in files, and write the result where it is to be.
 """
 
 from __future__ import annotations
@@ -10,9 +11,12 @@ import ctypes
 import functools
 import os
 import platform
-from collections.abc import Iterator, Sequence
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -23,6 +27,10 @@ from geomerge.methods.native.build import LIBRARY, fingerprint
 CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}
 """The dtypes that the loops read and write."""
 
+_SIZES = (2, 2, 4, 8)
+_WINDOW, _BATCH, _APART = 1 << 15, 1 << 17, 576
+"""As in `kernels.c`."""
+
 MOST = 32
 """Inputs that they take at once."""
 
@@ -31,7 +39,7 @@ _off = 0
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    if os.environ.get("GEOMERGE_NATIVE") == "0" or not LIBRARY.exists():
+    if os.environ.get("GEOMERGE_NATIVE") == "0" or not LIBRARY.exists() or sys.byteorder != "little":
         return None
     # The loops fuse multiplication and addition where torch does, and torch does on processors that can.
     if platform.machine() in ("x86_64", "AMD64") and not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
@@ -70,14 +78,119 @@ def takes(dtypes: Sequence[torch.dtype]) -> bool:
     return len(dtypes) <= MOST and all(d in CODES for d in dtypes) and available()
 
 
-class Raw:
-    """The same elements of several inputs, as stored."""
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Where elements lie: in memory, or in an open file.
 
-    def __init__(self, inputs: Sequence[Tensor]) -> None:
-        self.inputs = inputs  # keeps them
-        self.count, self.numel = len(inputs), inputs[0].numel()
-        self.pointers = (ctypes.c_void_p * self.count)(*(x.data_ptr() for x in inputs))
-        self.dtypes = (ctypes.c_int * self.count)(*(CODES[x.dtype] for x in inputs))
+    Attributes:
+        code: Their dtype, from `CODES`.
+        memory: The address of the first, if they are in memory.
+        file, offset: Else a descriptor, and where in the file the first lies.
+        keeps: What must live as long.
+        failed: Raises the error that tells the user that the file could not be read or written. It gets `errno`, or 0 if the
+            file ended early.
+    """
+
+    code: int
+    memory: int = 0
+    file: int = -1
+    offset: int = 0
+    keeps: object = None
+    failed: Callable[[int], NoReturn] | None = None
+
+    def at(self, start: int) -> Stored:
+        """The same from another element on."""
+        skipped = start * _SIZES[self.code]
+        memory, offset = (self.memory + skipped, 0) if self.memory else (0, self.offset + skipped)
+        return Stored(self.code, memory, self.file, offset, self.keeps, self.failed)
+
+    def refuse(self, error: int) -> NoReturn:
+        """Raise what `failed` does."""
+        if self.failed is not None:
+            self.failed(error)
+        raise OSError(error, os.strerror(error))
+
+
+def in_memory(tensor: Tensor) -> Stored | None:
+    """Where a flat, contiguous tensor of the CPU lies, if the loops know its dtype."""
+    code = CODES.get(tensor.dtype)
+    if code is None or tensor.device.type != "cpu":
+        return None
+    return Stored(code, memory=tensor.data_ptr() or _NOWHERE, keeps=tensor)
+
+
+_NOWHERE = 64
+"""For the address of no elements, which is not looked at."""
+
+
+class _Place(ctypes.Structure):
+    _fields_ = (
+        ("memory", ctypes.c_void_p),
+        ("offset", ctypes.c_int64),
+        ("file", ctypes.c_int32),
+        ("dtype", ctypes.c_int32),
+    )
+
+
+def _place(stored: Stored) -> _Place:
+    return _Place(stored.memory or None, stored.offset, stored.file, stored.code)
+
+
+class _Work(ctypes.Structure):
+    _fields_ = (
+        ("inputs", ctypes.c_void_p),
+        ("room", ctypes.c_void_p),
+        ("beginning", ctypes.c_void_p),
+        ("first", ctypes.c_int64),
+        ("count", ctypes.c_int32),
+        ("failed", ctypes.c_int32),
+        ("error", ctypes.c_int32),
+    )
+
+
+class Inputs:
+    """The same elements of several inputs.
+
+    Args:
+        stored: Where those of each begin.
+        numel: How many.
+    """
+
+    def __init__(self, stored: Sequence[Stored], numel: int) -> None:
+        self.stored, self.numel = stored, numel
+        self.count = len(stored)
+        self._places = (_Place * self.count)(*map(_place, stored))
+
+    def call(self, name: str, *arguments: Any, out: Stored | None = None, beginning: np.ndarray | None = None) -> bool:
+        """Call a loop of this name with these inputs, and the output as its last argument.
+
+        Returns:
+            Whether all numbers that it looked at are finite.
+        """
+        room = sum(_SIZES[s.code] * _WINDOW + _APART for s in self.stored if not s.memory)
+        room = _room(room if out is None or out.memory else room + _SIZES[out.code] * _BATCH)
+        first = None if beginning is None else beginning.ctypes.data
+        work = _Work(
+            ctypes.addressof(self._places), room, first, 0 if beginning is None else len(beginning), self.count
+        )
+        place = () if out is None else (ctypes.byref(_place(out)),)
+        done: int = getattr(_loaded(), f"geomerge_{name}")(ctypes.byref(work), *arguments, *place)
+        if done < 0:
+            place_of = self.stored[work.failed] if work.failed >= 0 else out
+            assert place_of is not None
+            place_of.refuse(work.error)
+        return bool(done)
+
+
+_local = threading.local()
+
+
+def _room(nbytes: int) -> int:
+    """The address of this thread's buffer of at least that size."""
+    found: np.ndarray | None = getattr(_local, "room", None)
+    if found is None or found.size < nbytes:
+        found = _local.room = np.empty(nbytes, dtype=np.uint8)
+    return int(found.ctypes.data)
 
 
 def _loaded() -> ctypes.CDLL:
@@ -86,32 +199,43 @@ def _loaded() -> ctypes.CDLL:
     return library
 
 
-def _pointer(tensor: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
-
-
 def _doubles(values: Sequence[float]) -> ctypes.Array[ctypes.c_double]:
     return (ctypes.c_double * len(values))(*values)
 
 
-def span(raw: Raw, coefficients: Sequence[float], out: Tensor) -> bool:
-    """out = Σ cᵢxᵢ, summed in float64 and rounded to its dtype; whether all of the sum is finite."""
-    done: int = _loaded().geomerge_span(
-        ctypes.c_int(raw.count), raw.pointers, raw.dtypes, _doubles(coefficients), ctypes.c_int64(raw.numel),
-        _pointer(out), ctypes.c_int(CODES[out.dtype]),
-    )  # fmt: skip
-    return bool(done)
+def change(stored: Stored, merged: np.ndarray, code: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of a few merged elements (float64): minus those that are stored, and what rounding to a dtype adds to them."""
+    found = np.empty((2, len(merged)))
+    pointers = [ctypes.c_void_p(each.ctypes.data) for each in (merged, found[0], found[1])]
+    Inputs([stored], len(merged)).call(
+        "change", ctypes.c_int64(len(merged)), pointers[0], ctypes.c_int(code), pointers[1], pointers[2]
+    )
+    return found[0], found[1]
 
 
-def gram(raw: Raw, block: int, *, single: bool) -> np.ndarray:
+def copy(stored: Stored, count: int, out: Stored, *, unbounded: bool) -> bool:
+    """Copy elements of one dtype; whether all are finite, or (if `unbounded`) none is NaN."""
+    return Inputs([stored], count).call("copy", ctypes.c_int64(count), ctypes.c_int(unbounded), out=out)
+
+
+def span(inputs: Inputs, coefficients: Sequence[float], out: Stored, beginning: np.ndarray | None = None) -> bool:
+    """Σ cᵢxᵢ, summed in float64 and rounded; whether all of the sum is finite.
+
+    Args:
+        inputs: The xᵢ.
+        coefficients: The cᵢ.
+        out: Where the sum goes.
+        beginning: Takes the first elements of the sum before they are rounded.
+    """
+    return inputs.call("span", ctypes.c_int64(inputs.numel), _doubles(coefficients), out=out, beginning=beginning)
+
+
+def gram(inputs: Inputs, block: int, *, single: bool) -> np.ndarray:
     """`geomerge.methods.gram.block_products` of the inputs centred on the first: shape ``(pairs, blocks)``."""
-    pairs = raw.count * (raw.count + 1) // 2
-    found = np.empty((pairs, -(-raw.numel // block)))
-    function = _loaded().geomerge_gram_float if single else _loaded().geomerge_gram_double
-    function(
-        ctypes.c_int(raw.count), raw.pointers, raw.dtypes, ctypes.c_int64(raw.numel), ctypes.c_int64(block),
-        ctypes.c_void_p(found.ctypes.data),
-    )  # fmt: skip
+    pairs = inputs.count * (inputs.count + 1) // 2
+    found = np.empty((pairs, -(-inputs.numel // block)))
+    name = "gram_float" if single else "gram_double"
+    inputs.call(name, ctypes.c_int64(inputs.numel), ctypes.c_int64(block), ctypes.c_void_p(found.ctypes.data))
     return found
 
 
@@ -146,30 +270,38 @@ def bracket(magnitudes: np.ndarray, bounds: Bounds) -> Counted:
 
 
 def survey(
-    raw: Raw, brackets: Sequence[tuple[int, Bounds]], *, single: bool, check: bool
+    inputs: Inputs,
+    brackets: Sequence[tuple[int, Bounds]],
+    starts: Sequence[int] = (0,),
+    *,
+    single: bool,
+    check: bool,
 ) -> tuple[bool, list[Counted]]:
     """Count and collect |θₖ − θ₀|.
 
     Args:
-        raw: The base and the experts.
+        inputs: The base and the experts.
         brackets: Expert (from 0) and bounds of each.
+        starts: From each of these the inputs' number of elements is looked at.
         single: Whether differences are float32.
         check: Look whether all inputs are finite; the first value returned says so.
     """
     order = sorted(range(len(brackets)), key=lambda i: brackets[i][0])
-    found = np.empty((len(brackets), raw.numel), dtype=np.float32 if single else np.float64)
+    size = inputs.numel * len(starts)
+    # The loop stores eight at a time.
+    found = np.empty((len(brackets), size + 8), dtype=np.float32 if single else np.float64)
     asked = (_Bracket * len(brackets))(
         *(_Bracket(*brackets[i][1], 0, 0, 0, found[i].ctypes.data, brackets[i][0]) for i in order)
     )
-    function = _loaded().geomerge_survey_float if single else _loaded().geomerge_survey_double
-    finite: int = function(
-        ctypes.c_int(raw.count - 1), raw.pointers, raw.dtypes, ctypes.c_int64(raw.numel),
+    finite = inputs.call(
+        "survey_float" if single else "survey_double",
+        ctypes.c_int64(len(starts)), (ctypes.c_int64 * len(starts))(*starts), ctypes.c_int64(inputs.numel),
         ctypes.c_int(len(brackets)), asked, ctypes.c_int(check),
     )  # fmt: skip
     counted: list[Counted] = [(0, 0, found[0, :0])] * len(brackets)
     for i, each in zip(order, asked, strict=True):
         counted[i] = (each.above, each.equal, found[i, : each.collected].copy())
-    return bool(finite), counted
+    return finite, counted
 
 
 class Thinning(ctypes.Structure):
@@ -182,10 +314,19 @@ class Thinning(ctypes.Structure):
         ("drop_equal", ctypes.c_double),
         ("left", ctypes.c_int64),
         ("drop_left", ctypes.c_int64),
-        ("words", ctypes.c_void_p),
+        ("state", ctypes.c_uint64 * 2),
+        ("step", ctypes.c_uint64 * 2),
         ("width", ctypes.c_int32),
         ("limit", ctypes.c_uint32),
     )
+
+    def draw(self, generator: np.random.PCG64DXSM, width: int, limit: int) -> None:
+        """Each element draws a word of so many bits, and those below `limit` survive."""
+        inner: Any = generator.state["state"]
+        low = 2**64 - 1
+        self.state[:] = (inner["state"] & low, inner["state"] >> 64)
+        self.step[:] = (inner["inc"] & low, inner["inc"] >> 64)
+        self.width, self.limit = width, limit
 
 
 class _Combination(ctypes.Structure):
@@ -214,18 +355,19 @@ class Combination:
 def whole(count: int) -> ctypes.Array[Thinning]:
     """So many task vectors that stay whole."""
     nan, inf = float("nan"), float("inf")
-    return (Thinning * count)(*(Thinning(-1.0, nan, inf, nan, 0, 0, None, 0, 0) for _ in range(count)))
+    return (Thinning * count)(*(Thinning(keep=-1.0, equal=nan, drop=inf, drop_equal=nan) for _ in range(count)))
 
 
 def task_vectors(
-    raw: Raw,
+    inputs: Inputs,
     thinned: ctypes.Array[Thinning],
     rule: Combination,
-    out: Tensor,
+    out: Stored,
     *,
     single: bool,
     limit: float,
     check: bool,
+    beginning: np.ndarray | None = None,
 ) -> bool:
     """θ₀ + the combination of the thinned task vectors, rounded; whether all inputs are finite (looked at if `check`)."""
     weights = rule.weights
@@ -236,10 +378,8 @@ def task_vectors(
     combination = _Combination(
         rule.elect, alike, rule.normalize, clamp, 0.5 if alike else min(weights) / 2, rule.lambda_ * scale, limit
     )
-    function = _loaded().geomerge_task_vectors_float if single else _loaded().geomerge_task_vectors_double
-    done: int = function(
-        ctypes.c_int(raw.count - 1), raw.pointers, raw.dtypes, ctypes.c_int64(raw.numel), thinned,
-        ctypes.byref(combination), _doubles(rule.coefficients), _doubles(weights), ctypes.c_int(check),
-        _pointer(out), ctypes.c_int(CODES[out.dtype]),
+    return inputs.call(
+        "task_vectors_float" if single else "task_vectors_double",
+        ctypes.c_int64(inputs.numel), thinned, ctypes.byref(combination), _doubles(rule.coefficients),
+        _doubles(weights), ctypes.c_int(check), out=out, beginning=beginning,
     )  # fmt: skip
-    return bool(done)

@@ -4,12 +4,21 @@
  * there: the two give the same bits (tests/test_methods_native.py). So compile with -ffp-contract=off; where torch adds
  * with a factor (add_(x, alpha=c)) it uses a fused multiply-add, and so does `fma` here.
  *
- * Work goes in chunks of CHUNK elements, whose float or double scratch stays in the first-level cache.
+ * Inputs and outputs are places: in memory, or in files, which are read and written a WINDOW of elements at a time, so that what
+ * was read is still in the second-level cache when it is used. Within, work goes in chunks of CHUNK elements, whose float or double
+ * scratch stays in the first-level cache.
+ *
+ * What can fail returns 1, 0 (numbers that are not finite) or -1 (reading or writing failed: see `struct work`).
  */
 
+#define _FILE_OFFSET_BITS 64
+#define _XOPEN_SOURCE 700
+
+#include <errno.h>
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#include <unistd.h>
 
 enum { BF16, F16, F32, F64 };
 
@@ -91,62 +100,259 @@ static inline uint16_t to_bf16(float value) {
         return sum;                                           \
     }
 
-LOAD(float) LOAD(double) STORE(float) STORE(double) DAMAGE(float) DAMAGE(double)
+/* Sixteen numbers of 16 bits at once, in terms that every compiler has. */
+typedef int16_t shorts __attribute__((vector_size(32)));
+
+static inline int odd_bits(const uint16_t *x, int64_t n) {
+    shorts odd = {0};
+    int16_t any = 0;
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+        shorts bits;
+        memcpy(&bits, x + i, sizeof bits);
+        odd |= (bits & 0x7F80) == 0x7F80;
+    }
+    for (int lane = 0; lane < 16; lane++) any |= odd[lane];
+    for (; i < n; i++) any |= (x[i] & 0x7F80) == 0x7F80;
+    return any != 0;
+}
+
+/* 0 when all of some raw numbers are finite; from their bits where that is quicker. */
+#define SOUND(T)                                                                                     \
+    static inline T odd_##T(const void *raw, int dtype, int64_t start, int64_t n, const T *restrict x) { \
+        if (dtype != BF16) return damage_##T(x, n);                                                  \
+        return odd_bits((const uint16_t *)raw + start, n);                                           \
+    }
+
+#define FUSED static inline __attribute__((always_inline)) void /* into its callers, with their constants */
+
+LOAD(float) LOAD(double) STORE(float) STORE(double) DAMAGE(float) DAMAGE(double) SOUND(float) SOUND(double)
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* -- places ------------------------------------------------------------------------------------------------------ */
+
+#define WINDOW (1 << 15)
+#define BATCH (1 << 17) /* elements that are written together */
+#define APART 576 /* between the windows of two inputs, lest they compete for the same lines of the cache */
+
+/* Where elements lie: from `memory` on, or (if that is 0) from byte `offset` of an open file on. */
+struct place {
+    char *memory;
+    int64_t offset;
+    int32_t file, dtype;
+};
+
+/* The inputs of one call. */
+struct work {
+    const struct place *inputs;
+    char *room;        /* for a window of each input and of the output */
+    double *beginning; /* here go the first `first` elements of the result before they are rounded (0: nowhere) */
+    int64_t first;
+    int32_t count;
+    int32_t failed; /* after -1: which input could not be read, -1 for the output, ... */
+    int32_t error;  /* ... and errno, 0 when a file ended early */
+};
+
+static const int64_t sizes[] = {2, 2, 4, 8};
+
+/* Elements [at, at + n) of all inputs: pointers to them in `raw`. */
+static int fetch(struct work *work, int64_t at, int64_t n, const void **raw) {
+    char *room = work->room;
+    for (int k = 0; k < work->count; k++) {
+        const struct place *in = work->inputs + k;
+        int64_t size = sizes[in->dtype];
+        if (in->memory) {
+            raw[k] = in->memory + at * size;
+            continue;
+        }
+        raw[k] = room;
+        int64_t left = n * size, from = in->offset + at * size;
+        char *to = room;
+        while (left) {
+            ssize_t got = pread(in->file, to, (size_t)left, (off_t)from);
+            if (got < 0 && errno == EINTR) continue;
+            if (got <= 0) {
+                work->failed = k;
+                work->error = got ? errno : 0;
+                return 0;
+            }
+            left -= got, from += got, to += got;
+        }
+        room += WINDOW * size + APART;
+    }
+    return 1;
+}
+
+/* Where a window of the output is to be put together ... */
+static char *window_of(struct work *work, const struct place *out, int64_t at) {
+    if (out->memory) return out->memory + at * sizes[out->dtype];
+    char *room = work->room + at % BATCH * sizes[out->dtype];
+    for (int k = 0; k < work->count; k++)
+        if (!work->inputs[k].memory) room += WINDOW * sizes[work->inputs[k].dtype] + APART;
+    return room;
+}
+
+/* ... and from where it goes to its file, with those before it of the same batch; `n` is all of the output, `stop` how far it is. */
+static int deliver(struct work *work, const struct place *out, int64_t stop, int64_t n) {
+    if (out->memory || (stop % BATCH && stop < n)) return 1;
+    int64_t at = (stop - 1) / BATCH * BATCH, size = sizes[out->dtype];
+    const char *from = window_of(work, out, at);
+    int64_t left = (stop - at) * size, to = out->offset + at * size;
+    while (left) {
+        ssize_t got = pwrite(out->file, from, (size_t)left, (off_t)to);
+        if (got < 0 && errno == EINTR) continue;
+        if (got <= 0) {
+            work->failed = -1;
+            work->error = got ? errno : EIO;
+            return 0;
+        }
+        left -= got, to += got, from += got;
+    }
+    return 1;
+}
+
+/* A piece [at, at + n) of a result before it is rounded, as far as that was asked for. */
+#define TELL(T)                                                                              \
+    static inline void tell_##T(struct work *work, int64_t at, int64_t n, const T *values) { \
+        for (int64_t i = 0; i < n && at + i < work->first; i++) work->beginning[at + i] = (double)values[i]; \
+    }
+
+TELL(float) TELL(double)
+
+/* Of n <= WINDOW merged elements: minus those of the only input, and what rounding to a dtype adds to them. */
+int geomerge_change(struct work *work, int64_t n, const double *merged, int dtype, double *change, double *error) {
+    double x[CHUNK], room[CHUNK];
+    const void *raw[1];
+    if (!fetch(work, 0, n, raw)) return -1;
+    for (int64_t s = 0; s < n; s += CHUNK) {
+        int64_t m = least(CHUNK, n - s);
+        load_double(raw[0], work->inputs[0].dtype, s, m, x);
+        EACH(m) change[s + i] = merged[s + i] - x[i];
+        store_double(merged + s, dtype, 0, m, room);
+        load_double(room, dtype, 0, m, x);
+        EACH(m) error[s + i] = x[i] - merged[s + i];
+    }
+    return 1;
+}
+
+/* Copies the only input, which has the output's dtype. Whether all of it is finite; `unbounded`: infinity is. */
+int geomerge_copy(struct work *work, int64_t n, int unbounded, const struct place *out) {
+    double bad = 0;
+    double x[CHUNK];
+    int dtype = work->inputs[0].dtype;
+    for (int64_t at = 0; at < n; at += WINDOW) {
+        int64_t m = least(WINDOW, n - at);
+        const void *raw[1];
+        if (!fetch(work, at, m, raw)) return -1;
+        for (int64_t s = 0; s < m; s += CHUNK) {
+            int64_t some = least(CHUNK, m - s);
+            load_double(raw[0], dtype, s, some, x);
+            if (unbounded) EACH(some) x[i] = x[i] == x[i] ? 0.0 : x[i];
+            bad += damage_double(x, some);
+        }
+        memcpy(window_of(work, out, at), raw[0], (size_t)(m * sizes[dtype]));
+        if (!deliver(work, out, at + m, n)) return -1;
+    }
+    return bad == 0;
+}
 
 /* -- span methods ------------------------------------------------------------------------------------------------ */
 
 /* out = round(sum of c[k] * x[k]), in double. Returns whether all of the sum is finite (in float, where that is on the way). */
-int geomerge_span(int k, const void *const *raw, const int *dtypes, const double *c, int64_t n, void *out, int out_dtype) {
+int geomerge_span(struct work *work, int64_t n, const double *c, const struct place *out) {
     double bad = 0;
     double x[CHUNK], total[CHUNK];
     float narrow[CHUNK];
-    const int common = dtypes[0] == BF16 && (k == 1 || dtypes[1] == BF16);
+    const void *raw[MOST];
+    const int k = work->count, out_dtype = out->dtype;
+    const struct place *in = work->inputs;
+    const int common = k > 1 && in[0].dtype == BF16 && in[1].dtype == BF16;
     const double first = c[0], second = k > 1 ? c[1] : 0;
-    for (int64_t s = 0; s < n; s += CHUNK) {
-        int64_t m = least(CHUNK, n - s);
-        int j = 1;
-        if (common && k > 1) { /* most merges: two inputs of bfloat16 in one loop */
-            const uint16_t *a = (const uint16_t *)raw[0] + s, *b = (const uint16_t *)raw[1] + s;
-            EACH(m) total[i] = fma((double)from_bf16(b[i]), second, (double)from_bf16(a[i]) * first);
-            j = 2;
-        } else {
-            load_double(raw[0], dtypes[0], s, m, total);
-            EACH(m) total[i] *= first;
+    for (int64_t at = 0; at < n; at += WINDOW) {
+        int64_t size = least(WINDOW, n - at);
+        if (!fetch(work, at, size, raw)) return -1;
+        char *to = window_of(work, out, at);
+        for (int64_t s = 0; s < size; s += CHUNK) {
+            int64_t m = least(CHUNK, size - s);
+            int j = 1;
+            if (common) {
+                const uint16_t *a = (const uint16_t *)raw[0] + s, *b = (const uint16_t *)raw[1] + s;
+                if (k == 2 && out_dtype != F64 && work->first <= at + s) { /* most merges */
+                    EACH(m) narrow[i] = (float)fma((double)from_bf16(b[i]), second, (double)from_bf16(a[i]) * first);
+                    bad += (double)damage_float(narrow, m);
+                    store_float(narrow, out_dtype, s, m, to);
+                    continue;
+                }
+                EACH(m) total[i] = fma((double)from_bf16(b[i]), second, (double)from_bf16(a[i]) * first);
+                j = 2;
+            } else {
+                load_double(raw[0], in[0].dtype, s, m, total);
+                EACH(m) total[i] *= first;
+            }
+            for (; j < k; j++) {
+                double factor = c[j];
+                load_double(raw[j], in[j].dtype, s, m, x);
+                EACH(m) total[i] = fma(x[i], factor, total[i]);
+            }
+            if (work->first > at + s) tell_double(work, at + s, m, total);
+            if (out_dtype == F64) {
+                bad += damage_double(total, m);
+                store_double(total, out_dtype, s, m, to);
+            } else {
+                EACH(m) narrow[i] = (float)total[i];
+                bad += (double)damage_float(narrow, m);
+                store_float(narrow, out_dtype, s, m, to);
+            }
         }
-        for (; j < k; j++) {
-            double factor = c[j];
-            load_double(raw[j], dtypes[j], s, m, x);
-            EACH(m) total[i] = fma(x[i], factor, total[i]);
-        }
-        if (out_dtype == F64) {
-            bad += damage_double(total, m);
-            store_double(total, out_dtype, s, m, out);
-        } else {
-            EACH(m) narrow[i] = (float)total[i];
-            bad += (double)damage_float(narrow, m);
-            store_float(narrow, out_dtype, s, m, out);
-        }
+        if (!deliver(work, out, at + size, n)) return -1;
     }
     return bad == 0;
+}
+
+/* The sums of products of a block of two inputs of bfloat16: as below, lane by lane, with nothing but the inputs in memory. */
+static void gram_block(const uint16_t *restrict a, const uint16_t *restrict b, int64_t n, float (*restrict sums)[CHUNK]) {
+    enum { LANES = 16 };
+    for (int lane = 0; lane < CHUNK; lane += LANES) {
+        float first[LANES] = {0}, both[LANES] = {0}, second[LANES] = {0};
+        for (int64_t s = lane; s < n; s += CHUNK)
+            for (int i = 0; i < LANES; i++) {
+                float x = from_bf16(a[s + i]), y = from_bf16(b[s + i]) - x;
+                first[i] += x * x, both[i] += x * y, second[i] += y * y;
+            }
+        memcpy(sums[0] + lane, first, sizeof first);
+        memcpy(sums[1] + lane, both, sizeof both);
+        memcpy(sums[2] + lane, second, sizeof second);
+    }
 }
 
 /* For each pair i <= j of the k centred inputs (x0, x1 - x0, ...) the sum of products over one block after the other:
  * 256 lanes add every 256th product in T, and are added in double, halves to halves. out: (pairs, blocks). */
 #define GRAM(T)                                                                                       \
-    void geomerge_gram_##T(int k, const void *const *raw, const int *dtypes, int64_t n, int64_t block, double *out) { \
+    int geomerge_gram_##T(struct work *work, int64_t n, int64_t block, double *out) {                 \
         int64_t blocks = (n + block - 1) / block;                                                     \
         T x[MOST][CHUNK];                                                                             \
         T sums[MOST * (MOST + 1) / 2][CHUNK];                                                         \
+        const void *raw[MOST];                                                                        \
+        const int k = work->count;                                                                    \
+        const struct place *in = work->inputs;                                                        \
         int pairs = k * (k + 1) / 2;                                                                  \
         for (int64_t b = 0; b < blocks; b++) {                                                        \
-            int64_t stop = least(n, (b + 1) * block);                                                 \
-            memset(sums, 0, sizeof(T) * CHUNK * pairs);                                               \
-            for (int64_t s = b * block; s < stop; s += CHUNK) {                                       \
+            int64_t window = b * block / WINDOW * WINDOW; /* which holds whole blocks */              \
+            if (b * block == window && !fetch(work, window, least(WINDOW, n - window), raw)) return -1; \
+            int64_t stop = least(n, (b + 1) * block) - window;                                        \
+            int64_t begin = b * block - window;                                                       \
+            if (sizeof(T) == 4 && k == 2 && in[0].dtype == BF16 && in[1].dtype == BF16 && (stop - begin) % CHUNK == 0) { \
+                const uint16_t *x0 = (const uint16_t *)raw[0] + begin, *x1 = (const uint16_t *)raw[1] + begin; \
+                gram_block(x0, x1, stop - begin, (float (*)[CHUNK])sums);                             \
+                begin = stop;                                                                         \
+            } else {                                                                                  \
+                memset(sums, 0, sizeof(T) * CHUNK * pairs);                                           \
+            }                                                                                         \
+            for (int64_t s = begin; s < stop; s += CHUNK) {                                           \
                 int64_t m = least(CHUNK, stop - s);                                                   \
                 if (m < CHUNK) memset(x, 0, sizeof(T) * CHUNK * k);                                   \
-                for (int j = 0; j < k; j++) load_##T(raw[j], dtypes[j], s, m, x[j]);                  \
+                for (int j = 0; j < k; j++) load_##T(raw[j], in[j].dtype, s, m, x[j]);                \
                 for (int j = 1; j < k; j++)                                                           \
                     for (int i = 0; i < CHUNK; i++) x[j][i] -= x[0][i];                               \
                 int p = 0;                                                                            \
@@ -165,6 +371,7 @@ int geomerge_span(int k, const void *const *raw, const int *dtypes, const double
                 out[p * blocks + b] = lanes[0];                                                       \
             }                                                                                         \
         }                                                                                             \
+        return 1;                                                                                     \
     }
 
 GRAM(float) GRAM(double)
@@ -181,6 +388,48 @@ struct bracket {
     void *found;       /* T, with room for all */
     int32_t expert;
 };
+
+#ifdef __AVX2__
+#include <immintrin.h>
+
+/* For each mask of eight lanes the lanes that are set, first ones first. */
+static int32_t lanes_of[256][8] __attribute__((aligned(32)));
+
+__attribute__((constructor)) static void fill_lanes(void) {
+    for (int mask = 0; mask < 256; mask++)
+        for (int lane = 0, at = 0; lane < 8; lane++)
+            if (mask >> lane & 1) lanes_of[mask][at++] = lane;
+}
+
+/* As `bracket_float` of |x - base|, for a whole number of eights; `found` has room for eight more. */
+static void bracket_bf16(struct bracket *b, const uint16_t *restrict x, const float *restrict base, int64_t m) {
+    const __m256 low = _mm256_set1_ps((float)b->low), high = _mm256_set1_ps((float)b->high);
+    const __m256 common = _mm256_set1_ps((float)b->common), sign = _mm256_set1_ps(-0.0f);
+    __m256i over = _mm256_setzero_si256(), same = over;
+    float *found = (float *)b->found + b->collected;
+    for (int64_t i = 0; i < m; i += 8) {
+        __m256i wide = _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(x + i))), 16);
+        __m256 y = _mm256_andnot_ps(sign, _mm256_sub_ps(_mm256_castsi256_ps(wide), _mm256_loadu_ps(base + i)));
+        __m256 above = _mm256_cmp_ps(y, high, _CMP_NLE_UQ), equal = _mm256_cmp_ps(y, common, _CMP_EQ_OQ);
+        __m256 inside = _mm256_andnot_ps(_mm256_or_ps(above, equal), _mm256_cmp_ps(y, low, _CMP_GE_OQ));
+        over = _mm256_sub_epi32(over, _mm256_castps_si256(above));
+        same = _mm256_sub_epi32(same, _mm256_castps_si256(equal));
+        int mask = _mm256_movemask_ps(inside);
+        __m256i lanes = _mm256_load_si256((const __m256i *)lanes_of[mask]);
+        _mm256_storeu_ps(found, _mm256_permutevar8x32_ps(y, lanes));
+        found += __builtin_popcount((unsigned)mask);
+    }
+    int32_t counts[16];
+    _mm256_storeu_si256((__m256i *)counts, over);
+    _mm256_storeu_si256((__m256i *)(counts + 8), same);
+    for (int i = 0; i < 8; i++) b->above += counts[i], b->equal += counts[8 + i];
+    b->collected = found - (float *)b->found;
+}
+#define QUICK 1
+#else
+#define QUICK 0
+#define bracket_bf16(b, x, base, m) (void)0
+#endif
 
 #define BRACKET(T)                                                                                    \
     static void bracket_##T(struct bracket *b, const T *restrict y, int64_t m) {                      \
@@ -211,24 +460,37 @@ struct bracket {
         for (int64_t s = 0; s < n; s += CHUNK) bracket_##T(b, x + s, least(CHUNK, n - s));            \
     }
 
-/* Takes in |theta_k - theta_0|; the brackets are in the order of their experts k. raw: the base and t experts. Returns whether
- * all inputs are finite (looked at only if `check`). */
+/* Takes in |theta_k - theta_0| at n elements from each of `starts` on; the brackets are in the order of their experts k. Inputs:
+ * the base and the experts. Returns whether all are finite (looked at only if `check`). */
 #define SURVEY(T, abs)                                                                                \
-    int geomerge_survey_##T(int t, const void *const *raw, const int *dtypes, int64_t n, int brackets, struct bracket *b, \
-                            int check) {                                                              \
+    int geomerge_survey_##T(struct work *work, int64_t pieces, const int64_t *starts, int64_t n, int brackets, \
+                            struct bracket *b, int check) {                                           \
         T base[CHUNK], d[CHUNK], bad = 0;                                                             \
-        for (int64_t s = 0; s < n; s += CHUNK) {                                                      \
-            int64_t m = least(CHUNK, n - s);                                                          \
-            load_##T(raw[0], dtypes[0], s, m, base);                                                  \
-            if (check) bad += damage_##T(base, m);                                                    \
-            int j = 0;                                                                                \
-            for (int k = 0; k < t; k++) {                                                             \
-                load_##T(raw[k + 1], dtypes[k + 1], s, m, d);                                         \
-                if (check) bad += damage_##T(d, m);                                                   \
-                EACH(m) d[i] = abs(d[i] - base[i]);                                                   \
-                for (; j < brackets && b[j].expert == k; j++) bracket_##T(b + j, d, m);               \
+        const void *raw[MOST];                                                                        \
+        const struct place *in = work->inputs;                                                        \
+        for (int64_t p = 0; p < pieces; p++)                                                          \
+            for (int64_t at = 0; at < n; at += WINDOW) {                                              \
+                int64_t size = least(WINDOW, n - at);                                                 \
+                if (!fetch(work, starts[p] + at, size, raw)) return -1;                               \
+                for (int64_t s = 0; s < size; s += CHUNK) {                                           \
+                    int64_t m = least(CHUNK, size - s);                                               \
+                    load_##T(raw[0], in[0].dtype, s, m, base);                                        \
+                    if (check) bad += odd_##T(raw[0], in[0].dtype, s, m, base);                       \
+                    int j = 0;                                                                        \
+                    for (int k = 0; k + 1 < work->count; k++) {                                       \
+                        if (QUICK && sizeof(T) == 4 && in[k + 1].dtype == BF16 && m % 8 == 0) {       \
+                            if (check) bad += odd_##T(raw[k + 1], BF16, s, m, 0);                     \
+                            for (; j < brackets && b[j].expert == k; j++)                             \
+                                bracket_bf16(b + j, (const uint16_t *)raw[k + 1] + s, (const float *)base, m); \
+                            continue;                                                                 \
+                        }                                                                             \
+                        load_##T(raw[k + 1], in[k + 1].dtype, s, m, d);                               \
+                        if (check) bad += odd_##T(raw[k + 1], in[k + 1].dtype, s, m, d);              \
+                        EACH(m) d[i] = abs(d[i] - base[i]);                                           \
+                        for (; j < brackets && b[j].expert == k; j++) bracket_##T(b + j, d, m);       \
+                    }                                                                                 \
+                }                                                                                     \
             }                                                                                         \
-        }                                                                                             \
         return bad == 0;                                                                              \
     }
 
@@ -243,10 +505,46 @@ struct thinning {      /* what remains of one task vector */
     double drop_equal; /* ... where of those that equal this (NaN: all) the next `drop_left` are dropped */
     int64_t left;
     int64_t drop_left;
-    const void *words; /* random words, one an element: those below `limit` survive (0: no draw) */
-    int32_t width;     /* 16 or 32 */
+    uint64_t state[2]; /* of the generator PCG64DXSM, low word first, ... */
+    uint64_t step[2];  /* ... and its increment */
+    int32_t width;     /* each element draws a word of 16 or 32 bits (0: none), and those below `limit` survive */
     uint32_t limit;
 };
+
+/* The next n <= CHUNK words of some thinnings' generators: each number of 64 bits gives several. A call for fewer than CHUNK is the
+ * last one. Several in step, since each number of one generator has to wait for the one before. */
+FUSED draw_some(const int t, struct thinning *each, int64_t need, uint64_t (*numbers)[CHUNK / 2]) {
+    const uint64_t multiplier = 0xda942042e4dd58b5ULL;
+    unsigned __int128 state[4], step[4];
+    for (int k = 0; k < t; k++) {
+        state[k] = (unsigned __int128)each[k].state[1] << 64 | each[k].state[0];
+        step[k] = (unsigned __int128)each[k].step[1] << 64 | each[k].step[0];
+    }
+    for (int64_t i = 0; i < need; i++)
+        for (int k = 0; k < t; k++) {
+            uint64_t high = (uint64_t)(state[k] >> 64), low = (uint64_t)state[k] | 1;
+            high ^= high >> 32;
+            high *= multiplier;
+            high ^= high >> 48;
+            numbers[k][i] = high * low;
+            state[k] = state[k] * multiplier + step[k];
+        }
+    for (int k = 0; k < t; k++) each[k].state[0] = (uint64_t)state[k], each[k].state[1] = (uint64_t)(state[k] >> 64);
+}
+
+static void draw(int t, struct thinning *each, int64_t n, uint64_t (*numbers)[CHUNK / 2]) {
+    for (int k = 0; k < t;) {
+        int64_t need = (n * each[k].width + 63) / 64;
+        int alike = 1;
+        while (alike < 4 && k + alike < t && each[k + alike].width == each[k].width) alike++;
+        if (!need) alike = 1;
+        else if (alike == 4) draw_some(4, each + k, need, numbers + k);
+        else if (alike == 3) draw_some(3, each + k, need, numbers + k);
+        else if (alike == 2) draw_some(2, each + k, need, numbers + k);
+        else draw_some(1, each + k, need, numbers + k);
+        k += alike;
+    }
+}
 
 struct combination {
     int32_t elect;     /* disjoint merge, else a weighted sum */
@@ -259,7 +557,7 @@ struct combination {
 };
 
 #define THIN(T, abs)                                                                                  \
-    static void thin_##T(struct thinning *t, int64_t start, int64_t m, T *restrict d) {               \
+    static void thin_##T(struct thinning *t, int64_t m, const uint64_t *numbers, T *restrict d) {     \
         if (t->keep >= 0) {                                                                           \
             T keep = (T)t->keep;                                                                      \
             EACH(m) d[i] = d[i] >= -keep && d[i] <= keep ? (T)0 : d[i];                               \
@@ -299,14 +597,18 @@ struct combination {
                 EACH(m) d[i] = abs(d[i]) > drop ? (T)0 : d[i];                                        \
             }                                                                                         \
         }                                                                                             \
-        if (t->words && t->width == 16) {                                                             \
-            const uint16_t *w = (const uint16_t *)t->words + start;                                   \
-            int32_t limit = (int32_t)t->limit;                                                        \
-            EACH(m) d[i] *= (T)(w[i] < limit);                                                        \
-        } else if (t->words) {                                                                        \
-            const uint32_t *w = (const uint32_t *)t->words + start;                                   \
-            uint32_t limit = t->limit;                                                                \
-            EACH(m) d[i] *= (T)(w[i] < limit);                                                        \
+        if (t->width) {                                                                               \
+            if (t->width == 16) {                                                                     \
+                uint16_t w[CHUNK];                                                                    \
+                memcpy(w, numbers, sizeof w);                                                         \
+                int32_t limit = (int32_t)t->limit;                                                    \
+                EACH(m) d[i] *= (T)(w[i] < limit);                                                    \
+            } else {                                                                                  \
+                uint32_t w[CHUNK];                                                                    \
+                memcpy(w, numbers, sizeof w);                                                         \
+                uint32_t limit = t->limit;                                                            \
+                EACH(m) d[i] *= (T)(w[i] < limit);                                                    \
+            }                                                                                         \
         }                                                                                             \
     }
 
@@ -397,50 +699,221 @@ static void again(const struct combination *rule, int t, const double *c, const 
     for (int f = 0; f < found; f++) result[where[f]] = (float)exact[f];
 }
 
-/* theta_0 + combine(thin(theta_k - theta_0)), rounded. raw: the base and t experts. Returns whether all inputs are finite
- * (looked at only if `check`). */
-int geomerge_task_vectors_float(int t, const void *const *raw, const int *dtypes, int64_t n, struct thinning *thin,
-                                const struct combination *rule, const double *c, const double *w, int check, void *out,
-                                int out_dtype) {
+/* For each of t experts, k among 0 to 3; unrolled, so that the loop around is vectorised. */
+#define EXPERTS(...)                                  \
+    do {                                              \
+        { enum { k = 0 }; __VA_ARGS__ }               \
+        if (t > 1) { enum { k = 1 }; __VA_ARGS__ }    \
+        if (t > 2) { enum { k = 2 }; __VA_ARGS__ }    \
+        if (t > 3) { enum { k = 3 }; __VA_ARGS__ }    \
+    } while (0);
+
+/* Eight floats at once, in terms that every compiler has (and turns into what the processor has). */
+typedef float floats __attribute__((vector_size(32)));
+typedef int32_t ints __attribute__((vector_size(32)));
+typedef uint32_t words __attribute__((vector_size(32)));
+typedef uint16_t halves __attribute__((vector_size(16)));
+
+static inline floats all(float value) { return (floats){value, value, value, value, value, value, value, value}; }
+static inline floats where(ints mask, floats x) { return (floats)(mask & (ints)x); } /* and 0 elsewhere */
+static inline floats size_of(floats x) { return (floats)((ints)x & 0x7FFFFFFF); }
+
+static inline floats wide(const uint16_t *x) {
+    halves raw;
+    memcpy(&raw, x, sizeof raw);
+    return (floats)(__builtin_convertvector(raw, words) << 16);
+}
+
+static inline floats fused_add(floats x, floats y, floats z) {
+#ifdef __FMA__
+    return (floats)_mm256_fmadd_ps((__m256)x, (__m256)y, (__m256)z);
+#else
+    floats sum;
+    for (int i = 0; i < 8; i++) sum[i] = fmaf(x[i], y[i], z[i]);
+    return sum;
+#endif
+}
+
+/* A chunk of task vectors of bfloat16 that are thinned by magnitude or at random alone, all experts in one loop, for each number of
+ * them. What float32 may have got wrong is not repaired here: the value says whether there is any. */
+FUSED fused(const int t, const int elect, const int alike, const int random, const struct combination *rule, const float *keep,
+            const float *c, const float *w, const uint16_t *const *x, const float *masks, float *restrict result, int *doubt) {
+    const floats limit = all((float)rule->limit), few = all((float)((t + 3) * 0x1p-23)), floor = all((float)rule->floor);
+    const floats factor = all((float)rule->factor), one = all(1), minus = all(-1), tiny = all(0x1p-126f);
+    const int normalize = rule->normalize, clamp = rule->clamp;
+    ints any = {0};
+    for (int i = 0; i < CHUNK; i += 8) {
+        floats base = wide(x[0] + i), d[4];
+        for (int k = 0; k < t; k++) {
+            d[k] = wide(x[k + 1] + i) - base;
+            d[k] = where(~((d[k] >= -all(keep[k])) & (d[k] <= all(keep[k]))), d[k]);
+            if (random) d[k] *= *(const floats *)(masks + k * CHUNK + i);
+        }
+        floats sum;
+        if (!elect) {
+            floats size = size_of(base);
+            sum = d[0] * all(c[0]);
+            for (int k = 1; k < t; k++) sum = fused_add(d[k], all(c[k]), sum);
+            for (int k = 0; k < t; k++) size = fused_add(size_of(d[k]), all(fabsf(c[k])), size);
+            sum += base;
+            any |= size_of(sum) < limit * size;
+        } else {
+            for (int k = 0; !alike && k < t; k++) d[k] *= all(c[k]);
+            floats votes = d[0], total = {0}, agreed = {0};
+            for (int k = 1; k < t; k++) votes += d[k];
+            floats vote = votes + tiny;
+            floats elected = where(vote > 0, one) + where(vote < 0, minus);
+            for (int k = 0; k < t; k++) {
+                floats agreeing = d[k] * elected;
+                agreeing = where(~(agreeing < 0), agreeing);
+                floats weight = where(agreeing > 0, alike ? one : all(w[k]));
+                total = k ? total + agreeing : agreeing;
+                agreed = k ? agreed + weight : weight;
+            }
+            if (!alike) any |= size_of(votes) < total * few;
+            if (normalize) {
+                if (clamp) agreed = where(agreed < floor, floor) + where(~(agreed < floor), agreed);
+                else agreed += where(agreed == 0, one);
+                total /= agreed;
+            }
+            sum = fused_add(total * elected, factor, base);
+            any |= size_of(sum) < limit * size_of(base);
+        }
+        memcpy(result + i, &sum, sizeof sum);
+    }
+    *doubt = 0;
+    for (int i = 0; i < 8; i++) *doubt |= any[i];
+}
+
+#define FUSED_FOR(t)                                                                                      \
+    if (rule->elect && rule->alike && !random) fused(t, 1, 1, 0, rule, keep, c, w, x, drawn, result, &any); \
+    else if (rule->elect && rule->alike) fused(t, 1, 1, 1, rule, keep, c, w, x, drawn, result, &any);     \
+    else if (rule->elect && !random) fused(t, 1, 0, 0, rule, keep, c, w, x, drawn, result, &any);         \
+    else if (rule->elect) fused(t, 1, 0, 1, rule, keep, c, w, x, drawn, result, &any);                    \
+    else if (!random) fused(t, 0, 0, 0, rule, keep, c, w, x, drawn, result, &any);                        \
+    else fused(t, 0, 0, 1, rule, keep, c, w, x, drawn, result, &any);
+
+/* How many task vectors' magnitudes in a chunk equal a number. */
+static int64_t equals(const uint16_t *base, const uint16_t *x, float number) {
+    ints found = {0};
+    for (int i = 0; i < CHUNK; i += 8) found -= size_of(wide(x + i) - wide(base + i)) == all(number);
+    int64_t sum = 0;
+    for (int i = 0; i < 8; i++) sum += found[i];
+    return sum;
+}
+
+/* Whether the result is there: the inputs are such, and nothing is in doubt. */
+static int fuse(int t, const struct combination *rule, struct thinning *thin, const double *coefficients,
+                const double *weights, const void *const *raw, const int *dtypes, int64_t start, int64_t m,
+                uint64_t (*numbers)[CHUNK / 2], float *result) {
+    float keep[4], c[4], w[4];
+    _Alignas(32) float drawn[4 * CHUNK];
+    const uint16_t *x[5];
+    int random = 0;
+    if (t > 4 || m != CHUNK) return 0;
+    for (int k = 0; k <= t; k++) {
+        if (dtypes[k] != BF16) return 0;
+        x[k] = (const uint16_t *)raw[k] + start;
+    }
+    int64_t taken[4];
+    for (int k = 0; k < t; k++) {
+        if (thin[k].drop < INFINITY || thin[k].width == 32) return 0;
+        keep[k] = (float)thin[k].keep, c[k] = (float)coefficients[k], w[k] = (float)weights[k];
+        random |= thin[k].width;
+        taken[k] = 0;
+        if (thin[k].keep < 0 || thin[k].equal != thin[k].equal) continue;
+        /* Of those that equal the threshold all are kept, or none, unless the last of them lies here. */
+        if (thin[k].left) taken[k] = equals(x[0], x[k + 1], (float)thin[k].equal);
+        if (thin[k].left < taken[k]) return 0;
+        if (!thin[k].left) keep[k] = (float)thin[k].equal;
+    }
+    for (int k = 0; random && k < t; k++) {
+        const int32_t limit = thin[k].width ? (int32_t)thin[k].limit : 1 << 16;
+        uint16_t words[CHUNK] = {0};
+        if (thin[k].width) memcpy(words, numbers[k], sizeof words);
+        for (int i = 0; i < CHUNK; i++) drawn[k * CHUNK + i] = (float)(words[i] < limit);
+    }
+    int any = 1;
+    if (t == 1) { FUSED_FOR(1) }
+    else if (t == 2) { FUSED_FOR(2) }
+    else if (t == 3) { FUSED_FOR(3) }
+    else { FUSED_FOR(4) }
+    for (int k = 0; !any && k < t; k++) thin[k].left -= taken[k];
+    return !any;
+}
+
+/* theta_0 + combine(thin(theta_k - theta_0)), rounded. Inputs: the base and t experts. Returns whether all are finite (looked
+ * at only if `check`). */
+int geomerge_task_vectors_float(struct work *work, int64_t n, struct thinning *thin, const struct combination *rule,
+                                const double *c, const double *w, int check, const struct place *out) {
     float base[CHUNK], d[MOST][CHUNK], kept[MOST][CHUNK], result[CHUNK], bad = 0;
     uint8_t doubt[CHUNK];
-    for (int64_t s = 0; s < n; s += CHUNK) {
-        int64_t m = least(CHUNK, n - s);
-        load_float(raw[0], dtypes[0], s, m, base);
-        if (check) bad += damage_float(base, m);
-        for (int k = 0; k < t; k++) {
-            load_float(raw[k + 1], dtypes[k + 1], s, m, d[k]);
-            if (check) bad += damage_float(d[k], m);
-            EACH(m) d[k][i] -= base[i];
-            thin_float(thin + k, s, m, d[k]);
+    uint64_t numbers[MOST][CHUNK / 2];
+    const void *raw[MOST];
+    int dtypes[MOST];
+    const int t = work->count - 1;
+    for (int k = 0; k <= t; k++) dtypes[k] = work->inputs[k].dtype;
+    for (int64_t at = 0; at < n; at += WINDOW) {
+        int64_t size = least(WINDOW, n - at);
+        if (!fetch(work, at, size, raw)) return -1;
+        char *to = window_of(work, out, at);
+        for (int64_t s = 0; s < size; s += CHUNK) {
+            int64_t m = least(CHUNK, size - s);
+            draw(t, thin, m, numbers);
+            if (fuse(t, rule, thin, c, w, raw, dtypes, s, m, numbers, result)) {
+                for (int k = 0; check && k <= t; k++) bad += odd_float(raw[k], dtypes[k], s, m, 0);
+                if (work->first > at + s) tell_float(work, at + s, m, result);
+                store_float(result, out->dtype, s, m, to);
+                continue;
+            }
+            load_float(raw[0], dtypes[0], s, m, base);
+            if (check) bad += odd_float(raw[0], dtypes[0], s, m, base);
+            for (int k = 0; k < t; k++) {
+                load_float(raw[k + 1], dtypes[k + 1], s, m, d[k]);
+                if (check) bad += odd_float(raw[k + 1], dtypes[k + 1], s, m, d[k]);
+                EACH(m) d[k][i] -= base[i];
+                thin_float(thin + k, m, numbers[k], d[k]);
+            }
+            const int scaled = rule->elect && !rule->alike;
+            if (scaled) memcpy(kept, d, sizeof d[0] * t);
+            combine_float(rule, t, c, w, m, base, d, result, doubt);
+            uint8_t any = 0;
+            EACH(m) any |= doubt[i];
+            if (any) again(rule, t, c, w, m, doubt, raw, dtypes, s, scaled ? kept : d, result);
+            if (work->first > at + s) tell_float(work, at + s, m, result);
+            store_float(result, out->dtype, s, m, to);
         }
-        const int scaled = rule->elect && !rule->alike;
-        if (scaled) memcpy(kept, d, sizeof d[0] * t);
-        combine_float(rule, t, c, w, m, base, d, result, doubt);
-        uint8_t any = 0;
-        EACH(m) any |= doubt[i];
-        if (any) again(rule, t, c, w, m, doubt, raw, dtypes, s, scaled ? kept : d, result);
-        store_float(result, out_dtype, s, m, out);
+        if (!deliver(work, out, at + size, n)) return -1;
     }
     return bad == 0;
 }
 
-int geomerge_task_vectors_double(int t, const void *const *raw, const int *dtypes, int64_t n, struct thinning *thin,
-                                 const struct combination *rule, const double *c, const double *w, int check, void *out,
-                                 int out_dtype) {
+int geomerge_task_vectors_double(struct work *work, int64_t n, struct thinning *thin, const struct combination *rule,
+                                 const double *c, const double *w, int check, const struct place *out) {
     double base[CHUNK], d[MOST][CHUNK], result[CHUNK], bad = 0;
-    for (int64_t s = 0; s < n; s += CHUNK) {
-        int64_t m = least(CHUNK, n - s);
-        load_double(raw[0], dtypes[0], s, m, base);
-        if (check) bad += damage_double(base, m);
-        for (int k = 0; k < t; k++) {
-            load_double(raw[k + 1], dtypes[k + 1], s, m, d[k]);
-            if (check) bad += damage_double(d[k], m);
-            EACH(m) d[k][i] -= base[i];
-            thin_double(thin + k, s, m, d[k]);
+    uint64_t numbers[MOST][CHUNK / 2];
+    const void *raw[MOST];
+    const int t = work->count - 1;
+    for (int64_t at = 0; at < n; at += WINDOW) {
+        int64_t size = least(WINDOW, n - at);
+        if (!fetch(work, at, size, raw)) return -1;
+        char *to = window_of(work, out, at);
+        for (int64_t s = 0; s < size; s += CHUNK) {
+            int64_t m = least(CHUNK, size - s);
+            draw(t, thin, m, numbers);
+            load_double(raw[0], work->inputs[0].dtype, s, m, base);
+            if (check) bad += damage_double(base, m);
+            for (int k = 0; k < t; k++) {
+                load_double(raw[k + 1], work->inputs[k + 1].dtype, s, m, d[k]);
+                if (check) bad += damage_double(d[k], m);
+                EACH(m) d[k][i] -= base[i];
+                thin_double(thin + k, m, numbers[k], d[k]);
+            }
+            combine_double(rule, t, c, w, m, base, d, result, 0);
+            if (work->first > at + s) tell_double(work, at + s, m, result);
+            store_double(result, out->dtype, s, m, to);
         }
-        combine_double(rule, t, c, w, m, base, d, result, 0);
-        store_double(result, out_dtype, s, m, out);
+        if (!deliver(work, out, at + size, n)) return -1;
     }
     return bad == 0;
 }
