@@ -401,7 +401,7 @@ class Slow:
     def start(self, total, done):
         pass
     def advance(self, nbytes):
-        time.sleep(0.002)  # long enough for a kill to find it at work, however fast the loops are
+        time.sleep(0.02)  # long enough for a kill to find it at work, however fast the loops are
     def finish(self):
         pass
 

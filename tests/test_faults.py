@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import shutil
@@ -18,10 +19,14 @@ import torch
 
 import geomerge as gm
 import tiny
+from geomerge.engine.plan import Node
 from geomerge.engine.shards import finalize, run_shard
+from geomerge.engine.sinks import FileSink
+from geomerge.methods import native
 from test_engine_resume import kill_and_resume, write_large
 from test_engine_shards import kill_shards
 
+FULL = Path("/dev/full")
 MANY = os.environ.get("GEOMERGE_FAULTS") == "many"
 many = pytest.mark.skipif(not MANY, reason="`make fault` runs it; the short form is in test_engine_resume and _shards")
 RECIPE = "merge_method: linear\nmodels: [{{model: {0}/a}}, {{model: {0}/b}}]\nparameters: {{weight: 1}}\n"
@@ -194,17 +199,41 @@ def test_a_write_that_fails(code: int, root: Path, monkeypatch: pytest.MonkeyPat
     says = "cannot be written" if code == errno.EIO else r"not enough room: 2,4\d\d,\d\d\d bytes"
     with monkeypatch.context() as patched:
         patched.setattr(os, "pwrite", failing)
-        with pytest.raises(gm.RunError, match=rf"model\.safetensors.*{says}"):
+        with native.turned_off(), pytest.raises(gm.RunError, match=rf"model\.safetensors.*{says}"):
             merge(root, root / "out")
     assert merge(root, root / "out", resume=True).resumed > 0
     assert tiny.digests(root / "out") == tiny.digests(root / "whole" / "out")
+
+
+@pytest.mark.skipif(
+    not native.available() or not FULL.exists(), reason="no compiled loops, or no device that is always full"
+)
+@pytest.mark.parametrize("method", ["linear", "passthrough"])
+def test_a_write_of_a_compiled_loop_that_fails(method: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loops write by themselves; what the system says to them reaches the user all the same."""
+    recipe = RECIPE if method == "linear" else "merge_method: passthrough\nmodels: [{{model: {0}/a}}]\n"
+    stored, count = FileSink.stored, 0
+    with FULL.open("wb") as full, monkeypatch.context() as patched:
+
+        def somewhere(sink: FileSink, node: Node) -> native.Stored | None:
+            nonlocal count
+            count += 1
+            found = stored(sink, node)
+            return found if found is None or count <= 10 else dataclasses.replace(found, file=full.fileno(), offset=0)
+
+        patched.setattr(FileSink, "stored", somewhere)
+        with pytest.raises(gm.RunError, match=r"model\.safetensors.*not enough room: 2,4\d\d,\d\d\d bytes"):
+            gm.merge(recipe.format(root), root / "out", threads=1)
+    assert not (root / "out").exists()
+    assert gm.merge(recipe.format(root), root / "out", resume=True).resumed > 0
 
 
 def test_a_write_that_is_cut_short_goes_on(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A signal or a quota may let a write take a part only: the rest follows."""
     write = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda d, data, at: write(d, data[: max(len(data) // 2, 1)], at))
-    merge(root, root / "out")
+    with native.turned_off():
+        merge(root, root / "out")
     assert tiny.digests(root / "out") == tiny.digests(root / "whole" / "out")
 
 
