@@ -52,7 +52,7 @@ def decoded(path: Path | str, piece: int | None = None) -> tiny.Tensors:
             step = piece or max(len(flat), 1)
             for start in range(0, len(flat), step):
                 source.read(start, flat[start : start + step])
-            if source.dtype == torch.float32:
+            if source.dtype == "F32":
                 # It says that float32 holds its elements: then nothing is lost there.
                 assert torch.equal(flat.float().double(), flat)
             found[name] = flat.view(shape)

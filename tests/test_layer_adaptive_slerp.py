@@ -238,17 +238,17 @@ class TestTraffic:
             save_file({f"w{i}.weight": x[i].clone() for i in range(3)}, f"{name}/model.safetensors")
         d = 3 * 40 * 50 * 4
         moved = {"read": 0, "written": 0}
-        read_into, write = sources.read_into, sinks.FileSink.write
+        fill, write = sources.fill, sinks.FileSink.write
 
-        def counted_read(descriptor: int, buffer: Tensor, offset: int, label: str) -> None:
-            moved["read"] += buffer.numel()
-            read_into(descriptor, buffer, offset, label)
+        def counted_read(descriptor: int, view: memoryview, offset: int, label: str) -> None:
+            moved["read"] += len(view)
+            fill(descriptor, view, offset, label)
 
         def counted_write(sink: Any, node: Any, start: int, values: Tensor) -> None:
             moved["written"] += values.nbytes
             write(sink, node, start, values)
 
-        monkeypatch.setattr(sources, "read_into", counted_read)
+        monkeypatch.setattr(sources, "fill", counted_read)
         monkeypatch.setattr(sinks.FileSink, "write", counted_write)
         with native.turned_off():
             gm.merge(method + "guardrails: off\n", "out", tile=tile, threads=1)  # which look at a sample of the parents

@@ -153,7 +153,11 @@ def test_same_files(method: str, tmp_path: Path, called: set[str]) -> None:
         gm.merge(text, tmp_path / "torch")
     assert not called
     gm.merge(text, tmp_path / "compiled")
-    assert called == LOOPS[method] | {"geomerge_change"}
+    beside = {
+        "geomerge_change",
+        *(["geomerge_load"] if method == "slerp" else []),
+    }  # rounding's loss, the guardrails' sample
+    assert called == LOOPS[method] | beside
     found = [(tmp_path / out / "model.safetensors").read_bytes() for out in ("torch", "compiled")]
     assert found[0] == found[1]
 
@@ -183,7 +187,7 @@ def test_gram_sums(dtype: torch.dtype, count: int) -> None:
 
     def measure() -> np.ndarray:
         single = dtype in (torch.bfloat16, torch.float16)
-        scan = Scan([TensorSource(t) for t in tensors], (100_003,), dtype=torch.float32 if single else torch.float64)
+        scan = Scan([TensorSource(t) for t in tensors], (100_003,), single=single)
         return gram.measure(scan, "tensor").centred
 
     found = same(lambda: torch.from_numpy(measure())).numpy()

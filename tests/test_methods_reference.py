@@ -310,7 +310,7 @@ def test_float32_results_do_not_depend_on_tiles(
         def open_scan(**tiling: Any) -> Scan:
             return Scan(sources, tensors[0].shape, tile=size, **tiling)
 
-        prepared = prepare(made, open_scan, tuple(tensors[0].shape), dtype=torch.bfloat16)
+        prepared = prepare(made, open_scan, tuple(tensors[0].shape), dtype="BF16")
         assert prepared.scan.dtype == torch.float32
         return torch.cat([v.clone() for segment in prepared.scan.segments for _, v in prepared.tiles(segment)])
 

@@ -30,7 +30,7 @@ from geomerge.methods.tile import Scan, Source, empty
 class _Difference:
     """x − y."""
 
-    dtype = torch.float64
+    dtype = "F64"
 
     def __init__(self, x: Source, y: Source) -> None:
         self.label = x.label

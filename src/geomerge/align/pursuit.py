@@ -28,12 +28,15 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor
 
 from geomerge.align.procrustes import one_thread
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 _HELD = 1 << 25
 """Elements of orthogonal rows that are held at once: 256 MB."""

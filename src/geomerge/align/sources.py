@@ -9,11 +9,15 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from geomerge.methods.tile import Source, empty
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 READ = 1 << 17
 """Elements in a block of a reader."""
@@ -25,7 +29,7 @@ WRITE = 1 << 18
 class ConstantSource:
     """A tensor of equal elements: a norm's gain after it was folded into the readers."""
 
-    dtype = torch.float64
+    dtype = "F64"
 
     def __init__(self, value: float, label: str) -> None:
         self.label = label
@@ -74,7 +78,7 @@ def vector(source: Source, size: int, offset: float = 0.0) -> Once:
 class BlockSource(ABC):
     """A matrix that is made in blocks of a fixed number of rows."""
 
-    dtype = torch.float64
+    dtype = "F64"
 
     def __init__(self, source: Source, rows: int, columns: int, height: int) -> None:
         self.label = source.label

@@ -41,6 +41,7 @@ from geomerge.cli.soup import soup
 from geomerge.cli.tokens import tokens
 from geomerge.cli.transplant import transplant
 from geomerge.errors import GeomergeError
+from geomerge.late import put_off
 from geomerge.version import __version__
 
 DEBUG = "--debug"
@@ -159,6 +160,7 @@ def run() -> NoReturn:
 
     Taking down an interpreter that has torch loaded takes a quarter of a second, and there is nothing left to save.
     """
+    put_off("torch")
     code = main()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):

@@ -28,6 +28,7 @@ from geomerge.engine.run import Progress, Report, write_model_files
 from geomerge.engine.sinks import FileSink
 from geomerge.engine.sources import FileSource, read_into
 from geomerge.errors import DamagedCheckpoint, IncompatibleModels
+from geomerge.late import without_gradients
 from geomerge.methods.tile import BLOCK
 from geomerge.recipe import loads
 from geomerge.version import __version__
@@ -158,7 +159,7 @@ class _Give(Work):
     number: int = 1
     factor: float = 1.0
 
-    @torch.inference_mode()
+    @without_gradients()
     def make(self, node: Node, run: Callable[..., Iterable[Any]] = map) -> Facts:
         info = self.held.tensors.get(vector(node.name))
         if info is None:

@@ -26,6 +26,7 @@ from geomerge.engine.planner import make_plan
 from geomerge.engine.run import Progress
 from geomerge.engine.sinks import FileSink
 from geomerge.errors import IncompatibleModels, UsageError, did_you_mean
+from geomerge.late import without_gradients
 from geomerge.methods.elementwise.emr import unified
 from geomerge.methods.elementwise.tall_mask import added, tall_mask
 from geomerge.methods.tile import Scan, Segment, block_sums
@@ -180,7 +181,7 @@ class _Pack(Work):
     threshold: float = 0.4
     dtype: str | None = field(default=None)
 
-    @torch.inference_mode()
+    @without_gradients()
     def make(self, node: Node, run: Callable[..., Iterable[Any]] = map) -> Facts:
         scan: Scan = self.builder.opener(node, node.operands, run)()
         target = replace(node, name=vector(node.name), dtype=self.dtype or node.dtype)

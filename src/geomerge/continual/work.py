@@ -24,6 +24,7 @@ from geomerge.engine.loss import SAMPLE, RoundingLoss
 from geomerge.engine.plan import Node
 from geomerge.engine.sources import FileSource
 from geomerge.errors import NotFiniteError
+from geomerge.late import without_gradients
 from geomerge.methods.tile import BLOCK, Segment, Source, block_sums
 from geomerge.version import __version__
 
@@ -110,7 +111,7 @@ class Accumulate(Work):
     after: SumFile | None = None
     matrices: frozenset[str] = frozenset()
 
-    @torch.inference_mode()
+    @without_gradients()
     def make(self, node: Node, run: Callable[..., Iterable[Any]] = map) -> Facts:
         """One tensor's next sum; its facts are ‖τ‖² of each expert and ‖S‖²."""
         base, *experts = [self.builder.source(operand, node) for operand in node.operands]
@@ -160,7 +161,7 @@ class Write(Work):
     total: Checkpoint | None = None
     factor: float = 1.0
 
-    @torch.inference_mode()
+    @without_gradients()
     def make(self, node: Node, run: Callable[..., Iterable[Any]] = map) -> Facts:
         """One tensor of the merged model, or a copy of the base's where the experts do not change it."""
         if node.method is None:

@@ -28,11 +28,12 @@ from geomerge.engine.processes import Processes, suitable
 from geomerge.engine.run import Progress
 from geomerge.engine.sources import FileSource, HeldSource
 from geomerge.errors import NotFiniteError
+from geomerge.late import without_gradients
 from geomerge.methods.gram import Gram
 from geomerge.methods.kernel import measure_gram
 from geomerge.methods.tile import Scan, Source
 
-_NARROW = (torch.bfloat16, torch.float16)
+_NARROW = ("BF16", "F16")
 
 
 class Group(NamedTuple):
@@ -271,7 +272,7 @@ class _Measure(Work):
     exact: bool = False
     _kept: dict[str, Any] = field(default_factory=dict)
 
-    @torch.inference_mode()
+    @without_gradients()
     def make(self, node: Node, run: Callable[..., Iterable[Any]] = map) -> Facts:
         """A node's Gram matrix and what its task vectors share."""
         sources: list[Source] = [self.builder.source(operand, node) for operand in node.operands]
@@ -289,7 +290,7 @@ class _Measure(Work):
         else:
             if self.based and len(sources) > 2 and node.numel:
                 narrow = all(source.dtype in _NARROW for source in sources)
-                scan = open_scan(check=False, dtype=torch.float32 if narrow else torch.float64)
+                scan = open_scan(check=False, single=narrow)
                 facts["shares"] = task_vectors.compare(scan, self.top, exact=self.exact)
         self.advance(_nbytes(node))
         return facts

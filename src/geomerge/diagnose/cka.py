@@ -24,9 +24,11 @@ import numpy as np
 import torch
 
 from geomerge.errors import ModelError, UsageError
+from geomerge.late import without_gradients
 
 if TYPE_CHECKING:
     from torch import Tensor
+
 
 BUDGET = 1 << 30
 """Bytes that the sums may take."""
@@ -228,7 +230,7 @@ def _encode(model: _Loaded, text: str) -> list[int]:
     return list(model.tokenizer(text, add_special_tokens=False, truncation=True, max_length=LONGEST)["input_ids"])
 
 
-@torch.inference_mode()
+@without_gradients()
 def _states(model: _Loaded, ids: list[int], device: str) -> list[Tensor]:
     out = model.module(input_ids=torch.tensor([ids], device=device), output_hidden_states=True)
     states = out.hidden_states if getattr(out, "hidden_states", None) is not None else out.encoder_hidden_states

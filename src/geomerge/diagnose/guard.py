@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
 from geomerge import anatomy
 from geomerge.checkpoint.checkpoint import Checkpoint
@@ -23,6 +22,7 @@ from geomerge.engine.build import Builder
 from geomerge.engine.plan import Node, Plan
 from geomerge.methods.base import Method, Span
 from geomerge.methods.gram import Gram
+from geomerge.methods.tile import elements
 
 GROUPS = 48
 PIECES = 4
@@ -99,8 +99,7 @@ def check(plan: Plan, inputs: Sequence[Checkpoint], thresholds: Thresholds | Non
         groups.setdefault(group_of(parts[node.name]), []).append(node)
     chosen = _spread(list(groups.values()), GROUPS)
     builder = Builder(plan, inputs)
-    with torch.inference_mode():
-        angles = [angle for group in chosen if (angle := _angle(builder, group)) is not None]
+    angles = [angle for group in chosen if (angle := _angle(builder, group)) is not None]
     omega = math.fsum(angles) / len(angles) if angles else 0.0
     elements = sum(n.numel for n in nodes)
     t = math.fsum(_t(n) * n.numel for n in nodes) / max(elements, 1)
@@ -167,14 +166,14 @@ def _sampled(builder: Builder, node: Node) -> np.ndarray:
     size = min(PIECE, node.numel)
     number = min(PIECES, max(node.numel // size, 1))
     starts = np.linspace(0, node.numel - size, number).astype(np.int64).tolist()
-    stack = torch.empty(2, number, size, dtype=torch.float64)
+    stack = np.empty((2, number, size))
     for k, operand in enumerate(node.operands):
         if operand.rows >= 0:
             return np.zeros((2, 2))  # rows in another order are read one by one: too slow for a look
         source = builder.source(operand, node)
         for i, start in enumerate(starts):
-            source.read(start, stack[k, i])
-    x, d = stack[0].reshape(-1), (stack[1] - stack[0]).reshape(-1)
+            stack[k, i] = elements(source, start, size)
+    x, d = stack[0], stack[1] - stack[0]
     # Sums of products, not x @ x: the BLAS would wake its threads for a few microseconds of work.
     xx, xd, dd = (float((u * v).sum()) for u, v in ((x, x), (x, d), (d, d)))
     return np.array([[xx, xd], [xd, dd]]) * (node.numel / (number * size))

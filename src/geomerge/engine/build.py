@@ -6,11 +6,10 @@ import math
 import threading
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from geomerge.checkpoint.checkpoint import Checkpoint
 from geomerge.checkpoint.coded.scaled import Scaled
@@ -32,6 +31,10 @@ from geomerge.methods.gram import Gram
 from geomerge.methods.kernel import Open, Prepared, columnwise, measure_gram, merge_matrix, prepare
 from geomerge.methods.rest import is_matrix
 from geomerge.methods.tile import TILE, Scan, Segment, Source
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 Run = Callable[[Callable[[Segment], Any], Iterable[Segment]], Iterable[Any]]
 
@@ -55,13 +58,13 @@ class Builder:
         inputs: Sequence[Checkpoint],
         *,
         tile: int = TILE,
-        device: torch.device | str = "cpu",
+        device: str = "cpu",
         read_ahead: bool = False,
         kept: dict[object, Gram | Tensor] | None = None,
     ) -> None:
         self._kept = kept
         self.plan, self.inputs = plan, inputs
-        self.tile, self.device, self.read_ahead = tile, torch.device(device), read_ahead
+        self.tile, self.device, self.read_ahead = tile, device, read_ahead
         self.transforms = Transforms(inputs, plan.transforms, plan.rotations)
         self.transforms.settle()
         self._groups: dict[tuple[int, str], list[Node]] = {}
@@ -87,7 +90,7 @@ class Builder:
                 measured = self._weighted_gram(node, run)
             elif self._kept is not None and node.method.axis == "tensor":
                 measured = self._kept_gram(node, run)
-        prepared = prepare(node.method, open_scan, node.shape, node.scale, to_torch(node.dtype), measured)
+        prepared = prepare(node.method, open_scan, node.shape, node.scale, node.dtype, measured)
         for each in node.columns:
             prepared = columnwise(prepared, self._factors(each, node), math.prod(node.shape[each.axis + 1 :]))
         return prepared
@@ -140,9 +143,9 @@ class Builder:
         # What a survey found is no part of a method's equality.
         key = (replace(method, lambda_=1.0) if same else method, method.known, inputs)
         found = self._kept.get(key)
-        if not isinstance(found, Tensor):
+        if not isinstance(found, torch.Tensor):
             found = merge_matrix(method, self.opener(node, node.operands, map)(), node.shape)
-            if found.nbytes + sum(t.nbytes for t in list(self._kept.values()) if isinstance(t, Tensor)) <= ROOM:
+            if found.nbytes + sum(t.nbytes for t in list(self._kept.values()) if isinstance(t, torch.Tensor)) <= ROOM:
                 self._kept[key] = found
         return found
 
@@ -163,7 +166,7 @@ class Builder:
         level = len(self.plan.stages) - 1 - node.stage
         sources = [self.source(operand, node) for operand in operands]
         once = isinstance(node.method, Span) and not node.method.needs_gram
-        if node.numel <= self.tile and self.device.type == "cpu" and not once:
+        if node.numel <= self.tile and self.device == "cpu" and not once:
             sources = [HeldSource(s, node.numel) if isinstance(s, FileSource | LoraSource) else s for s in sources]
 
         def open_scan(**tiling: Any) -> Scan:
@@ -226,7 +229,7 @@ class Builder:
             made = self.plan.nodes[operand.node]
             if made.method is None:
                 return self.source(made.operands[0], made)
-            return StageSource(self.prepare(made), self.rounding(made), to_torch(made.dtype), self._label(operand))
+            return StageSource(self.prepare(made), self.rounding(made), made.dtype, self._label(operand))
         return stored_source(self.inputs[operand.input], operand.tensor, self._label(operand))
 
     def _sums(self, index: int, matrices: Sequence[Source | None]) -> Mixtures | None:

@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from geomerge.checkpoint.dtypes import to_torch
 from geomerge.methods.tile import TILE, Source, block_sums
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from geomerge.methods.kernel import Prepared
 
 ALLOWED = 1.5

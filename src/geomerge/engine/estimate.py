@@ -143,7 +143,9 @@ def _try(builder: Builder, node: Node) -> tuple[float, int, RoundingLoss]:
         source.read(start, piece)
         if corner is not None:
             piece = piece.view(-1, rows)[:, : corner[1]].reshape(-1)
-        pieces.append(piece.to(source.dtype))  # exact: the method then takes the same course as on the whole tensor
+        pieces.append(
+            piece.to(to_torch(source.dtype))
+        )  # exact: the method then takes the same course as on the whole tensor
     shape = corner or ((count // rows, rows) if len(node.shape) > 1 else (count,))
     work = count if corner is None else corner[0] * corner[1] * min(corner)
     sources = [TensorSource(p) for p in pieces]
@@ -152,7 +154,7 @@ def _try(builder: Builder, node: Node) -> tuple[float, int, RoundingLoss]:
         return Scan(sources, shape, name=node.name, seed=builder.plan.stages[node.stage].seed, **tiling)
 
     chained = thinned(open_scan, node.chain, shape, len(pieces) - 1)
-    prepared = prepare(node.method, chained, shape, node.scale, to_torch(node.dtype))
+    prepared = prepare(node.method, chained, shape, node.scale, node.dtype)
     round_ = builder.rounding(node)
     loss = RoundingLoss()
     aside = 0.0

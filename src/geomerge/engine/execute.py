@@ -28,6 +28,7 @@ from geomerge.engine.plan import BUFFER, SCALES, Node
 from geomerge.engine.sinks import Sink
 from geomerge.engine.sources import FileSource, read_into, staging
 from geomerge.errors import GeomergeError, NotFiniteError
+from geomerge.late import torch_alone, without_gradients
 from geomerge.methods import native
 from geomerge.methods.kernel import Prepared
 from geomerge.methods.native import in_memory
@@ -94,9 +95,12 @@ class Work:
     advance: Callable[[int], None]
     stop: threading.Event
 
-    @torch.inference_mode()
     def make(self, node: Node, run: Callable[..., Iterable[Any]] = map) -> Facts:
         """Compute a node and write all of it; `run` maps over its segments."""
+        with without_gradients():
+            return self._make(node, run)
+
+    def _make(self, node: Node, run: Callable[..., Iterable[Any]]) -> Facts:
         if node.rule == SCALES:
             return {}  # written with its codes
         if node.method is None:
@@ -153,11 +157,14 @@ class Work:
 
         return mapped
 
-    @torch.inference_mode()
     def _segment(self, node: Node, prepared: Prepared, segment: Segment) -> RoundingLoss:
-        loop = prepared.loop(to_torch(node.dtype)) if self.builder.nearest(node) else None
-        if loop is not None:
-            return self._looped(node, prepared, loop, segment)
+        loop = prepared.loop(node.dtype) if self.builder.nearest(node) else None
+        with without_gradients():
+            if loop is not None:
+                return self._looped(node, prepared, loop, segment)
+            return self._by_tiles(node, prepared, segment)
+
+    def _by_tiles(self, node: Node, prepared: Prepared, segment: Segment) -> RoundingLoss:
         round_ = self.builder.rounding(node)
         itemsize = DTYPES[node.dtype].itemsize
         loss = RoundingLoss()
@@ -176,19 +183,19 @@ class Work:
 
     def _looped(self, node: Node, prepared: Prepared, loop: Loop, segment: Segment) -> RoundingLoss:
         """The same by a compiled loop, which writes the elements itself."""
-        dtype, loss = to_torch(node.dtype), RoundingLoss()
+        loss = RoundingLoss()
         sampled = prepared.scan.numel >= _SAMPLED
         stored = self.sink.stored(node)
         for place in prepared.scan.places(segment):
             if self.stop.is_set():
                 raise Interrupted
             beginning = np.empty(min(SAMPLE, place.numel)) if sampled and place.start == segment.start else None
-            room = output(place.numel, dtype, prepared.scan.level) if stored is None else None
+            room = output(place.numel, to_torch(node.dtype), prepared.scan.level) if stored is None else None
             out = in_memory(room) if room is not None else stored and stored.at(place.start)
             assert out is not None
             if not loop(place, out, beginning):
                 merged = prepared.at(place)
-                room = merged.to(dtype)
+                room = merged.to(to_torch(node.dtype))
                 if beginning is not None:
                     beginning[:] = merged[: len(beginning)]
             if room is not None:
@@ -265,24 +272,22 @@ class Threads:
         tiny = [item for item in light if item[1].numel <= _TINY]
         room = Room(ROOM)
         keep_freed_memory()
-        before = torch.get_num_threads()
-        # The tiles are the parallelism; torch's own threads would only wait for each other. New threads take this over.
-        torch.set_num_threads(1)
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="geomerge")
         try:
-            for index, node in large:
-                done([(index, self.work.make(node, lambda f, segments: _map(pool, f, segments)))])
-            futures = [pool.submit(self._in_turn, tiny, done)] if tiny else []
-            futures += [pool.submit(self._bundle, bundle, done) for bundle in bundles(small)]
-            # Last, because who waits for room should keep nobody waiting.
-            futures += [pool.submit(self._heavy, item, weight[item[0]], room, done) for item in heavy]
-            _gather(futures)
+            # New threads take over that torch is to work alone.
+            with torch_alone():
+                for index, node in large:
+                    done([(index, self.work.make(node, lambda f, segments: _map(pool, f, segments)))])
+                futures = [pool.submit(self._in_turn, tiny, done)] if tiny else []
+                futures += [pool.submit(self._bundle, bundle, done) for bundle in bundles(small)]
+                # Last, because who waits for room should keep nobody waiting.
+                futures += [pool.submit(self._heavy, item, weight[item[0]], room, done) for item in heavy]
+                _gather(futures)
         except BaseException:
             self.work.stop.set()
             raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-            torch.set_num_threads(before)
 
     def _in_turn(self, tiny: list[tuple[int, Node]], done: Callable[[list[tuple[int, Facts]]], None]) -> None:
         for bundle in bundles(tiny):

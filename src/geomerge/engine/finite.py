@@ -7,9 +7,9 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from geomerge.checkpoint.checkpoint import Checkpoint
 from geomerge.checkpoint.coded import Coded
@@ -18,7 +18,12 @@ from geomerge.checkpoint.header import TensorInfo
 from geomerge.engine.execute import cores
 from geomerge.engine.sources import FileSource
 from geomerge.engine.stored import stored_source
-from geomerge.methods.tile import SEGMENT, TILE, Source, TensorSource
+from geomerge.late import torch_alone
+from geomerge.methods import native
+from geomerge.methods.tile import SEGMENT, TILE, Source, TensorSource, stored_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _Stored = TensorInfo | Coded
 
@@ -75,14 +80,12 @@ def find_not_finite(
                 advance(count * DTYPES[info.dtype].itemsize)
 
     pool = ThreadPoolExecutor(threads or cores(), thread_name_prefix="geomerge-scan")
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     try:
-        _settle([pool.submit(look, pieces) for pieces in _bundles(checkpoint)])
+        with torch_alone():
+            _settle([pool.submit(look, pieces) for pieces in _bundles(checkpoint)])
     finally:
         stop.set()
         pool.shutdown(wait=True, cancel_futures=True)
-        torch.set_num_threads(before)
     return {name: found[name] for name in checkpoint.logical if name in found}
 
 
@@ -130,6 +133,9 @@ def _source(checkpoint: Checkpoint, info: _Stored) -> Source:
 
 def _count(source: Source, start: int, count: int, stop: threading.Event) -> NotFinite:
     bad = NotFinite()
+    stored = stored_of(source) if native.available() else None
+    if stored is not None and native.finite(native.Inputs([stored.at(start)], count)):
+        return bad
     buffer = torch.empty(min(TILE, count), dtype=torch.float64)
     for at in range(start, start + count, TILE):
         if stop.is_set():

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from geomerge.checkpoint.checkpoint import Checkpoint
 from geomerge.checkpoint.dtypes import to_torch
@@ -34,6 +33,8 @@ from geomerge.recipe.references import parse_reference
 from geomerge.recipe.values import NOWHERE
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from geomerge.methods.gram import Gram
     from geomerge.methods.native import Stored
     from geomerge.recipe.values import Pipeline

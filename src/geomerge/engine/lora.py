@@ -7,13 +7,16 @@ the same bits come out for every tile size and any number of threads. The factor
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from geomerge.align.sources import READ, BlockSource, Once
 from geomerge.checkpoint.change import Change
 from geomerge.methods.tile import Source, empty
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def whole(source: Source, shape: tuple[int, ...]) -> Once:

@@ -16,6 +16,7 @@ import numpy as np
 if TYPE_CHECKING:
     from torch import Tensor
 
+
 SAMPLE = 1 << 12
 """Elements of a tile that are looked at: fewer than any tile has, so that the estimate does not depend on the tile's size."""
 

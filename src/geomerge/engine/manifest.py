@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import PurePath
 from typing import Any
 
@@ -115,7 +116,4 @@ def total_loss(facts: Mapping[int, Mapping[str, Any]]) -> RoundingLoss:
 
 def versions() -> dict[str, str]:
     """The versions that a result may depend on."""
-    import numpy
-    import torch
-
-    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__}
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in ("torch", "numpy")}

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from geomerge.align.pursuit import pursue
+from geomerge.checkpoint.dtypes import to_torch
 from geomerge.errors import NotFiniteError
 from geomerge.tokens.rows import OMP, IntArray, RowPlan
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from geomerge.methods.tile import Source
 
 
@@ -78,7 +80,7 @@ class Mixtures:
         wanted = np.flatnonzero(self._plan.source == OMP - donor)
         theirs = self._plan.row[wanted]
         anchors = self._plan.anchors(donor)
-        atoms = _rows(source, width, anchors[:, 1], source.dtype)
+        atoms = _rows(source, width, anchors[:, 1], to_torch(source.dtype))
         sums = pursue(
             lambda first, last: _rows(source, width, theirs[first:last], torch.float64),
             len(wanted),

@@ -49,7 +49,7 @@ class RayTasks:
     """
 
     def __init__(self, work: Work, shard_size: int) -> None:
-        if not isinstance(work.sink, FileSink) or work.builder.device.type != "cpu":
+        if not isinstance(work.sink, FileSink) or work.builder.device != "cpu":
             raise UsageError("Ray tasks compute on the CPU and write files", hint="leave --device out")
         if any(c.memory for c in work.builder.inputs):
             raise UsageError("models in memory cannot be merged on a Ray cluster", hint="save them first")
@@ -156,7 +156,7 @@ def _opened(saved: str, shard_size: int, tile: int, _inode: int) -> tuple[Work, 
     inputs = open_inputs(plan)
 
     def build(plan: Plan) -> Builder:
-        return Builder(plan, inputs, tile=tile, device=torch.device("cpu"))
+        return Builder(plan, inputs, tile=tile, device="cpu")
 
     # What a survey finds is no part of a saved plan; made here again, it has the same bits.
     known = surveyed(plan, build, threads=1)

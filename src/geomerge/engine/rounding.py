@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from geomerge.methods.random import stream
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from torch import Tensor
 
 
 def nearest(dtype: torch.dtype) -> Callable[[int, Tensor], Tensor]:

@@ -8,10 +8,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor
 
 from geomerge.checkpoint.card import Parent, model_card
 from geomerge.checkpoint.checkpoint import Checkpoint
@@ -35,6 +34,10 @@ from geomerge.errors import ModelError, RunError, UsageError, did_you_mean
 from geomerge.methods import native, registry
 from geomerge.methods.tile import TILE
 from geomerge.version import __version__
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 logger = logging.getLogger(__name__)
 
@@ -347,6 +350,8 @@ def _open_input(model: InputModel, *, allow_pickle: bool) -> Checkpoint:
 
 def _choice(builder: Builder, nodes: Sequence[tuple[int, Node]], threads: int | None) -> Callable[[Work], Executor]:
     """Processes where they are safe and worth it, else threads."""
+    if any(not _by_loops(builder, node) for _, node in nodes):
+        torch.get_num_threads()  # loads it, before there are threads or forks that would each wait for it
     forks = _may_fork(builder, nodes, threads)
     return lambda work: Processes(work, threads) if forks else Threads(work, threads)
 
@@ -358,7 +363,7 @@ def _may_fork(builder: Builder, nodes: Sequence[tuple[int, Node]], threads: int 
     whole = whole or any(r.plan.pursued for r in builder.plan.rows)
     memory = any(c.memory for c in builder.inputs)
     slow = [item for item in nodes if not _by_loops(builder, item[1])]
-    return builder.device.type == "cpu" and not whole and not memory and suitable(slow, threads)
+    return builder.device == "cpu" and not whole and not memory and suitable(slow, threads)
 
 
 def _by_loops(builder: Builder, node: Node) -> bool:
@@ -388,20 +393,19 @@ def named(executor: str, threads: int | None, shard_size: int) -> Callable[[Work
 
 
 def make_builder(plan: Plan, opened: Sequence[Checkpoint], device: str, tile: int | None) -> Builder:
-    try:
-        place = torch.device(device)
-        if place.type != "cpu":
-            torch.empty(0, device=place)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else "unknown"
-        raise UsageError(f"the device {device!r} cannot be used: {reason}") from None
-    accelerated = place.type != "cpu"
+    accelerated = device != "cpu"
+    if accelerated:
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else "unknown"
+            raise UsageError(f"the device {device!r} cannot be used: {reason}") from None
     # A device wants tiles that are worth a transfer; a core wants tiles that stay in its cache.
     return Builder(
         plan,
         opened,
         tile=tile or (1 << 18 if accelerated else TILE),
-        device=place,
+        device=device,
         read_ahead=accelerated,
     )
 
@@ -412,8 +416,8 @@ def _shard_size(plan: Plan, asked: int) -> int:
     return max(plan.nbytes, 1) if plan.config is None and asked == DEFAULT_SHARD_SIZE else asked
 
 
-def _identity(plan: Plan, shard_size: int, device: torch.device) -> str:
-    return f"{plan.hash}/{shard_size}/{device.type}/{__version__}"
+def _identity(plan: Plan, shard_size: int, device: str) -> str:
+    return f"{plan.hash}/{shard_size}/{device.partition(':')[0]}/{__version__}"
 
 
 def write_model_files(plan: Plan, output: OutputDirectory) -> None:

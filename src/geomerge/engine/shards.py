@@ -150,7 +150,7 @@ def run_shard(
             return _report(plan, Path(out), begun, mine, len(mine), {})
         builder = make_builder(plan, opened, device, tile)
         layout = layout_of(plan, shard_size)
-        identity = _identity(plan, shards, shard_size, builder.device.type)
+        identity = _identity(plan, shards, shard_size, builder.device)
         with ShardedOutput(
             out, shard, shards, force=force, inputs=[Path(p) for i in plan.inputs for p in (i.path, i.adapter) if p]
         ) as output:

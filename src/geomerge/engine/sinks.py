@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NoReturn, Protocol
+from typing import TYPE_CHECKING, NoReturn, Protocol
 
 import torch
-from torch import Tensor
 
 from geomerge.checkpoint.dtypes import DTYPES, to_torch
 from geomerge.checkpoint.writer import Layout, disk_error
 from geomerge.engine.plan import Node, Plan
 from geomerge.methods.native import CODES, Stored, in_memory
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 _WRITE = 1 << 18
 """Bytes of one write. A megabyte or more in one go makes the kernel look for pages that lie together, and where memory is
@@ -57,7 +60,7 @@ class FileSink:
 
     def stored(self, node: Node) -> Stored | None:
         place = self.layout.place[node.name]
-        code = CODES.get(to_torch(node.dtype))
+        code = CODES.get(node.dtype)
         if code is None:
             return None
 

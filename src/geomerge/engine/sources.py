@@ -16,16 +16,17 @@ from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from geomerge.checkpoint.dtypes import DTYPES, to_torch
 from geomerge.errors import RunError
 from geomerge.methods.kernel import Prepared
-from geomerge.methods.native import CODES, Stored, in_memory
+from geomerge.methods.native import CODES, Stored
 from geomerge.methods.tile import TensorSource, empty
 from geomerge.tokens.rows import MEAN, OMP, PAD
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from geomerge.checkpoint.checkpoint import Checkpoint
     from geomerge.checkpoint.coded import Coded
     from geomerge.checkpoint.header import TensorInfo
@@ -51,7 +52,11 @@ def read_into(descriptor: int, buffer: Tensor, offset: int, label: str) -> None:
     Raises:
         RunError: The file ends too early or cannot be read.
     """
-    view = memoryview(buffer.numpy().data)
+    fill(descriptor, memoryview(buffer.numpy().data), offset, label)
+
+
+def fill(descriptor: int, view: memoryview, offset: int, label: str) -> None:
+    """The same for any memory."""
     while view:
         try:
             got = os.preadv(descriptor, [view], offset)
@@ -82,7 +87,7 @@ class FileSource:
         self._descriptor = descriptor
         self._offset = info.offset
         self._itemsize = DTYPES[info.dtype].itemsize
-        self.dtype = to_torch(info.dtype)
+        self.dtype = info.dtype
 
     def read(self, start: int, out: Tensor) -> None:
         pinned = out.device.type == "cuda"
@@ -91,13 +96,12 @@ class FileSource:
             torch.cuda.current_stream(out.device).synchronize()
         raw = staging(out.numel() * self._itemsize, pinned=pinned)
         read_into(self._descriptor, raw, self._offset + start * self._itemsize, self.label)
-        out.copy_(raw.view(self.dtype), non_blocking=pinned)
+        out.copy_(raw.view(to_torch(self.dtype)), non_blocking=pinned)
 
-    def whole(self, numel: int) -> Tensor:
-        """All of the tensor, as it is stored."""
-        found = empty(numel, self.dtype)
-        if numel:
-            read_into(self._descriptor, found.view(torch.uint8), self._offset, self.label)
+    def whole(self, numel: int) -> np.ndarray:
+        """The bytes of all of the tensor."""
+        found = np.empty(numel * self._itemsize, dtype=np.uint8)
+        fill(self._descriptor, found.data, self._offset, self.label)
         return found
 
     def stored(self) -> Stored | None:
@@ -120,21 +124,24 @@ class HeldSource:
         self.label, self.dtype = source.label, source.dtype
         self._source, self._numel = source, numel
         self._lock = threading.Lock()
-        self._held: Tensor | None = None
+        self._held: np.ndarray | None = None
 
     def read(self, start: int, out: Tensor) -> None:
-        out.copy_(self._whole()[start : start + out.numel()])
+        values = torch.from_numpy(self._whole()).view(to_torch(self.dtype))
+        out.copy_(values[start : start + out.numel()])
 
     def stored(self) -> Stored | None:
-        return in_memory(self._whole())
+        code, held = CODES.get(self.dtype), self._whole()
+        return None if code is None or not held.size else Stored(code, memory=held.ctypes.data, keeps=held)
 
-    def _whole(self) -> Tensor:
+    def _whole(self) -> np.ndarray:
         with self._lock:
             if self._held is None and isinstance(self._source, FileSource):
                 self._held = self._source.whole(self._numel)
             elif self._held is None:
-                self._held = empty(self._numel, self.dtype)
-                self._source.read(0, self._held)
+                values = empty(self._numel, to_torch(self.dtype))
+                self._source.read(0, values)
+                self._held = values.view(torch.uint8).numpy()
             return self._held
 
 
@@ -168,7 +175,7 @@ class CodedSource:
 
     def __init__(self, checkpoint: Checkpoint, coded: Coded, label: str) -> None:
         self.label = label
-        self.dtype = to_torch(coded.exact)
+        self.dtype = coded.exact
         self._coded, self._parts = coded, StoredParts(checkpoint, label)
 
     def read(self, start: int, out: Tensor) -> None:
@@ -192,9 +199,7 @@ class StageSource:
     Reads that follow each other, as those of a scan do, cost one evaluation of each tile; each thread remembers where it is.
     """
 
-    def __init__(
-        self, prepared: Prepared, round_: Callable[[int, Tensor], Tensor], dtype: torch.dtype, label: str
-    ) -> None:
+    def __init__(self, prepared: Prepared, round_: Callable[[int, Tensor], Tensor], dtype: str, label: str) -> None:
         self.label = label
         self.dtype = dtype
         self._prepared = prepared
@@ -262,7 +267,7 @@ class RowSource:
         self._columns = max(columns, 1)
         self._lock = threading.Lock()
         self._padding: Tensor | None = None
-        self.dtype = torch.float64  # means of rows fit nothing narrower
+        self.dtype = "F64"  # means of rows fit nothing narrower
 
     def read(self, start: int, out: Tensor) -> None:
         columns = self._columns

@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 
-from geomerge.checkpoint.dtypes import to_torch
 from geomerge.engine.build import Builder
 from geomerge.engine.execute import Room, cores
 from geomerge.engine.matrices import ROOM, whole_matrices
 from geomerge.engine.memory import keep_freed_memory
 from geomerge.engine.plan import Node, Plan
 from geomerge.engine.processes import in_workers
+from geomerge.late import torch_alone, without_gradients
 from geomerge.methods.kernel import survey_scan
 from geomerge.methods.tile import Scan, block_sums
 from geomerge.methods.walk import Walk
@@ -55,15 +55,10 @@ def surveyed(
     if not survey_bytes(plan):
         return plan
     keep_freed_memory()
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # the tensors are the parallelism
-    try:
-        with _workers(threads or cores()) if forks else _threads(threads or cores()) as crew:
-            for stage in range(len(plan.stages)):
-                plan = _stage(plan, stage, make(plan), crew, advance)
-                plan = _lifted(plan, stage, make, crew, advance)
-    finally:
-        torch.set_num_threads(before)
+    with torch_alone(), _workers(threads or cores()) if forks else _threads(threads or cores()) as crew:
+        for stage in range(len(plan.stages)):
+            plan = _stage(plan, stage, make(plan), crew, advance)
+            plan = _lifted(plan, stage, make, crew, advance)
     return plan
 
 
@@ -131,7 +126,7 @@ def _opener(builder: Builder, node: Node) -> Callable[[], Scan]:
         # What a step has decomposed is as large as the tensor: not to be kept for the whole model.
         anew = any(step.whole for step in node.chain)
         each = builder.opener(node, node.operands, map) if anew else open_scan
-        return survey_scan(method, each, node.shape, node.scale, to_torch(node.dtype))
+        return survey_scan(method, each, node.shape, node.scale, node.dtype)
 
     return opened
 
@@ -149,9 +144,8 @@ def _counted(
         listed = list(items)
         results: list[Any] = [None] * len(listed)
 
-        @torch.inference_mode()
         def one(index: int) -> Any:
-            with room.taken(weights[index]) if weights[index] else contextlib.nullcontext():
+            with without_gradients(), room.taken(weights[index]) if weights[index] else contextlib.nullcontext():
                 return work(listed[index])
 
         def done(index: int, result: Any) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from geomerge.align.procrustes import Block, cross_product, solve
 from geomerge.align.sources import ConstantSource, Once, ReaderSource, WriterSource, vector
@@ -16,6 +16,10 @@ from geomerge.engine.plan import Anchor, Operand, Rotation, Transform
 from geomerge.engine.stored import stored_source
 from geomerge.methods.tile import Source
 from geomerge.tokens.rows import IntArray
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 _AT_ONCE = 1 << 21
 """Elements of vectors that are read at once."""

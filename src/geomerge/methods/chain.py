@@ -8,13 +8,11 @@ the steps and the method. What a step measures is measured before, in passes of 
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from geomerge.errors import UsageError, did_you_mean
 from geomerge.methods.base import Method, parameter, per_model
@@ -25,6 +23,10 @@ from geomerge.methods.rest import is_matrix
 from geomerge.methods.sparsify import Magnitude, MagPrune, Outliers, Random, Rescale, Sparsifier, measure
 from geomerge.methods.tile import Scan, Tile
 from geomerge.methods.walk import whole
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 Shape = tuple[int, ...]
 
@@ -209,7 +211,7 @@ def _placed(scan: Scan, selections: list[Selection]) -> list[Selection]:
 
 
 def _numel(shape: Shape) -> int:
-    return int(torch.Size(shape).numel())
+    return math.prod(shape)
 
 
 @dataclass(frozen=True)

@@ -9,20 +9,24 @@ elements these are is decided for each by its own numbers, so that it does not d
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from geomerge.methods.tile import Scan, Tile
 
-_CANCELLED = {torch.bfloat16: 2.0**-11, torch.float16: 2.0**-9}
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+_CANCELLED = {"BF16": 2.0**-11, "F16": 2.0**-9}
 """A float32 sum this much smaller than its summands is off by a tenth of the dtype's ulp."""
 
 _GAP = 2.0**-12
 """A difference of two 16-bit numbers, one of which is this much smaller, may not fit float32."""
 
-Exact = Callable[[np.ndarray], tuple[Tensor, Tensor]]
+Exact = Callable[[np.ndarray], tuple["Tensor", "Tensor"]]
 """Gives the base's and the thinned task vectors' elements at flat indices of a tile in float64, exactly."""
 
 

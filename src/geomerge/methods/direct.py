@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from torch import Tensor
 
+from geomerge.checkpoint.dtypes import from_torch
 from geomerge.errors import IncompatibleModels, UsageError
 from geomerge.methods.base import Matrix, Method
 from geomerge.methods.kernel import Open, prepare, survey_scan
@@ -17,7 +17,11 @@ from geomerge.methods.rest import is_matrix
 from geomerge.methods.tile import TILE, Scan, TensorSource
 from geomerge.methods.walk import Walk
 
-Weights = Tensor | Mapping[str, Tensor]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+Weights: TypeAlias = "Tensor | Mapping[str, Tensor]"
 """A tensor, or tensors by name."""
 
 
@@ -65,9 +69,9 @@ class Function:
         inputs, count = self._inputs(models, base)
         values = {name.rstrip("_"): value for name, value in parameters.items()}
         method = self.method.make(values, count=count, compat=compat, extrapolate=extrapolate)
-        if all(isinstance(m, Tensor) for m in inputs):
+        if all(isinstance(m, torch.Tensor) for m in inputs):
             return merge_tensors(method, inputs, seed=seed, dtype=dtype, tile=tile)  # type: ignore[arg-type]
-        if any(isinstance(m, Tensor) for m in inputs):
+        if any(isinstance(m, torch.Tensor) for m in inputs):
             raise UsageError("the models must be all tensors or all mappings of tensors")
         names = list(inputs[0])
         for m in inputs[1:]:
@@ -92,7 +96,7 @@ class Function:
         flat = list(given)
         if use == "required" and len(flat) == 2 and base is None:
             base = flat.pop(0)  # type: ignore[assignment]
-        if len(flat) != 1 or isinstance(flat[0], Tensor | Mapping) or (use == "required" and base is None):
+        if len(flat) != 1 or isinstance(flat[0], torch.Tensor | Mapping) or (use == "required" and base is None):
             raise UsageError(f"call {self.method.name}({shape}, …)")
         models: list[Weights] = list(flat[0])
         if use == "ignored" and base is not None:
@@ -120,7 +124,7 @@ def _surveyed(
     for name in mine:
         tensors = [m[name] for m in inputs]
         out, open_scan = _opened(tensors, str(name), seed=seed, dtype=dtype, tile=tile)
-        scans.append(functools.partial(survey_scan, method, open_scan, tuple(tensors[0].shape), 1.0, out))
+        scans.append(functools.partial(survey_scan, method, open_scan, tuple(tensors[0].shape), 1.0, from_torch(out)))
     numel = sum(inputs[0][name].numel() for name in mine)
     walk = Walk(scans, [str(name) for name in mine], numel, len(inputs) - 1)
     return replace(method, known=method.survey(walk))
@@ -140,7 +144,7 @@ def merge_tensors(
     dtype, open_scan = _opened(tensors, name, seed=seed, dtype=dtype, tile=tile)
     out = torch.empty(shape, dtype=dtype, device=tensors[0].device)
     flat = out.view(-1)
-    prepared = prepare(method, open_scan, shape, dtype=dtype)
+    prepared = prepare(method, open_scan, shape, dtype=from_torch(dtype))
     for segment in prepared.scan.segments:
         for start, values in prepared.tiles(segment):
             flat[start : start + values.numel()] = values

@@ -7,11 +7,10 @@ import math
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from geomerge.errors import RunError, UsageError
 from geomerge.methods import gram, native
@@ -22,7 +21,11 @@ from geomerge.methods.rest import is_matrix, rest_method
 from geomerge.methods.tile import Loop, Place, Scan, Segment, Tile
 from geomerge.methods.walk import Walk, whole
 
-_NARROW = (torch.bfloat16, torch.float16)
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+_NARROW = ("BF16", "F16")
 
 _UNDERFLOW = 1e-30
 
@@ -65,7 +68,7 @@ class Prepared:
         for tile in self.scan.tiles(segment):
             yield tile.start, self.blend(tile).reshape(-1)
 
-    def loop(self, dtype: torch.dtype) -> Loop | None:
+    def loop(self, dtype: str) -> Loop | None:
         """The compiled loop for this output, if it can do all that is asked."""
         return self.fused if self.fused is not None and self.scan.compiled and native.takes([dtype]) else None
 
@@ -80,7 +83,7 @@ def prepare(
     open_scan: Open,
     shape: tuple[int, ...],
     scale: float = 1.0,
-    dtype: torch.dtype | None = None,
+    dtype: str | None = None,
     measured: gram.Gram | Tensor | None = None,
 ) -> Prepared:
     """Measure what a method needs of one tensor.
@@ -111,8 +114,7 @@ def prepare(
             return Prepared(scan, functools.partial(_combine_columns, columns))
         scan = open_scan(check=not method.needs_gram)
         k = len(scan.sources)
-        assert not isinstance(measured, Tensor)
-        if measured is None:
+        if not isinstance(measured, gram.Gram):
             measured = measure_gram(open_scan) if method.needs_gram else gram.Gram(np.full((k, k), np.nan))
         try:
             vector = np.asarray(method.coefficients(measured), dtype=np.float64)
@@ -125,10 +127,8 @@ def prepare(
         elif not method.needs_gram and all(coefficients):
             # What is not finite in an input shows in the output: one look instead of one for each input.
             scan, combine = open_scan(check=False), functools.partial(_looked_at, combine)
-        # Every input has been looked at when it was measured, or is when the output is.
-        seen = (method.needs_gram or all(coefficients)) and any(coefficients)
-        plain = combine is not _combine_differences and scan.thinning is None
-        fused = functools.partial(_fused_sum, coefficients) if seen and plain else None
+        plain = combine is not _combine_differences and scan.thinning is None and any(coefficients)
+        fused = functools.partial(_fused_sum, coefficients) if plain else None
         return Prepared(scan, functools.partial(combine, coefficients), coefficients, fused=fused)
     if not isinstance(method, Elementwise):
         raise TypeError(f"{type(method).__name__} belongs to no family")
@@ -166,19 +166,19 @@ def columnwise(prepared: Prepared, factors: Tensor, stride: int) -> Prepared:
 
 
 def elementwise_scan(
-    method: Elementwise, open_scan: Open, shape: tuple[int, ...], scale: float = 1.0, dtype: torch.dtype | None = None
+    method: Elementwise, open_scan: Open, shape: tuple[int, ...], scale: float = 1.0, dtype: str | None = None
 ) -> Scan:
     """The scan on which an elementwise method measures and blends a tensor; arguments as in `prepare`."""
     last = shape[-1] if len(shape) > 1 else max(_numel(shape), 1)
     width = last if method.rows else None
     scan = open_scan(columns=width)
     if method.single and scale == 1.0 and dtype in _NARROW and _narrow(scan):
-        return open_scan(columns=width, dtype=torch.float32)
+        return open_scan(columns=width, single=True)
     return scan
 
 
 def survey_scan(
-    method: Method, open_scan: Open, shape: tuple[int, ...], scale: float = 1.0, dtype: torch.dtype | None = None
+    method: Method, open_scan: Open, shape: tuple[int, ...], scale: float = 1.0, dtype: str | None = None
 ) -> Scan:
     """The scan on which a method's survey looks at a tensor; arguments as in `prepare`."""
     return elementwise_scan(method, open_scan, shape, scale, dtype) if isinstance(method, Elementwise) else open_scan()
@@ -257,7 +257,7 @@ def measure_gram(open_scan: Open) -> gram.Gram:
     coefficients of a merge need three. Inputs that are not finite show in the sums.
     """
     if _narrow(open_scan()):
-        found = gram.measure(open_scan(dtype=torch.float32, check=False), "tensor")
+        found = gram.measure(open_scan(single=True, check=False), "tensor")
         # Products of numbers below 10⁻¹⁹ are lost to float32.
         if np.isfinite(found.centred).all() and (np.diagonal(found.centred) > _UNDERFLOW).all():
             return found
@@ -297,6 +297,10 @@ def _combine(coefficients: tuple[float, ...], tile: Tile) -> Tensor:
 def _fused_sum(coefficients: tuple[float, ...], place: Place, out: native.Stored, beginning: np.ndarray | None) -> bool:
     """`_combine` from the inputs as they are stored."""
     used = [i for i, c in enumerate(coefficients) if c != 0.0]
+    # What is used shows in the sum when it is not finite.
+    unused = [i for i, c in enumerate(coefficients) if c == 0.0] if place.scan.checks else []
+    if unused and not native.finite(place.scan.stored(place.start, place.numel, unused)):
+        return False
     inputs = place.scan.stored(place.start, place.numel, used)
     return native.span(inputs, [coefficients[i] for i in used], out, beginning)
 

@@ -8,10 +8,13 @@ for two or three.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 NOISE = 1e-13
 """Eigenvalues below this share of the largest are zero but for rounding."""

@@ -10,12 +10,15 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor
 
 from geomerge.methods.krylov import NOISE, leading
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 RANK = 1e-6
 """Singular values below this share of the largest do not count: a matrix in 16 or 32 bits does not hold such."""

@@ -78,7 +78,7 @@ class Selection:
             return values.zero_()
         if self.threshold == 0.0:
             return values
-        below = _next_below(self.threshold, values.dtype)
+        below = _next_below(self.threshold, single=values.dtype == torch.float32)
         if self.every:
             return torch.hardshrink(values, below, out=values)
         if self.last is not None:
@@ -112,7 +112,7 @@ class Selection:
         left = self.keep - sum(self.equal[: place.segment])
         if not self.every and left <= 0:
             return self.threshold, math.nan, 0
-        below = _next_below(self.threshold, place.scan.dtype)
+        below = _next_below(self.threshold, single=place.scan.single)
         if self.every or left >= self.equal[place.segment]:
             return below, math.nan, 0
         return below, self.threshold, left
@@ -125,9 +125,9 @@ class Selection:
 NOTHING = Selection(math.inf, 0, ())
 
 
-def _next_below(value: float, dtype: torch.dtype) -> float:
-    """The largest smaller number of the dtype: what is greater than it is at least `value`."""
-    number = np.float32(value) if dtype == torch.float32 else np.float64(value)
+def _next_below(value: float, *, single: bool) -> float:
+    """The largest smaller number of float32 or float64: what is greater than it is at least `value`."""
+    number = np.float32(value) if single else np.float64(value)
     return float(np.nextafter(number, number.dtype.type(0)))
 
 

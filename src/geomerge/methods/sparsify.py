@@ -9,16 +9,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
 
 from geomerge.methods.native import Thinning
 from geomerge.methods.order import Selection, largest, largest_of_all
 from geomerge.methods.random import bernoulli, drawing, keep_
 from geomerge.methods.tile import Place, Scan, Tile
 from geomerge.methods.walk import Walk
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 Rescale = Literal["none", "inverse", "l1"]
 """What is done for the dropped elements: nothing; division by the kept share (unbiased, as in the papers); or

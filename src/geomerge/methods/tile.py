@@ -20,14 +20,18 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from geomerge.checkpoint.dtypes import from_torch
 from geomerge.errors import NotFiniteError
 from geomerge.methods import native
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 TILE = 1 << 17
 """Elements in a tile unless a caller asks otherwise: few enough to stay in the caches, enough to outweigh the calls."""
@@ -52,8 +56,8 @@ class Source(Protocol):
         """Model and tensor, for error messages."""
 
     @property
-    def dtype(self) -> torch.dtype:
-        """The dtype that holds the elements exactly."""
+    def dtype(self) -> str:
+        """The dtype that holds the elements exactly, by safetensors name."""
 
     def read(self, start: int, out: Tensor) -> None:
         """Fill `out` with the elements ``[start, start + len(out))`` in row-major order.
@@ -83,7 +87,7 @@ class TensorSource:
 
     def __init__(self, tensor: Tensor, label: str = "tensor") -> None:
         self.label = label
-        self.dtype = tensor.dtype
+        self.dtype = from_torch(tensor.dtype)
         self.flat = tensor.detach().reshape(-1).contiguous()  # a slice with steps is reshaped as it is
 
     def read(self, start: int, out: Tensor) -> None:
@@ -91,6 +95,16 @@ class TensorSource:
 
     def stored(self) -> native.Stored | None:
         return native.in_memory(self.flat)
+
+
+def elements(source: Source, start: int, count: int) -> np.ndarray:
+    """Some elements of a source in float64."""
+    stored = stored_of(source) if native.available() else None
+    if stored is not None:
+        return native.load(stored.at(start), count)
+    values = torch.empty(count, dtype=torch.float64)
+    source.read(start, values)
+    return values.numpy()
 
 
 def stored_of(source: Source) -> native.Stored | None:
@@ -183,7 +197,7 @@ class Scan:
         level: 0, or one more than the scans that read this one's output: each level has buffers of its own.
         read_ahead: Read the next tile while this one is computed (two sets of buffers take turns): for devices, whose
             transfers would otherwise wait for the arithmetic.
-        dtype: Of the tiles.
+        single: Tiles are float32.
         check: Refuse inputs that are not finite.
         thinning: Thins the task vectors as they are read. Inputs are then always checked: what is dropped would not show.
         exact: Tiles are to be float64 whatever a method could do with less.
@@ -202,7 +216,7 @@ class Scan:
         device: torch.device | str = "cpu",
         level: int = 0,
         read_ahead: bool = False,
-        dtype: torch.dtype = torch.float64,
+        single: bool = False,
         check: bool = True,
         thinning: Thinning | None = None,
         exact: bool = False,
@@ -212,14 +226,14 @@ class Scan:
         self.name = name
         self.seed = seed
         self.columns = columns
-        self.device = torch.device(device)
+        self.device = str(device)
         self.level = level
         self.read_ahead = read_ahead
         self.numel = math.prod(self.shape)
         unit = BLOCK if columns is None else max(columns, 1)
         self.tile = max(tile // unit, 1) * unit
         segment = max(SEGMENT // unit, 1) * unit
-        self.dtype = dtype
+        self.single = single
         self.thinning, self.exact = thinning, exact or thinning is not None
         self._finite = not check and thinning is None
         starts = range(0, self.numel, segment)
@@ -257,13 +271,13 @@ class Scan:
     @property
     def compiled(self) -> bool:
         """Whether compiled loops may work on the inputs as they are stored."""
-        plain = self.thinning is None and self.device.type == "cpu"
+        plain = self.thinning is None and self.device == "cpu"
         return plain and native.takes([source.dtype for source in self.sources])
 
     @property
-    def single(self) -> bool:
-        """Whether tiles are float32."""
-        return self.dtype == torch.float32
+    def dtype(self) -> torch.dtype:
+        """Of the tiles."""
+        return torch.float32 if self.single else torch.float64
 
     @property
     def checks(self) -> bool:
@@ -315,7 +329,7 @@ class Scan:
         """The tiles' inputs, each read by another thread while the caller works on the one before."""
         with ThreadPoolExecutor(1, thread_name_prefix="geomerge-read") as reader:
             sets = [self._fresh_buffers(), self._fresh_buffers()]
-            stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
+            stream = torch.cuda.Stream(self.device) if self.device.startswith("cuda") else None  # type: ignore[no-untyped-call]
 
             def read(index: int) -> Tensor:
                 with torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext():
@@ -448,14 +462,12 @@ def empty(count: int, dtype: torch.dtype, device: torch.device | str = "cpu", *,
 
 def output(count: int, dtype: torch.dtype, level: int) -> Tensor:
     """This thread's buffer for an output of compiled loops that has no place of its own."""
-    return _buffer((level, -1), count, dtype, torch.device("cpu"))
+    return _buffer((level, -1), count, dtype, "cpu")
 
 
-def _buffer(level: int | tuple[int, int], count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _buffer(level: int | tuple[int, int], count: int, dtype: torch.dtype, device: str) -> Tensor:
     """This thread's input buffer for a level: allocating anew for each tile would cost more than the sums."""
-    buffers: dict[tuple[int | tuple[int, int], torch.dtype, torch.device], Tensor] = _local.__dict__.setdefault(
-        "buffers", {}
-    )
+    buffers: dict[tuple[int | tuple[int, int], torch.dtype, str], Tensor] = _local.__dict__.setdefault("buffers", {})
     key = (level, dtype, device)
     found = buffers.get(key)
     if found is None or found.numel() < count:

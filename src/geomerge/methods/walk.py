@@ -7,12 +7,15 @@ concluded from them does not depend on that.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from geomerge.methods.tile import Scan, Tile
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 Result = TypeVar("Result")
 

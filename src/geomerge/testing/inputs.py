@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from geomerge.checkpoint.dtypes import from_torch
 from geomerge.methods import native
 from geomerge.methods.base import Method
 from geomerge.methods.kernel import prepare
@@ -77,10 +78,10 @@ def merge(
 
     out = torch.empty(shape, dtype=dtype)
     flat = out.view(-1)
-    prepared = prepare(method, open_scan, shape, dtype=dtype)
+    prepared = prepare(method, open_scan, shape, dtype=from_torch(dtype))
 
     def write(segment: Segment) -> None:
-        loop, out = prepared.loop(dtype), native.in_memory(flat)
+        loop, out = prepared.loop(from_torch(dtype)), native.in_memory(flat)
         if loop is None or out is None:
             for start, values in prepared.tiles(segment):
                 flat[start : start + values.numel()] = values

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from torch import Tensor
 
 from geomerge.methods.base import Elementwise
 from geomerge.methods.order import nth_smallest
 from geomerge.methods.properties import BASE, IDENTICAL
 from geomerge.methods.registry import register
 from geomerge.methods.tile import Scan, Tile
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _FLOOR = 1e-8
 

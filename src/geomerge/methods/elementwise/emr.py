@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor
 
 from geomerge.methods.base import Elementwise, parameter
 from geomerge.methods.combine import elected_sign
@@ -15,6 +14,9 @@ from geomerge.methods.properties import BASE, IDENTICAL, PERMUTATION, SCALE, SIN
 from geomerge.methods.registry import register
 from geomerge.methods.tile import Scan, Tile
 from geomerge.methods.walk import Walk
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def unified(deltas: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
-
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from geomerge.methods.base import Elementwise, parameter
 from geomerge.methods.properties import BASE, IDENTICAL, SIGN
 from geomerge.methods.registry import register
 from geomerge.methods.tile import Tile
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _FLOOR = 1e-6
 

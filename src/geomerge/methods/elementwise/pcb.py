@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
 
 from geomerge.methods.base import Elementwise, parameter, per_model
 from geomerge.methods.order import nth_smallest_of_all
@@ -16,6 +15,9 @@ from geomerge.methods.properties import BASE, PERMUTATION, SIGN
 from geomerge.methods.registry import register
 from geomerge.methods.tile import Scan, Tile
 from geomerge.methods.walk import Walk
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Bounds(NamedTuple):

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from torch import Tensor
 
 from geomerge.methods.base import Elementwise, parameter
 from geomerge.methods.properties import BASE, PERMUTATION, SIGN
 from geomerge.methods.registry import register
 from geomerge.methods.tile import Scan, Tile
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def _active(deltas: Sequence[Tensor], epsilon: float) -> tuple[list[Tensor], Tensor]:

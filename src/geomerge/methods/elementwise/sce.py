@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from geomerge.methods.base import Elementwise, parameter
 from geomerge.methods.combine import elected_sign
@@ -17,6 +16,9 @@ from geomerge.methods.order import Selection, largest
 from geomerge.methods.properties import BASE, IDENTICAL, PERMUTATION, SCALE, SINGLE
 from geomerge.methods.registry import register
 from geomerge.methods.tile import Scan, Tile
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def _variance(deltas: Sequence[Tensor]) -> Tensor:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor
 
 from geomerge.methods.base import Elementwise, parameter, per_model
 from geomerge.methods.combine import elected_sign
@@ -17,6 +16,9 @@ from geomerge.methods.registry import register
 from geomerge.methods.sparsify import Magnitude
 from geomerge.methods.tile import Scan, Tile
 from geomerge.methods.walk import Walk
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def tall_mask(delta: Tensor, total: Tensor, threshold: float) -> Tensor:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-from torch import Tensor
 
 from geomerge.methods import native
 from geomerge.methods.base import Elementwise, parameter, per_model
 from geomerge.methods.combine import cancelled, disjoint_merge, exactly, weighted_sum
 from geomerge.methods.sparsify import MagPrune, Rescale, Sparsifier, Thins, measure
 from geomerge.methods.tile import Loop, Place, Scan, Tile
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

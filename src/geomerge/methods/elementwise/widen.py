@@ -6,12 +6,11 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from geomerge.methods import gram
 from geomerge.methods.base import Elementwise, parameter
@@ -19,6 +18,9 @@ from geomerge.methods.gram import Gram
 from geomerge.methods.properties import BASE, PERMUTATION, SCALE, SIGN, SINGLE
 from geomerge.methods.registry import register
 from geomerge.methods.tile import Scan, Tile
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _TOKENS = re.compile(r"(?:^|\.)(?:embed_tokens\w*|(?:word|tok|token)_embeddings?|wte|embed_in|shared)\.weight$")
 """Matrices whose rows are tokens."""

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from torch import Tensor
 
 from geomerge.methods.base import Matrix, parameter
 from geomerge.methods.matrix.quadratic import adam, norms
@@ -17,6 +16,9 @@ from geomerge.methods.properties import BASE, PERMUTATION, SIGN
 from geomerge.methods.registry import register
 from geomerge.methods.sparsify import magnitudes
 from geomerge.methods.walk import Walk
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _TIE = 1e-10
 """How much more the leading directions of a task weigh in the shared subspace: nothing where the tasks decide, and what

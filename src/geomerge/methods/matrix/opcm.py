@@ -7,8 +7,12 @@ arXiv:2501.09522. The method is sequential and needs norms over whole models, so
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def cleaned(total: Tensor, delta: Tensor, alpha: float, *, zero_diagonal: bool = True) -> Tensor:

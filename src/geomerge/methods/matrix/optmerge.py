@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from torch import Tensor
 
 from geomerge.methods.base import Matrix, parameter
 from geomerge.methods.matrix.quadratic import Quadratic, norms
 from geomerge.methods.properties import BASE, PERMUTATION, SIGN, SINGLE
 from geomerge.methods.registry import register
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @register

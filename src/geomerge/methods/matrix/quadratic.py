@@ -12,9 +12,13 @@ D = MB with M = [a₁P₁ᵀ … a_TP_Tᵀ]. What the eigenvectors of C do, thos
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 NULL = 1e-10
 """Eigenvalues of C below this share of the largest are rounding errors of zero: no task says anything in their directions."""

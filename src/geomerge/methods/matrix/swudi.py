@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
-
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from geomerge.methods.base import Matrix, parameter
 from geomerge.methods.matrix.quadratic import flow, interference
 from geomerge.methods.properties import BASE, PERMUTATION, ROTATION, SCALE, SIGN, SINGLE
 from geomerge.methods.registry import register
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @register

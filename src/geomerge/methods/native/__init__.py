@@ -16,16 +16,20 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from geomerge.checkpoint.dtypes import from_torch
 from geomerge.methods.native.build import LIBRARY, fingerprint
 
-CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}
-"""The dtypes that the loops read and write."""
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+CODES = {"BF16": 0, "F16": 1, "F32": 2, "F64": 3}
+"""The dtypes that the loops read and write, by safetensors name."""
 
 _SIZES = (2, 2, 4, 8)
 _WINDOW, _BATCH, _APART = 1 << 15, 1 << 17, 576
@@ -42,9 +46,18 @@ def _library() -> ctypes.CDLL | None:
     if os.environ.get("GEOMERGE_NATIVE") == "0" or not LIBRARY.exists() or sys.byteorder != "little":
         return None
     # The loops fuse multiplication and addition where torch does, and torch does on processors that can.
-    if platform.machine() in ("x86_64", "AMD64") and not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+    if platform.machine() in ("x86_64", "AMD64") and not _fuses():
         return None
     return _load(LIBRARY)
+
+
+def _fuses() -> bool:
+    """Whether an x86 processor has AVX2 and fused multiplication and addition."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    return " avx2" in flags and " fma" in flags
 
 
 def _load(path: Path) -> ctypes.CDLL | None:
@@ -73,7 +86,7 @@ def turned_off() -> Iterator[None]:
         _off -= 1
 
 
-def takes(dtypes: Sequence[torch.dtype]) -> bool:
+def takes(dtypes: Sequence[str]) -> bool:
     """Whether the loops are there and can work on inputs (or outputs) of these dtypes."""
     return len(dtypes) <= MOST and all(d in CODES for d in dtypes) and available()
 
@@ -113,7 +126,7 @@ class Stored:
 
 def in_memory(tensor: Tensor) -> Stored | None:
     """Where a flat, contiguous tensor of the CPU lies, if the loops know its dtype."""
-    code = CODES.get(tensor.dtype)
+    code = CODES.get(from_torch(tensor.dtype))
     if code is None or tensor.device.type != "cpu":
         return None
     return Stored(code, memory=tensor.data_ptr() or _NOWHERE, keeps=tensor)
@@ -201,6 +214,18 @@ def _loaded() -> ctypes.CDLL:
 
 def _doubles(values: Sequence[float]) -> ctypes.Array[ctypes.c_double]:
     return (ctypes.c_double * len(values))(*values)
+
+
+def load(stored: Stored, count: int) -> np.ndarray:
+    """So many elements in float64."""
+    found = np.empty(count)
+    Inputs([stored], count).call("load", ctypes.c_int64(count), ctypes.c_void_p(found.ctypes.data))
+    return found
+
+
+def finite(inputs: Inputs) -> bool:
+    """Whether all inputs are finite."""
+    return inputs.call("finite", ctypes.c_int64(inputs.numel))
 
 
 def change(stored: Stored, merged: np.ndarray, code: int) -> tuple[np.ndarray, np.ndarray]:

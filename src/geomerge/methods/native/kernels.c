@@ -220,6 +220,34 @@ static int deliver(struct work *work, const struct place *out, int64_t stop, int
 
 TELL(float) TELL(double)
 
+/* The elements of the only input as doubles. */
+int geomerge_load(struct work *work, int64_t n, double *out) {
+    const void *raw[1];
+    for (int64_t at = 0; at < n; at += WINDOW) {
+        int64_t m = least(WINDOW, n - at);
+        if (!fetch(work, at, m, raw)) return -1;
+        for (int64_t s = 0; s < m; s += CHUNK) load_double(raw[0], work->inputs[0].dtype, s, least(CHUNK, m - s), out + at + s);
+    }
+    return 1;
+}
+
+/* Whether all inputs are finite. */
+int geomerge_finite(struct work *work, int64_t n) {
+    double bad = 0, x[CHUNK];
+    const void *raw[MOST];
+    for (int64_t at = 0; at < n; at += WINDOW) {
+        int64_t m = least(WINDOW, n - at);
+        if (!fetch(work, at, m, raw)) return -1;
+        for (int k = 0; k < work->count; k++)
+            for (int64_t s = 0; s < m; s += CHUNK) {
+                int64_t some = least(CHUNK, m - s);
+                if (work->inputs[k].dtype != BF16) load_double(raw[k], work->inputs[k].dtype, s, some, x);
+                bad += odd_double(raw[k], work->inputs[k].dtype, s, some, x);
+            }
+    }
+    return bad == 0;
+}
+
 /* Of n <= WINDOW merged elements: minus those of the only input, and what rounding to a dtype adds to them. */
 int geomerge_change(struct work *work, int64_t n, const double *merged, int dtype, double *change, double *error) {
     double x[CHUNK], room[CHUNK];

@@ -1,0 +1,86 @@
+"""Putting off an import until something of the module is used.
+
+Importing torch takes a second or two: longer than a merge of small models by compiled loops, which do not need it. The program
+(not the library: see `geomerge.cli.app`) puts it off. Everything else is written as if it had been imported: whoever touches
+`torch.anything` has it loaded at that moment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import sys
+import threading
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+_lock = threading.RLock()
+
+
+class _Later(ModuleType):
+    """Stands in for a module until one of its attributes is asked for, and passes on what it has from then on."""
+
+    def __getattr__(self, attribute: str) -> Any:
+        with _lock:
+            name = self.__name__
+            if sys.modules.get(name) is self:
+                del sys.modules[name]
+                try:
+                    importlib.import_module(name)
+                except BaseException:
+                    sys.modules[name] = self
+                    raise
+            module = sys.modules[name]
+            value = getattr(module, attribute)
+            # The next time it is found without asking here; what the module computes for itself each time is not kept.
+            if attribute in vars(module):
+                vars(self)[attribute] = value
+            return value
+
+
+def put_off(name: str) -> None:
+    """Load a module when something of it is used; nothing happens where it is loaded already, or is not installed."""
+    if name in sys.modules:
+        return
+    spec = importlib.util.find_spec(name)
+    if spec is None:
+        return
+    later = _Later(name)
+    later.__spec__ = spec
+    sys.modules[name] = later
+
+
+@contextlib.contextmanager
+def torch_alone() -> Iterator[None]:
+    """Within, torch works with one thread: the caller's threads are the parallelism. Nothing where torch is put off."""
+    if not loaded("torch"):
+        yield
+        return
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def without_gradients() -> Iterator[None]:
+    """`torch.inference_mode`, also as a decorator; nothing where torch is put off."""
+    if not loaded("torch"):
+        yield
+        return
+    import torch
+
+    with torch.inference_mode():
+        yield
+
+
+def loaded(name: str) -> bool:
+    """Whether a module is there already: neither missing nor put off."""
+    module = sys.modules.get(name)
+    return module is not None and not isinstance(module, _Later)

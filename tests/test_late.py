@@ -1,0 +1,150 @@
+"""Imports that are put off: the module is there when it is needed, and merges by compiled loops do not need torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+import tiny
+from geomerge import late
+from geomerge.methods import native
+
+
+@pytest.fixture
+def slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A module that takes its time, notes that it is loaded, and has a submodule."""
+    package = tmp_path / "slow_module"
+    package.mkdir()
+    (package / "__init__.py").write_text(
+        "import pathlib, time\ntime.sleep(0.1)\nwith open('loaded', 'a') as f: f.write('x')\nvalue = [1]\n"
+    )
+    (package / "inner.py").write_text("deep = 2\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    return "slow_module"
+
+
+def test_is_loaded_when_something_is_used(slow: str, tmp_path: Path) -> None:
+    """Once, with what it has and nothing else."""
+    late.put_off(slow)
+    module = sys.modules[slow]
+    assert not late.loaded(slow)
+    assert not (tmp_path / "loaded").exists()
+    assert module.value == [1]
+    assert late.loaded(slow)
+    assert module.value is sys.modules[slow].value
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = module.nothing
+    assert (tmp_path / "loaded").read_text() == "x"
+
+
+def test_submodules(slow: str) -> None:
+    """Their import loads it, as it would have."""
+    late.put_off(slow)
+    stand_in = sys.modules[slow]
+    __import__(f"{slow}.inner")
+    assert late.loaded(slow)
+    assert stand_in.inner.deep == 2
+
+
+def test_threads_that_need_it_at_once(slow: str, tmp_path: Path) -> None:
+    """One loads it, and the others wait."""
+    late.put_off(slow)
+    module, found = sys.modules[slow], list[object]()
+    crew = [threading.Thread(target=lambda: found.append(module.value)) for _ in range(8)]
+    for thread in crew:
+        thread.start()
+    for thread in crew:
+        thread.join()
+    assert found == [[1]] * 8
+    assert (tmp_path / "loaded").read_text() == "x"
+
+
+def test_what_cannot_be_put_off(slow: str, tmp_path: Path) -> None:
+    """What is loaded stays; what is not installed stays missing; what fails to load fails each time it is used."""
+    before = sys.modules["torch"]
+    late.put_off("torch")
+    assert sys.modules["torch"] is before
+    late.put_off("no_such_module")
+    assert "no_such_module" not in sys.modules
+    (tmp_path / slow / "__init__.py").write_text("raise ImportError('broken')\n")
+    late.put_off(slow)
+    for _ in range(2):
+        with pytest.raises(ImportError, match="broken"):
+            _ = sys.modules[slow].value
+
+
+PROGRAM = """
+import sys
+from geomerge.late import loaded, put_off
+put_off("torch")
+from geomerge.cli.app import main
+code = main(sys.argv[1:])
+print("torch" if loaded("torch") else "no torch", file=sys.stderr)
+raise SystemExit(code)
+"""
+
+PARAMETERS = {
+    "linear": "weight: 0.5",
+    "slerp": "t: 0.3",
+    "task_arithmetic": "weight: 0.5",
+    "ties": "weight: 0.5, density: 0.4",
+    "dare_ties": "weight: 0.5, density: 0.4",
+    "breadcrumbs": "weight: 0.5, density: 0.4, gamma: 0.1",
+    "model_stock": "",
+    "passthrough": "",
+    "sce": "select_topk: 0.5",
+}
+
+
+def run(root: Path, method: str) -> subprocess.CompletedProcess[str]:
+    """Merge two models, of several segments and of one tile, as the program does."""
+    names = ("a",) if method in ("passthrough", "slerp") else ("a", "b")
+    base = "" if method in ("linear", "passthrough") else f"base_model: {root / 'base'}\n"
+    (root / "recipe.yml").write_text(
+        f"merge_method: {method}\nmodels: [{', '.join(f'{{model: {root / n}}}' for n in names)}]\n"
+        f"{base}parameters: {{{PARAMETERS[method]}}}\n"
+    )
+    words = [sys.executable, "-c", PROGRAM, "merge", str(root / "recipe.yml"), str(root / "out"), "--quiet", "--force"]
+    return subprocess.run(words, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    shapes = {"model.layers.0.mlp.up_proj.weight": (1300, 1000), "model.layers.0.input_layernorm.weight": (1000,)}
+    base = tiny.random_tensors(shapes, 1, dtype=torch.bfloat16)
+    tiny.save(root / "base", base)
+    for seed, name in enumerate("ab"):
+        tiny.save(root / name, tiny.random_tensors(shapes, 2 + seed, like=base, dtype=torch.bfloat16))
+    return root
+
+
+@pytest.mark.skipif(not native.available(), reason="the compiled loops were not built (no C compiler?)")
+@pytest.mark.parametrize("method", PARAMETERS)
+def test_merges_by_loops_do_without_torch(method: str, models: Path) -> None:
+    """And those that cannot load it, once they do."""
+    done = run(models, method)
+    assert done.returncode == 0, done.stderr
+    expected = "torch" if method == "sce" else "no torch"
+    assert done.stderr.splitlines()[-1] == expected, done.stderr
+
+
+@pytest.mark.parametrize("method", ["linear", "slerp", "ties", "passthrough"])
+def test_damage_is_named_all_the_same(method: str, models: Path, tmp_path: Path) -> None:
+    """What the loops find is told by torch, which is loaded for it."""
+    for name in ("base", "b"):
+        (tmp_path / name).symlink_to(models / name)
+    tensors = tiny.read(models / "a")
+    tensors["model.layers.0.mlp.up_proj.weight"][1200, 7] = float("nan")
+    tiny.save(tmp_path / "a", tensors)
+    done = run(tmp_path, method)
+    assert done.returncode == 3, done.stderr
+    assert "up_proj.weight" in done.stderr
+    assert "NaN" in done.stderr
