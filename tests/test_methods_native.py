@@ -93,6 +93,9 @@ LOOPS = {
     "breadcrumbs": {"geomerge_survey_float", "geomerge_task_vectors_float"},
     "breadcrumbs_ties": {"geomerge_survey_float", "geomerge_task_vectors_float"},
     "arcee_fusion": {"geomerge_bracket_double"},
+    "nearswap": {"geomerge_nearswap"},
+    "ram": {"geomerge_ram"},
+    "ramplus_tl": {"geomerge_active", "geomerge_ram"},
     "sce": {"geomerge_bracket_double"},
 }
 """What a merge of bfloat16 models calls."""
@@ -121,7 +124,7 @@ def test_takes_the_loops(method: str, called: set[str]) -> None:
     """Those that the method has, and no other."""
     found = registry.get(method)
     values = {key: value for key, value in VALUES.items() if key in found.parameters()}
-    count = 1 if method in ("slerp", "arcee_fusion") else 2
+    count = 1 if method in ("slerp", "arcee_fusion", "nearswap") else 2
     inputs = 2 if method == "linear" else count + 1
     made = found.make(values, count=count)
     tensors = stored(models(inputs, (3, 50_003), "dense"), torch.bfloat16)

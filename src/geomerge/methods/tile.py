@@ -388,6 +388,18 @@ class Scan:
             source.read(start, out)
         self.refuse_not_finite(stack)
 
+    def loop(self, compute: Callable[..., bool]) -> Loop:
+        """A compiled loop over places from one that takes inputs, an output and an array for its beginning, and `check`."""
+
+        def looped(place: Place, out: native.Stored, beginning: np.ndarray | None) -> bool:
+            inputs = self.stored(place.start, place.numel)
+            done = compute(inputs, out, beginning, check=self.checks)
+            if not done:
+                self.look_again(place.start, place.numel)
+            return done
+
+        return looped
+
     def refuse_not_finite(self, stack: Tensor) -> None:
         """Look for the input that holds NaN or Inf in a tile.
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from geomerge.methods import native
 from geomerge.methods.base import Elementwise, parameter
 from geomerge.methods.properties import BASE, IDENTICAL, SIGN
 from geomerge.methods.registry import register
-from geomerge.methods.tile import Tile
+from geomerge.methods.tile import Loop, Scan, Tile
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,6 +40,13 @@ dtype: bfloat16
     t: float = parameter(
         within=(0, 1e6), extrapolates=True, doc="largest change of a weight, in its own units; 0.0001 is typical"
     )
+
+    @property
+    def loops(self) -> bool:
+        return True
+
+    def compiled(self, scan: Scan, stats: None) -> Loop:
+        return scan.loop(lambda inputs, *to, check: native.nearswap(inputs, self.t, _FLOOR, *to, check=check))
 
     def blend(self, tile: Tile, stats: None) -> Tensor:
         (delta,) = tile.task_vectors()

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+import numpy as np
 import torch
 
+from geomerge.methods import native
 from geomerge.methods.base import Elementwise, parameter
 from geomerge.methods.properties import BASE, PERMUTATION, SIGN
 from geomerge.methods.registry import register
-from geomerge.methods.tile import Scan, Tile
+from geomerge.methods.tile import Loop, Scan, Segment, Tile
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,6 +47,13 @@ dtype: bfloat16
 """
 
     epsilon: float = parameter(1e-5, within=(0, 1e6), doc="changes up to this count as none")
+
+    @property
+    def loops(self) -> bool:
+        return True
+
+    def compiled(self, scan: Scan, stats: None) -> Loop:
+        return scan.loop(lambda inputs, *to, check: native.ram(inputs, self.epsilon, None, *to, check=check))
 
     def blend(self, tile: Tile, stats: None) -> Tensor:
         deltas = tile.task_vectors()
@@ -84,13 +93,30 @@ dtype: bfloat16
             alone = number.eq(1.0).to(number.dtype)
             return [*(m * alone for m in masks), *masks]
 
+        def counted(segment: Segment) -> np.ndarray:
+            total = np.zeros((2, scan.experts), dtype=np.int64)
+            for place in scan.places(segment):
+                inputs = scan.stored(place.start, place.numel)
+                finite, here = native.active(inputs, self.epsilon, check=scan.checks)
+                if not finite:
+                    scan.look_again(place.start, place.numel)
+                total += here
+            return total
+
         if not scan.numel:
             return [1.0] * scan.experts
-        sums = scan.sums(counts)
+        sums = np.sum(scan.over_segments(counted), axis=0).reshape(-1).tolist() if scan.compiled else scan.sums(counts)
         unique, active = sums[: scan.experts], sums[scan.experts :]
         pairs = zip(unique, active, strict=True)
         ratios = [(a - u) / max(u, self.epsilon) if max(u, self.epsilon) > 0 else 0.0 for u, a in pairs]
         return [1 + self.r * min(max(ratio, 0.0), self.alpha) for ratio in ratios]
+
+    @property
+    def loops(self) -> bool:
+        return True
+
+    def compiled(self, scan: Scan, stats: list[float]) -> Loop:
+        return scan.loop(lambda inputs, *to, check: native.ram(inputs, self.epsilon, stats, *to, check=check))
 
     def blend(self, tile: Tile, stats: list[float]) -> Tensor:
         deltas = tile.task_vectors()

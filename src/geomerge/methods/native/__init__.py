@@ -408,3 +408,40 @@ def task_vectors(
         ctypes.c_int64(inputs.numel), thinned, ctypes.byref(combination), _doubles(rule.coefficients),
         _doubles(weights), ctypes.c_int(check), out=out, beginning=beginning,
     )  # fmt: skip
+
+
+def nearswap(
+    inputs: Inputs, t: float, floor: float, out: Stored, beginning: np.ndarray | None = None, *, check: bool
+) -> bool:
+    """θ₀ + min(1, t/max(|δ|, floor))·δ; whether all inputs are finite (looked at if `check`), as in all that follow."""
+    numbers = ctypes.c_int64(inputs.numel), ctypes.c_double(t), ctypes.c_double(floor), ctypes.c_int(check)
+    return inputs.call("nearswap", *numbers, out=out, beginning=beginning)
+
+
+def active(inputs: Inputs, epsilon: float, *, check: bool) -> tuple[bool, np.ndarray]:
+    """How many |δ| of each expert are above ε where no other expert's is, and how many in all: shape ``(2, experts)``."""
+    found = np.zeros((2, inputs.count - 1), dtype=np.int64)
+    pointers = [ctypes.c_void_p(row.ctypes.data) for row in found]
+    numbers = ctypes.c_int64(inputs.numel), ctypes.c_double(epsilon), ctypes.c_int(check)
+    return inputs.call("active", *numbers, *pointers), found
+
+
+def ram(
+    inputs: Inputs,
+    epsilon: float,
+    factors: Sequence[float] | None,
+    out: Stored,
+    beginning: np.ndarray | None = None,
+    *,
+    check: bool,
+) -> bool:
+    """θ₀ + the mean of the δ above ε; what one expert alone has times its factor, if there are factors."""
+    numbers = ctypes.c_int64(inputs.numel), ctypes.c_double(epsilon)
+    return inputs.call(
+        "ram",
+        *numbers,
+        None if factors is None else _doubles(factors),
+        ctypes.c_int(check),
+        out=out,
+        beginning=beginning,
+    )

@@ -765,7 +765,7 @@ static inline floats fused_add(floats x, floats y, floats z) {
 /* A chunk of task vectors of bfloat16 that are thinned by magnitude or at random alone, all experts in one loop, for each number of
  * them. What float32 may have got wrong is not repaired here: the value says whether there is any. */
 FUSED fused(const int t, const int elect, const int alike, const int random, const struct combination *rule, const float *keep,
-            const float *c, const float *w, const uint16_t *const *x, const float *masks, float *restrict result, int *doubt) {
+            const float *drop, const float *c, const float *w, const uint16_t *const *x, const float *masks, float *restrict result, int *doubt) {
     const floats limit = all((float)rule->limit), few = all((float)((t + 3) * 0x1p-23)), floor = all((float)rule->floor);
     const floats factor = all((float)rule->factor), one = all(1), minus = all(-1), tiny = all(0x1p-126f);
     const int normalize = rule->normalize, clamp = rule->clamp;
@@ -775,6 +775,7 @@ FUSED fused(const int t, const int elect, const int alike, const int random, con
         for (int k = 0; k < t; k++) {
             d[k] = wide(x[k + 1] + i) - base;
             d[k] = where(~((d[k] >= -all(keep[k])) & (d[k] <= all(keep[k]))), d[k]);
+            if (drop) d[k] = where(size_of(d[k]) <= all(drop[k]), d[k]);
             if (random) d[k] *= *(const floats *)(masks + k * CHUNK + i);
         }
         floats sum;
@@ -813,13 +814,12 @@ FUSED fused(const int t, const int elect, const int alike, const int random, con
     for (int i = 0; i < 8; i++) *doubt |= any[i];
 }
 
-#define FUSED_FOR(t)                                                                                      \
-    if (rule->elect && rule->alike && !random) fused(t, 1, 1, 0, rule, keep, c, w, x, drawn, result, &any); \
-    else if (rule->elect && rule->alike) fused(t, 1, 1, 1, rule, keep, c, w, x, drawn, result, &any);     \
-    else if (rule->elect && !random) fused(t, 1, 0, 0, rule, keep, c, w, x, drawn, result, &any);         \
-    else if (rule->elect) fused(t, 1, 0, 1, rule, keep, c, w, x, drawn, result, &any);                    \
-    else if (!random) fused(t, 0, 0, 0, rule, keep, c, w, x, drawn, result, &any);                        \
-    else fused(t, 0, 0, 1, rule, keep, c, w, x, drawn, result, &any);
+#define FUSED_FOR(t)                                                                                                  \
+    if (rule->elect && rule->alike && !random && !outliers)                                                           \
+        fused(t, 1, 1, 0, rule, keep, 0, c, w, x, drawn, result, &any);                                               \
+    else if (rule->elect && rule->alike) fused(t, 1, 1, random, rule, keep, outliers, c, w, x, drawn, result, &any);  \
+    else if (rule->elect) fused(t, 1, 0, random, rule, keep, outliers, c, w, x, drawn, result, &any);                 \
+    else fused(t, 0, 0, random, rule, keep, outliers, c, w, x, drawn, result, &any);
 
 /* How many task vectors' magnitudes in a chunk equal a number. */
 static int64_t equals(const uint16_t *base, const uint16_t *x, float number) {
@@ -834,7 +834,8 @@ static int64_t equals(const uint16_t *base, const uint16_t *x, float number) {
 static int fuse(int t, const struct combination *rule, struct thinning *thin, const double *coefficients,
                 const double *weights, const void *const *raw, const int *dtypes, int64_t start, int64_t m,
                 uint64_t (*numbers)[CHUNK / 2], float *result) {
-    float keep[4], c[4], w[4];
+    float keep[4], drop[4], c[4], w[4];
+    const float *outliers = 0;
     _Alignas(32) float drawn[4 * CHUNK];
     const uint16_t *x[5];
     int random = 0;
@@ -845,7 +846,9 @@ static int fuse(int t, const struct combination *rule, struct thinning *thin, co
     }
     int64_t taken[4];
     for (int k = 0; k < t; k++) {
-        if (thin[k].drop < INFINITY || thin[k].width == 32) return 0;
+        if (thin[k].drop_equal == thin[k].drop_equal || thin[k].width == 32) return 0;
+        drop[k] = (float)thin[k].drop;
+        if (thin[k].drop < INFINITY) outliers = drop;
         keep[k] = (float)thin[k].keep, c[k] = (float)coefficients[k], w[k] = (float)weights[k];
         random |= thin[k].width;
         taken[k] = 0;
@@ -944,4 +947,85 @@ int geomerge_task_vectors_double(struct work *work, int64_t n, struct thinning *
         if (!deliver(work, out, at + size, n)) return -1;
     }
     return bad == 0;
+}
+
+/* -- other elementwise methods, in double ------------------------------------------------------------------------ */
+
+/* One window after the other of the base x[0] and the experts x[1] ..., chunk by chunk, with `result` to be filled. */
+#define BY_CHUNKS(out, ...)                                                                    \
+    double bad = 0, x[MOST][CHUNK], result[CHUNK];                                             \
+    const void *raw[MOST];                                                                     \
+    const int count = work->count;                                                             \
+    for (int64_t at = 0; at < n; at += WINDOW) {                                               \
+        int64_t size = least(WINDOW, n - at);                                                  \
+        if (!fetch(work, at, size, raw)) return -1;                                            \
+        char *to = out ? window_of(work, out, at) : 0;                                         \
+        for (int64_t s = 0; s < size; s += CHUNK) {                                            \
+            int64_t m = least(CHUNK, size - s);                                                \
+            for (int k = 0; k < count; k++) {                                                  \
+                load_double(raw[k], work->inputs[k].dtype, s, m, x[k]);                        \
+                if (check) bad += odd_double(raw[k], work->inputs[k].dtype, s, m, x[k]);       \
+                if (k) EACH(m) x[k][i] -= x[0][i];                                             \
+            }                                                                                  \
+            __VA_ARGS__                                                                        \
+            if (!out) continue;                                                                \
+            if (work->first > at + s) tell_double(work, at + s, m, result);                    \
+            store_double(result, out->dtype, s, m, to);                                        \
+        }                                                                                      \
+        if (out && !deliver(work, out, at + size, n)) return -1;                               \
+    }                                                                                          \
+    return bad == 0;
+
+/* x[0] + w d with w = min(1, t / max(|d|, floor)). */
+int geomerge_nearswap(struct work *work, int64_t n, double t, double floor, int check, const struct place *out) {
+    BY_CHUNKS(out, {
+        EACH(m) {
+            double size = fabs(x[1][i]);
+            double share = 1.0 / (size < floor ? floor : size) * t;
+            share = share < 0 ? 0.0 : share > 1 ? 1.0 : share;
+            result[i] = fma(share, x[1][i], x[0][i]);
+        }
+    })
+}
+
+/* Of each expert the task vector's elements beyond epsilon: those that no other expert has, and all. */
+int geomerge_active(struct work *work, int64_t n, double epsilon, int check, int64_t *alone, int64_t *active) {
+    const struct place *const none = 0;
+    BY_CHUNKS(none, {
+        double number[CHUNK];
+        EACH(m) number[i] = 0;
+        (void)to, (void)result;
+        for (int k = 1; k < count; k++) EACH(m) number[i] += fabs(x[k][i]) > epsilon ? 1.0 : 0.0;
+        for (int k = 1; k < count; k++) {
+            double all_of = 0, only = 0;
+            EACH(m) all_of += fabs(x[k][i]) > epsilon ? 1.0 : 0.0;
+            EACH(m) only += fabs(x[k][i]) > epsilon && number[i] == 1 ? 1.0 : 0.0;
+            active[k - 1] += (int64_t)all_of;
+            alone[k - 1] += (int64_t)only;
+        }
+    })
+}
+
+/* x[0] plus the mean of the active task vectors; with `factors` those of an expert alone are multiplied by its factor. */
+int geomerge_ram(struct work *work, int64_t n, double epsilon, const double *factors, int check, const struct place *out) {
+    BY_CHUNKS(out, {
+        double number[CHUNK];
+        double total[CHUNK];
+        EACH(m) number[i] = 0, total[i] = 0;
+        for (int k = 1; k < count; k++) {
+            EACH(m) x[k][i] = fabs(x[k][i]) > epsilon ? x[k][i] : 0.0;
+            EACH(m) number[i] += x[k][i] != 0 ? 1.0 : 0.0;
+        }
+        if (!factors) {
+            for (int k = 1; k < count; k++) EACH(m) total[i] = k == 1 ? x[k][i] : total[i] + x[k][i];
+            EACH(m) result[i] = x[0][i] + total[i] / (number[i] < 1 ? 1.0 : number[i]);
+        } else {
+            double shared[CHUNK];
+            double alone[CHUNK];
+            EACH(m) alone[i] = number[i] == 1 ? 1.0 : 0.0;
+            EACH(m) shared[i] = (1.0 - alone[i]) / (number[i] < 1 ? 1.0 : number[i]);
+            for (int k = 1; k < count; k++) EACH(m) total[i] = fma(x[k][i], fma(alone[i], factors[k - 1], shared[i]), total[i]);
+            EACH(m) result[i] = x[0][i] + total[i];
+        }
+    })
 }
