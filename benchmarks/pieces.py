@@ -2,6 +2,8 @@
 
     python benchmarks/pieces.py              # operations on tiles, reading, writing
     python benchmarks/pieces.py workers      # TIES of the 0.5B models with 1 and 2 threads, and with 2 processes
+    python benchmarks/pieces.py writes       # a gigabyte into the page cache by writes of several sizes, in turn
+    python benchmarks/pieces.py loops        # the compiled loops alone over whole files, with two threads, beside cp
     python benchmarks/pieces.py pursuit 1000 # sums of 64 rows for 1,000 missing tokens, 50,000 shared tokens of width 896
 
 These are the figures that decided how the engine works; docs/benchmarks.md quotes them.
@@ -9,17 +11,23 @@ These are the figures that decided how the engine works; docs/benchmarks.md quot
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import resource
 import shutil
+import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
+
+from geomerge.methods import native
 
 BENCH = Path(__file__).resolve().parent.parent / ".bench"
 N = 1 << 17
@@ -111,6 +119,89 @@ def files() -> None:
     (BENCH / "pieces.bin").unlink()
 
 
+def writes(nbytes: int = 1 << 30, rounds: int = 5) -> None:
+    """Seconds for a gigabyte by the size of a write: the least and the median of rounds in which the sizes take turns."""
+    target, data = BENCH / "writes.bin", memoryview(bytearray(4 << 20))
+    taken: dict[int, list[float]] = {1 << k: [] for k in range(14, 23)}
+    for _ in range(rounds):
+        for size, seconds in taken.items():
+            descriptor = os.open(target, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+            os.posix_fallocate(descriptor, 0, nbytes)
+            begun = time.perf_counter()
+            for offset in range(0, nbytes, size):
+                os.pwrite(descriptor, data[:size], offset)
+            seconds.append(time.perf_counter() - begun)
+            os.close(descriptor)
+            target.unlink()
+    for size, seconds in taken.items():
+        print(
+            f"writes of {size >> 10:5d} KiB: {min(seconds):6.2f} s least, {statistics.median(seconds):6.2f} s median",
+            flush=True,
+        )
+
+
+def loops(rounds: int = 5) -> None:
+    """The least that a merge of the 0.5B models can take: reading, computing and writing with two threads."""
+    names = ("base", "a", "b", "c")
+    paths = [BENCH / "0.5B" / name / "model.safetensors" for name in names]
+    files = [os.open(path, os.O_RDONLY) for path in paths]
+    numel = os.fstat(files[0]).st_size // 2
+    target = BENCH / "loops.bin"
+    bf16, step = native.CODES["BF16"], 1 << 20
+    threshold = (2.9e-4, 3.1e-4, math.nan)
+    rule = native.Combination(True, [1.0] * 3, [1.0] * 3, True, 1.0)
+    thinned = native.whole(3)
+    for each in thinned:
+        each.keep = 3e-4
+
+    def run(name: str) -> float:
+        descriptor = os.open(target, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+        os.posix_fallocate(descriptor, 0, 2 * numel)
+
+        def inputs(start: int, count: int) -> native.Inputs:
+            last = min(start + step, numel) - start
+            return native.Inputs([native.Stored(bf16, file=f, offset=2 * start) for f in files[:count]], last)
+
+        def look(start: int) -> None:
+            if name == "slerp":
+                native.gram(inputs(start, 2), 1 << 13, single=True)
+            elif name == "ties":
+                native.survey(inputs(start, 4), [(k, threshold) for k in range(3)], single=True, check=True)
+
+        def make(start: int) -> None:
+            out = native.Stored(bf16, file=descriptor, offset=2 * start)
+            if name == "ties":
+                native.task_vectors(inputs(start, 4), thinned, rule, out, single=True, limit=2.0**-11, check=False)
+            else:
+                native.span(inputs(start, 2), [0.5, 0.5], out)
+
+        begun = time.perf_counter()
+        with ThreadPoolExecutor(2) as pool:
+            for work in (look, make):
+                list(pool.map(work, range(0, numel, step)))
+        taken = time.perf_counter() - begun
+        os.close(descriptor)
+        target.unlink()
+        return taken
+
+    def copied() -> float:
+        begun = time.perf_counter()
+        subprocess.run(["cp", str(paths[1]), str(target)], check=True)
+        taken = time.perf_counter() - begun
+        target.unlink()
+        return taken
+
+    found: dict[str, list[float]] = {"cp": [], "linear": [], "slerp": [], "ties": []}
+    for _ in range(rounds):
+        for name, seconds in found.items():
+            for path in paths:
+                path.read_bytes()
+            seconds.append(copied() if name == "cp" else run(name))
+    for name, seconds in found.items():
+        ratio = statistics.median(s / c for s, c in zip(seconds, found["cp"], strict=True))
+        print(f"{name:8s}{min(seconds):6.2f} s least, {statistics.median(seconds):6.2f} s median, {ratio:.2f} x cp", flush=True)
+
+
 def pursuit(missing: int, shared: int = 50_000, width: int = 896, k: int = 64) -> None:
     """The sparse sums of `geomerge transplant`: seconds, and the least that their products take."""
     from geomerge.align.pursuit import pursue
@@ -160,6 +251,10 @@ def workers() -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["pursuit"]:
         pursuit(int(sys.argv[2]))
+    elif sys.argv[1:] == ["loops"]:
+        loops()
+    elif sys.argv[1:] == ["writes"]:
+        writes()
     elif sys.argv[1:] == ["workers"]:
         workers()
     else:

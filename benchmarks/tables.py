@@ -12,7 +12,8 @@ ELEMENTWISE = (
     "tall_mask", "consensus", "widen", "dare_linear", "della_linear", "breadcrumbs_ties", "ramplus_tl", "multislerp", "nuslerp"
 )  # fmt: skip
 SURVEYED = ("pcb", "emr", "ties_global", "consensus_ties")
-PROCESS = dict.fromkeys(ELEMENTWISE, 6.0) | dict.fromkeys(SURVEYED, 12.0)
+FIRST = ("dare_ties", "breadcrumbs", "della", "sce", "arcee_fusion", "nearswap", "ram")
+PROCESS = dict.fromkeys((*FIRST, *ELEMENTWISE), 6.0) | dict.fromkeys(SURVEYED, 12.0)
 """What the whole process may take, as a multiple of `cp` of the output."""
 FASTER = {"slerp": 5.0, "ties": 20.0, "dare_ties": 10.0}
 

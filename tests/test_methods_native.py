@@ -83,6 +83,19 @@ def test_same_bytes_of_task_vectors(method: str, density: float) -> None:
         same(lambda m=made_with, t=tensors: merge(m, t, dtype=torch.bfloat16, tile=1 << 13))  # type: ignore[misc]
 
 
+@compiled
+@pytest.mark.parametrize("count", [1, 4, 5])
+@pytest.mark.parametrize("method", ["ties", "breadcrumbs_ties", "dare_ties", "dare_linear", "ram", "ramplus_tl"])
+def test_same_bytes_for_any_number_of_experts(method: str, count: int) -> None:
+    """Up to four have a loop of their own."""
+    made = registry.get(method)
+    values: dict[str, Any] = {"weight": [1.0, 0.5, 0.7, 0.3, 0.9][:count], "density": 0.5, "gamma": 0.1}
+    ready = made.make({k: v for k, v in values.items() if k in made.parameters()}, count=count)
+    for kind in KINDS:
+        tensors = stored(models(count + 1, (3, 50_003), kind), torch.bfloat16)
+        same(lambda t=tensors: merge(ready, t, dtype=torch.bfloat16))  # type: ignore[misc]
+
+
 LOOPS = {
     "linear": {"geomerge_span"},
     "slerp": {"geomerge_gram_float", "geomerge_span"},

@@ -29,6 +29,7 @@ from geomerge.engine.run import Progress
 from geomerge.engine.sources import FileSource, HeldSource
 from geomerge.errors import NotFiniteError
 from geomerge.late import without_gradients
+from geomerge.methods import native
 from geomerge.methods.gram import Gram
 from geomerge.methods.kernel import measure_gram
 from geomerge.methods.tile import Scan, Source
@@ -236,7 +237,9 @@ def survey(
             facts.update(entries)
 
     in_memory = any(c.memory for c in parents.inputs)
-    executor = Processes if not in_memory and suitable(nodes, threads) else Threads
+    # Compiled loops leave the interpreter's lock to the other threads; what task vectors share is torch's.
+    loops = native.available() and not (work.based and len(parents.inputs) > 2)
+    executor = Processes if not in_memory and not loops and suitable(nodes, threads) else Threads
     executor(work, threads).run(nodes, done)
     if progress is not None:
         progress.finish()

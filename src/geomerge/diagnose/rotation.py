@@ -15,12 +15,12 @@ import math
 from itertools import combinations
 
 import numpy as np
-import torch
 
 from geomerge.diagnose.angles import Group, group_of
 from geomerge.diagnose.parents import Parents
 from geomerge.engine.build import Builder
 from geomerge.engine.plan import Node
+from geomerge.methods.tile import elements
 
 ROWS = 256
 """Rows of a matrix that are compared: a run from its middle."""
@@ -70,9 +70,7 @@ def _row_grams(parents: Parents, builder: Builder, node: Node) -> list[np.ndarra
     start = (rows - count) // 2
     grams = []
     for operand in node.operands[0 if parents.base is None else 1 :]:
-        matrix = torch.empty(count * columns, dtype=torch.float64)
-        builder.source(operand, node).read(start * columns, matrix)
-        values = matrix.view(count, columns).numpy()
+        values = elements(builder.source(operand, node), start * columns, count * columns).reshape(count, columns)
         grams.append(values @ values.T)
     return grams
 

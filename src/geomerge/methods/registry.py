@@ -5,12 +5,15 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
+from pathlib import Path
 from typing import TypeVar
 
 from geomerge.errors import UsageError, did_you_mean
 from geomerge.methods.base import Method
 
 M = TypeVar("M", bound=type[Method])
+
+_FAMILIES = ("span", "elementwise", "matrix")
 
 _registered: dict[str, type[Method]] = {}
 
@@ -28,10 +31,23 @@ def register(method: M) -> M:
 
 @functools.cache
 def _load() -> None:
-    for family in ("span", "elementwise", "matrix"):
+    for family in _FAMILIES:
         package = importlib.import_module(f"geomerge.methods.{family}")
         for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
             importlib.import_module(module.name)
+
+
+def _load_one(name: str) -> None:
+    """Load the file of that name, or of how the name begins, if there is one: most recipes need no other."""
+    words = name.split("_")
+    stems = ["_".join(words[:n]) for n in range(len(words), 0, -1)]
+    for family in _FAMILIES:
+        package = importlib.import_module(f"geomerge.methods.{family}")
+        for stem in stems:
+            named = stem.isidentifier() and not stem.startswith("_")
+            if named and any((Path(folder) / f"{stem}.py").is_file() for folder in package.__path__):
+                importlib.import_module(f"{package.__name__}.{stem}")
+                return
 
 
 def all_methods() -> dict[str, type[Method]]:
@@ -46,7 +62,10 @@ def get(name: str) -> type[Method]:
     Raises:
         UsageError: There is none.
     """
-    _load()
+    if name not in _registered:
+        _load_one(name)
+    if name not in _registered:
+        _load()
     try:
         return _registered[name]
     except KeyError:
