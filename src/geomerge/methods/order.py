@@ -371,8 +371,11 @@ def _bracket(values: Floats, k: int, n: int, floor: float) -> native.Bounds:
     centre = size * (1 - k / n)
     spread = 4 * math.sqrt(size * (k / n) * (1 - k / n)) + 16
     low, high = int(centre - spread), int(centre + spread)
-    values.partition([max(low, 0), min(high, size - 1)])
-    inner, number = np.unique(values[max(low, 0) : high + 1], return_counts=True)
+    first, last = max(low, 0), min(high, size - 1)
+    values.partition(first)  # one place after the other: both at once take seven times as long
+    if last > first:
+        values[first + 1 :].partition(last - first - 1)
+    inner, number = np.unique(values[first : last + 1], return_counts=True)
     common = float(inner[number.argmax()]) if inner.size and number.max() > size // 256 else math.nan
     return float(values[low]) if low > 0 else floor, float(values[high]) if high < size else math.inf, common
 
