@@ -199,7 +199,10 @@ def loops(rounds: int = 5) -> None:
             seconds.append(copied() if name == "cp" else run(name))
     for name, seconds in found.items():
         ratio = statistics.median(s / c for s, c in zip(seconds, found["cp"], strict=True))
-        print(f"{name:8s}{min(seconds):6.2f} s least, {statistics.median(seconds):6.2f} s median, {ratio:.2f} x cp", flush=True)
+        print(
+            f"{name:8s}{min(seconds):6.2f} s least, {statistics.median(seconds):6.2f} s median, {ratio:.2f} x cp",
+            flush=True,
+        )
 
 
 def pursuit(missing: int, shared: int = 50_000, width: int = 896, k: int = 64) -> None:
