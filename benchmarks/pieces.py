@@ -119,23 +119,25 @@ def files() -> None:
     (BENCH / "pieces.bin").unlink()
 
 
-def writes(nbytes: int = 1 << 30, rounds: int = 5) -> None:
-    """Seconds for a gigabyte by the size of a write: the least and the median of rounds in which the sizes take turns."""
+def writes(nbytes: int = 1 << 30, rounds: int = 7) -> None:
+    """Seconds for a gigabyte by the size of a write, into a file with and without its room: rounds in which they take turns."""
     target, data = BENCH / "writes.bin", memoryview(bytearray(4 << 20))
-    taken: dict[int, list[float]] = {1 << k: [] for k in range(14, 23)}
+    taken: dict[tuple[int, bool], list[float]] = {(1 << k, room): [] for room in (True, False) for k in range(15, 23)}
     for _ in range(rounds):
-        for size, seconds in taken.items():
+        for (size, room), seconds in taken.items():
             descriptor = os.open(target, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
-            os.posix_fallocate(descriptor, 0, nbytes)
             begun = time.perf_counter()
+            if room:
+                os.posix_fallocate(descriptor, 0, nbytes)
             for offset in range(0, nbytes, size):
                 os.pwrite(descriptor, data[:size], offset)
             seconds.append(time.perf_counter() - begun)
             os.close(descriptor)
             target.unlink()
-    for size, seconds in taken.items():
+    for (size, room), seconds in taken.items():
+        where = "allocated before" if room else "growing"
         print(
-            f"writes of {size >> 10:5d} KiB: {min(seconds):6.2f} s least, {statistics.median(seconds):6.2f} s median",
+            f"writes of {size >> 10:5d} KiB, {where:17s} least {min(seconds):.2f} s, median {statistics.median(seconds):.2f} s",
             flush=True,
         )
 

@@ -80,6 +80,28 @@ def test_what_cannot_be_put_off(slow: str, tmp_path: Path) -> None:
             _ = sys.modules[slow].value
 
 
+def test_torch_is_alone_as_soon_as_it_is_there() -> None:
+    """Put off or loaded before: one thread within, also in threads that were started before, and as it was afterwards."""
+    code = """
+from concurrent.futures import ThreadPoolExecutor
+from geomerge.late import load, loaded, put_off, torch_alone
+put_off("torch")
+import torch
+pool = ThreadPoolExecutor(2)
+with torch_alone():
+    assert not loaded("torch")
+    assert pool.submit(lambda: torch.get_num_threads()).result() == 1
+    assert torch.get_num_threads() == 1
+assert loaded("torch")
+torch.set_num_threads(3)
+with torch_alone():
+    assert torch.get_num_threads() == 1
+assert torch.get_num_threads() == 3
+load("torch")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 PROGRAM = """
 import sys
 from geomerge.late import loaded, put_off
@@ -97,7 +119,15 @@ PARAMETERS = {
     "ties": "weight: 0.5, density: 0.4",
     "dare_ties": "weight: 0.5, density: 0.4",
     "breadcrumbs": "weight: 0.5, density: 0.4, gamma: 0.1",
+    "dare_linear": "weight: 0.5, density: 0.4",
+    "breadcrumbs_ties": "weight: 0.5, density: 0.4, gamma: 0.1",
     "model_stock": "",
+    "karcher": "",
+    "multislerp": "weight: 0.5",
+    "nearswap": "t: 0.0001",
+    "ram": "",
+    "ramplus_tl": "",
+    "ties_global": "weight: 0.5, density: 0.4, scope: global",
     "passthrough": "",
     "sce": "select_topk: 0.5",
 }
@@ -105,14 +135,18 @@ PARAMETERS = {
 
 def run(root: Path, method: str) -> subprocess.CompletedProcess[str]:
     """Merge two models, of several segments and of one tile, as the program does."""
-    names = ("a",) if method in ("passthrough", "slerp") else ("a", "b")
-    base = "" if method in ("linear", "passthrough") else f"base_model: {root / 'base'}\n"
+    names = ("a",) if method in ("passthrough", "slerp", "nearswap") else ("a", "b")
+    base = "" if method in ("linear", "passthrough", "karcher", "multislerp") else f"base_model: {root / 'base'}\n"
     (root / "recipe.yml").write_text(
-        f"merge_method: {method}\nmodels: [{', '.join(f'{{model: {root / n}}}' for n in names)}]\n"
+        f"merge_method: {method.removesuffix('_global')}\nmodels: [{', '.join(f'{{model: {root / n}}}' for n in names)}]\n"
         f"{base}parameters: {{{PARAMETERS[method]}}}\n"
     )
-    words = [sys.executable, "-c", PROGRAM, "merge", str(root / "recipe.yml"), str(root / "out"), "--quiet", "--force"]
-    return subprocess.run(words, capture_output=True, text=True, check=False)
+    return program("merge", str(root / "recipe.yml"), str(root / "out"), "--quiet", "--force")
+
+
+def program(*words: str) -> subprocess.CompletedProcess[str]:
+    """The program with torch put off; the last line that it writes says whether torch was needed."""
+    return subprocess.run([sys.executable, "-c", PROGRAM, *words], capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +170,15 @@ def test_merges_by_loops_do_without_torch(method: str, models: Path) -> None:
     assert done.stderr.splitlines()[-1] == expected, done.stderr
 
 
+@pytest.mark.skipif(not native.available(), reason="the compiled loops were not built (no C compiler?)")
+@pytest.mark.parametrize("verb", ["inspect", "diagnose"])
+def test_verbs_that_only_read(verb: str, models: Path) -> None:
+    """Looking at one model, and at a pair."""
+    done = program(verb, *(str(models / name) for name in ("a", "b")[: 1 if verb == "inspect" else 2]))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[-1] == "no torch", done.stderr
+
+
 @pytest.mark.parametrize("method", ["linear", "slerp", "ties", "passthrough"])
 def test_damage_is_named_all_the_same(method: str, models: Path, tmp_path: Path) -> None:
     """What the loops find is told by torch, which is loaded for it."""
@@ -148,3 +191,33 @@ def test_damage_is_named_all_the_same(method: str, models: Path, tmp_path: Path)
     assert done.returncode == 3, done.stderr
     assert "up_proj.weight" in done.stderr
     assert "NaN" in done.stderr
+
+
+def test_a_method_that_hides_another_is_told(tmp_path: Path) -> None:
+    """Though a recipe loads no more than its method's file: under its name or an alias."""
+    for name in ("ties", "average"):
+        code = f"""
+from dataclasses import dataclass
+from typing import ClassVar
+from geomerge.methods import registry
+from geomerge.methods.base import Span
+@registry.register
+@dataclass(frozen=True)
+class Mine(Span):
+    name: ClassVar[str] = {name!r}
+try:
+    registry.get({name!r})
+except ValueError as error:
+    print(error)
+"""
+        done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+        assert f"two methods are called '{name}'" in done.stdout
+
+
+@pytest.mark.skipif(not native.available(), reason="the compiled loops were not built (no C compiler?)")
+def test_the_first_processor_is_the_processor(models: Path) -> None:
+    """`cpu:0` is another word for `cpu`."""
+    run(models, "linear")
+    done = program("merge", str(models / "recipe.yml"), str(models / "out"), "--quiet", "--force", "--device", "cpu:0")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[-1] == "no torch"

@@ -12,11 +12,13 @@ import importlib
 import importlib.util
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
 _lock = threading.RLock()
+_then: dict[str, list[Callable[[], None]]] = {}
+"""What is to be done as soon as a module is loaded."""
 
 
 class _Later(ModuleType):
@@ -32,6 +34,8 @@ class _Later(ModuleType):
                 except BaseException:
                     sys.modules[name] = self
                     raise
+                for act in _then.pop(name, []):
+                    act()
             module = sys.modules[name]
             value = getattr(module, attribute)
             # The next time it is found without asking here; what the module computes for itself each time is not kept.
@@ -52,20 +56,40 @@ def put_off(name: str) -> None:
     sys.modules[name] = later
 
 
+def load(name: str) -> None:
+    """Load a module now if it was put off: before a process forks, or starts a clock."""
+    module = sys.modules.get(name)
+    if isinstance(module, _Later):
+        _ = module.__path__
+
+
 @contextlib.contextmanager
 def torch_alone() -> Iterator[None]:
-    """Within, torch works with one thread: the caller's threads are the parallelism. Nothing where torch is put off."""
-    if not loaded("torch"):
-        yield
-        return
-    import torch
+    """Within, torch works with one thread: the caller's threads are the parallelism, and torch's number shows in no bit.
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    Where torch is put off, that holds from the moment it is loaded. Threads that are started within take it over.
+    """
+    before: list[int] = []
+
+    def alone() -> None:
+        import torch
+
+        before.append(torch.get_num_threads())
+        torch.set_num_threads(1)
+
+    with _lock:
+        if loaded("torch"):
+            alone()
+        else:
+            _then.setdefault("torch", []).append(alone)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        with _lock:
+            if alone in _then.get("torch", []):
+                _then["torch"].remove(alone)
+        for number in before:
+            sys.modules["torch"].set_num_threads(number)
 
 
 @contextlib.contextmanager

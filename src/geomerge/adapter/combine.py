@@ -34,6 +34,7 @@ from geomerge.engine.adapted import open_model
 from geomerge.engine.execute import cores
 from geomerge.engine.lora import LoraSource
 from geomerge.errors import IncompatibleModels, UsageError
+from geomerge.late import torch_alone
 from geomerge.methods import registry
 from geomerge.methods.base import Method, Span
 from geomerge.methods.elementwise.task_vectors import TaskVectors
@@ -165,17 +166,15 @@ def each_of(
     items: Sequence[Item], make: Callable[[Item], Made], threads: int | None, progress: Progress | None
 ) -> Iterator[Made]:
     """Apply a function to each item, in threads; torch's own are off, so the results do not depend on their number."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     pool = ThreadPoolExecutor(threads or cores(), thread_name_prefix="geomerge-adapter")
     try:
-        for made in pool.map(make, items):
-            if progress is not None:
-                progress.advance(1)
-            yield made
+        with torch_alone():
+            for made in pool.map(make, items):
+                if progress is not None:
+                    progress.advance(1)
+                yield made
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-        torch.set_num_threads(before)
 
 
 def _method(name: str, given: Mapping[str, Any], count: int, *, knots: bool) -> tuple[Method, bool]:

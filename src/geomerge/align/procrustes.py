@@ -11,14 +11,15 @@ Reference:
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+
+from geomerge.late import torch_alone
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,17 +63,6 @@ class Solution:
     determined: int
 
 
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """torch's own threads turned off: their number must not show in any bit."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def cross_product(blocks: Blocks, width: int, *, centre: bool = False, normalise: bool = False) -> Tensor:
     """X₂ᵀ·diag(w)·X₁, streamed.
 
@@ -88,7 +78,7 @@ def cross_product(blocks: Blocks, width: int, *, centre: bool = False, normalise
     product = torch.zeros(width, width, dtype=torch.float64)
     panel = -(-width // PANELS)
     panels = range(0, width, panel)
-    with one_thread(), torch.inference_mode(), ThreadPoolExecutor(_threads(), "geomerge-align") as pool:
+    with torch_alone(), torch.inference_mode(), ThreadPoolExecutor(_threads(), "geomerge-align") as pool:
         means = _means(blocks, width) if centre else None
         for block in blocks():
             moving, fixed = block.moving, block.fixed
@@ -109,7 +99,7 @@ def cross_product(blocks: Blocks, width: int, *, centre: bool = False, normalise
 
 def solve(product: Tensor) -> Solution:
     """The orthogonal matrix nearest to a product of `cross_product` (or to a sum of several)."""
-    with one_thread(), torch.inference_mode():
+    with torch_alone(), torch.inference_mode():
         u, s, vt = torch.linalg.svd(product)
         rotation = u @ vt
     # A tensor of inference mode could not be saved for a backward pass of a live merge.

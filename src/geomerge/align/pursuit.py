@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from geomerge.align.procrustes import one_thread
+from geomerge.late import torch_alone
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -100,7 +100,7 @@ def pursue(
     width = atoms.shape[1]
     step = min(max(_HELD // max(k * width, 1), 1), _TARGETS)
     with (
-        one_thread(),
+        torch_alone(),
         _plain_products(),
         torch.inference_mode(),
         ThreadPoolExecutor(_threads(), "geomerge-align") as pool,

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from geomerge.align.procrustes import one_thread
 from geomerge.align.residual import Place, Residual, read
 from geomerge.anatomy import Part
 from geomerge.engine.models import Model, Models
@@ -23,6 +22,7 @@ from geomerge.engine.plan import Anchor, Operand, Rotation, Transform
 from geomerge.engine.transforms import Transforms
 from geomerge.engine.vocabularies import Vocabularies
 from geomerge.errors import IncompatibleModels, RecipeError
+from geomerge.late import torch_alone
 from geomerge.methods.gram import Gram
 from geomerge.recipe.values import AlignSpec, Recipe
 from geomerge.tokens.rows import IntArray
@@ -269,7 +269,7 @@ class Alignment:
                 which = _spread(shape[1] if anchors[index].columns else shape[0], VECTORS)
                 samples.append((anchors[index], which, which))
         found: list[tuple[float, float, float]] = []
-        with one_thread(), torch.inference_mode():
+        with torch_alone(), torch.inference_mode():
             for anchor, mine, theirs in samples:
                 found.append(self._angles_of(rotation, anchor, mine, theirs))
         return Angles(*(math.fsum(column) / len(found) for column in zip(*found, strict=True)))

@@ -165,6 +165,7 @@ class Builder:
         """Opens scans of a node's operands."""
         level = len(self.plan.stages) - 1 - node.stage
         sources = [self.source(operand, node) for operand in operands]
+        # What is read once need not be held.
         once = isinstance(node.method, Span) and not node.method.needs_gram
         if node.numel <= self.tile and self.device == "cpu" and not once:
             sources = [HeldSource(s, node.numel) if isinstance(s, FileSource | LoraSource) else s for s in sources]

@@ -17,6 +17,7 @@ from geomerge.engine.execute import cores
 from geomerge.engine.loss import RoundingLoss
 from geomerge.engine.matrices import ROOM, whole_matrices
 from geomerge.engine.plan import Node, Plan
+from geomerge.late import load, torch_alone
 from geomerge.methods.base import Matrix
 from geomerge.methods.chain import thinned
 from geomerge.methods.kernel import prepare
@@ -64,9 +65,8 @@ def estimate(plan: Plan, inputs: Sequence[Checkpoint], *, threads: int | None = 
     loss = RoundingLoss()
     spent: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     builder = Builder(plan, inputs)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    load("torch")  # not while the clock runs
+    with torch_alone():
         for node in _sampled(plan):
             seconds, work, found = _try(builder, node)
             # The second evaluation has its buffers and code paths warm.
@@ -75,8 +75,6 @@ def estimate(plan: Plan, inputs: Sequence[Checkpoint], *, threads: int | None = 
             spent[node.method.name][0] += seconds
             spent[node.method.name][1] += work
             loss += found
-    finally:
-        torch.set_num_threads(before)
     return Estimate(
         read=sum(_bytes_read(plan, n, inputs) for n in nodes),
         written=plan.nbytes,
@@ -143,9 +141,8 @@ def _try(builder: Builder, node: Node) -> tuple[float, int, RoundingLoss]:
         source.read(start, piece)
         if corner is not None:
             piece = piece.view(-1, rows)[:, : corner[1]].reshape(-1)
-        pieces.append(
-            piece.to(to_torch(source.dtype))
-        )  # exact: the method then takes the same course as on the whole tensor
+        # Exact: the method then takes the same course as on the whole tensor.
+        pieces.append(piece.to(to_torch(source.dtype)))
     shape = corner or ((count // rows, rows) if len(node.shape) > 1 else (count,))
     work = count if corner is None else corner[0] * corner[1] * min(corner)
     sources = [TensorSource(p) for p in pieces]

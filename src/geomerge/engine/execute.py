@@ -274,7 +274,6 @@ class Threads:
         keep_freed_memory()
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="geomerge")
         try:
-            # New threads take over that torch is to work alone.
             with torch_alone():
                 for index, node in large:
                     done([(index, self.work.make(node, lambda f, segments: _map(pool, f, segments)))])

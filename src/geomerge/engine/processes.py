@@ -22,12 +22,11 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
-import torch
-
 from geomerge.engine.execute import LARGE, Facts, Threads, Work, bundles, cores
 from geomerge.engine.memory import keep_freed_memory
 from geomerge.engine.plan import Node
 from geomerge.errors import RunError
+from geomerge.late import load, torch_alone
 
 WORTH = 1 << 26
 """Elements of output below which forking is not worth it."""
@@ -127,22 +126,22 @@ def in_workers(
     turn = context.Value("q", 0)
     gate = context.Event()
     keep_freed_memory()
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    load("torch")  # once, here
     pipes: list[Connection] = []
     processes = []
     try:
-        for _ in range(min(workers, len(pieces))):
-            ours, theirs = context.Pipe(duplex=False)
-            life = (pieces, make, enter, turn, gate, theirs, os.getpid())
-            process = context.Process(target=_live, args=life, daemon=True)
-            process.start()
-            theirs.close()
-            pipes.append(ours)
-            processes.append(process)
-        meanwhile()
-        gate.set()
-        _listen(pipes, done, advance)
+        with torch_alone():
+            for _ in range(min(workers, len(pieces))):
+                ours, theirs = context.Pipe(duplex=False)
+                life = (pieces, make, enter, turn, gate, theirs, os.getpid())
+                process = context.Process(target=_live, args=life, daemon=True)
+                process.start()
+                theirs.close()
+                pipes.append(ours)
+                processes.append(process)
+            meanwhile()
+            gate.set()
+            _listen(pipes, done, advance)
     except BaseException:
         for process in processes:
             process.terminate()
@@ -152,7 +151,6 @@ def in_workers(
             process.join()
         for pipe in pipes:
             pipe.close()
-        torch.set_num_threads(before)
 
 
 def _listen(pipes: list[Connection], done: Callable[[Any], None], advance: Callable[[int], None]) -> None:

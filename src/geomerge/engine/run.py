@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -350,8 +351,6 @@ def _open_input(model: InputModel, *, allow_pickle: bool) -> Checkpoint:
 
 def _choice(builder: Builder, nodes: Sequence[tuple[int, Node]], threads: int | None) -> Callable[[Work], Executor]:
     """Processes where they are safe and worth it, else threads."""
-    if any(not _by_loops(builder, node) for _, node in nodes):
-        torch.get_num_threads()  # loads it, before there are threads or forks that would each wait for it
     forks = _may_fork(builder, nodes, threads)
     return lambda work: Processes(work, threads) if forks else Threads(work, threads)
 
@@ -393,6 +392,7 @@ def named(executor: str, threads: int | None, shard_size: int) -> Callable[[Work
 
 
 def make_builder(plan: Plan, opened: Sequence[Checkpoint], device: str, tile: int | None) -> Builder:
+    device = re.sub(r"^cpu:\d+$", "cpu", str(device))
     accelerated = device != "cpu"
     if accelerated:
         try:

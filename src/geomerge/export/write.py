@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from geomerge.align.procrustes import one_thread
 from geomerge.checkpoint.checkpoint import Checkpoint
 from geomerge.checkpoint.output_lock import own_lock
 from geomerge.checkpoint.writer import disk_error
@@ -26,6 +25,7 @@ from geomerge.errors import ModelError, NotFiniteError, UsageError, did_you_mean
 from geomerge.export.families import Described, Value, describe
 from geomerge.export.tensors import Entry, entries
 from geomerge.export.vocabulary import tokenizer_metadata
+from geomerge.late import torch_alone
 from geomerge.methods.tile import Source, TensorSource
 from geomerge.recipe.references import parse_reference
 from geomerge.recipe.values import NOWHERE
@@ -280,7 +280,7 @@ def _tensors(
         for part in range(max(len(entry.parts), 1))
         for first, last in _cut(entry)
     ]
-    with one_thread(), ThreadPoolExecutor(threads, "geomerge-export") as pool:
+    with torch_alone(), ThreadPoolExecutor(threads, "geomerge-export") as pool:
         waiting = [pool.submit(make, *piece) for piece in pieces]
         try:
             for each in waiting:

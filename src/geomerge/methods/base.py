@@ -396,6 +396,10 @@ class Elementwise(Method):
         """
         return None
 
+    @property
+    def loops(self) -> bool:
+        return type(self).compiled is not Elementwise.compiled
+
     def compiled(self, scan: Scan, stats: Any) -> Loop | None:
         """A compiled loop with the very bits of `blend` rounded to nearest, or `None`: see `Prepared.fused`.
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
+import itertools
 import pkgutil
-from pathlib import Path
 from typing import TypeVar
 
 from geomerge.errors import UsageError, did_you_mean
@@ -37,17 +38,16 @@ def _load() -> None:
             importlib.import_module(module.name)
 
 
+@functools.cache
 def _load_one(name: str) -> None:
     """Load the file of that name, or of how the name begins, if there is one: most recipes need no other."""
     words = name.split("_")
     stems = ["_".join(words[:n]) for n in range(len(words), 0, -1)]
-    for family in _FAMILIES:
-        package = importlib.import_module(f"geomerge.methods.{family}")
-        for stem in stems:
-            named = stem.isidentifier() and not stem.startswith("_")
-            if named and any((Path(folder) / f"{stem}.py").is_file() for folder in package.__path__):
-                importlib.import_module(f"{package.__name__}.{stem}")
-                return
+    for family, stem in itertools.product(_FAMILIES, stems):
+        module = f"geomerge.methods.{family}.{stem}"
+        if stem.isidentifier() and importlib.util.find_spec(module) is not None:
+            importlib.import_module(module)
+            return
 
 
 def all_methods() -> dict[str, type[Method]]:
@@ -62,9 +62,9 @@ def get(name: str) -> type[Method]:
     Raises:
         UsageError: There is none.
     """
-    if name not in _registered:
-        _load_one(name)
-    if name not in _registered:
+    _load_one(name)
+    # Another package's method must not hide one of these: whoever has the name twice is told when all are there.
+    if name not in _registered or not _registered[name].__module__.startswith(f"{__package__}."):
         _load()
     try:
         return _registered[name]

@@ -437,7 +437,7 @@ class Scan:
             yield Tile(stack, place.start, -1, self, thinned=self.thinning is not None)
 
     def sample_places(self, limit: int) -> Iterator[Place]:
-        """Where those of a part lie."""
+        """Where the pieces lie that stand for a tensor of more elements than `limit`."""
         piece = min(self.columns or 4096, self.tile, self.numel)
         number = max(limit // piece, 1)
         last = (self.numel - piece) // piece

@@ -41,10 +41,6 @@ dtype: bfloat16
         within=(0, 1e6), extrapolates=True, doc="largest change of a weight, in its own units; 0.0001 is typical"
     )
 
-    @property
-    def loops(self) -> bool:
-        return True
-
     def compiled(self, scan: Scan, stats: None) -> Loop:
         return scan.loop(lambda inputs, *to, check: native.nearswap(inputs, self.t, _FLOOR, *to, check=check))
 

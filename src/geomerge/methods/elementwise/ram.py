@@ -48,10 +48,6 @@ dtype: bfloat16
 
     epsilon: float = parameter(1e-5, within=(0, 1e6), doc="changes up to this count as none")
 
-    @property
-    def loops(self) -> bool:
-        return True
-
     def compiled(self, scan: Scan, stats: None) -> Loop:
         return scan.loop(lambda inputs, *to, check: native.ram(inputs, self.epsilon, None, *to, check=check))
 
@@ -110,10 +106,6 @@ dtype: bfloat16
         pairs = zip(unique, active, strict=True)
         ratios = [(a - u) / max(u, self.epsilon) if max(u, self.epsilon) > 0 else 0.0 for u, a in pairs]
         return [1 + self.r * min(max(ratio, 0.0), self.alpha) for ratio in ratios]
-
-    @property
-    def loops(self) -> bool:
-        return True
 
     def compiled(self, scan: Scan, stats: list[float]) -> Loop:
         return scan.loop(lambda inputs, *to, check: native.ram(inputs, self.epsilon, stats, *to, check=check))

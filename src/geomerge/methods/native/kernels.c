@@ -919,39 +919,8 @@ int geomerge_task_vectors_float(struct work *work, int64_t n, struct thinning *t
     return bad == 0;
 }
 
-int geomerge_task_vectors_double(struct work *work, int64_t n, struct thinning *thin, const struct combination *rule,
-                                 const double *c, const double *w, int check, const struct place *out) {
-    double base[CHUNK], d[MOST][CHUNK], result[CHUNK], bad = 0;
-    uint64_t numbers[MOST][CHUNK / 2];
-    const void *raw[MOST];
-    const int t = work->count - 1;
-    for (int64_t at = 0; at < n; at += WINDOW) {
-        int64_t size = least(WINDOW, n - at);
-        if (!fetch(work, at, size, raw)) return -1;
-        char *to = window_of(work, out, at);
-        for (int64_t s = 0; s < size; s += CHUNK) {
-            int64_t m = least(CHUNK, size - s);
-            draw(t, thin, m, numbers);
-            load_double(raw[0], work->inputs[0].dtype, s, m, base);
-            if (check) bad += damage_double(base, m);
-            for (int k = 0; k < t; k++) {
-                load_double(raw[k + 1], work->inputs[k + 1].dtype, s, m, d[k]);
-                if (check) bad += damage_double(d[k], m);
-                EACH(m) d[k][i] -= base[i];
-                thin_double(thin + k, m, numbers[k], d[k]);
-            }
-            combine_double(rule, t, c, w, m, base, d, result, 0);
-            if (work->first > at + s) tell_double(work, at + s, m, result);
-            store_double(result, out->dtype, s, m, to);
-        }
-        if (!deliver(work, out, at + size, n)) return -1;
-    }
-    return bad == 0;
-}
-
-/* -- other elementwise methods, in double ------------------------------------------------------------------------ */
-
-/* One window after the other of the base x[0] and the experts x[1] ..., chunk by chunk, with `result` to be filled. */
+/* In double: one window after the other of the base x[0] and the task vectors x[1] ..., chunk by chunk, each with a `result` to be
+ * filled. */
 #define BY_CHUNKS(out, ...)                                                                    \
     double bad = 0, x[MOST][CHUNK], result[CHUNK];                                             \
     const void *raw[MOST];                                                                     \
@@ -975,6 +944,18 @@ int geomerge_task_vectors_double(struct work *work, int64_t n, struct thinning *
         if (out && !deliver(work, out, at + size, n)) return -1;                               \
     }                                                                                          \
     return bad == 0;
+
+int geomerge_task_vectors_double(struct work *work, int64_t n, struct thinning *thin, const struct combination *rule,
+                                 const double *c, const double *w, int check, const struct place *out) {
+    uint64_t numbers[MOST][CHUNK / 2];
+    BY_CHUNKS(out, {
+        draw(count - 1, thin, m, numbers);
+        for (int k = 1; k < count; k++) thin_double(thin + k - 1, m, numbers[k - 1], x[k]);
+        combine_double(rule, count - 1, c, w, m, x[0], x + 1, result, 0);
+    })
+}
+
+/* -- other elementwise methods ------------------------------------------------------------------------ */
 
 /* x[0] + w d with w = min(1, t / max(|d|, floor)). */
 int geomerge_nearswap(struct work *work, int64_t n, double t, double floor, int check, const struct place *out) {
