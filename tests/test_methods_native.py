@@ -106,10 +106,14 @@ LOOPS = {
     "breadcrumbs": {"geomerge_survey_float", "geomerge_task_vectors_float"},
     "breadcrumbs_ties": {"geomerge_survey_float", "geomerge_task_vectors_float"},
     "arcee_fusion": {"geomerge_bracket_double"},
-    "nearswap": {"geomerge_nearswap"},
-    "ram": {"geomerge_ram"},
-    "ramplus_tl": {"geomerge_active", "geomerge_ram"},
-    "sce": {"geomerge_bracket_double"},
+    "nearswap": {"geomerge_program"},
+    "ram": {"geomerge_program"},
+    "ramplus_tl": {"geomerge_program"},
+    "sce": {"geomerge_program"},
+    "emr": {"geomerge_program"},
+    "tall_mask": {"geomerge_program"},
+    "consensus": {"geomerge_program"},
+    "consensus_ties": {"geomerge_program", "geomerge_survey_double"},
 }
 """What a merge of bfloat16 models calls."""
 

@@ -363,6 +363,9 @@ class Elementwise(Method):
 
     family: ClassVar[str] = "elementwise"
 
+    recorded: ClassVar[bool] = False
+    """`blend` is written in operations that `geomerge.methods.program` can record, so that a compiled loop does it."""
+
     @property
     def single(self) -> bool:
         """Whether tiles of 16-bit models may come as float32 (twice as fast).
@@ -398,7 +401,7 @@ class Elementwise(Method):
 
     @property
     def loops(self) -> bool:
-        return type(self).compiled is not Elementwise.compiled
+        return self.recorded or type(self).compiled is not Elementwise.compiled
 
     def compiled(self, scan: Scan, stats: Any) -> Loop | None:
         """A compiled loop with the very bits of `blend` rounded to nearest, or `None`: see `Prepared.fused`.

@@ -176,7 +176,11 @@ def disjoint_merge(
 
 def elected_sign(total: Tensor) -> Tensor:
     """The sign of each element, + where it is zero (adding the smallest normal number changes no other)."""
-    return torch.add(total, torch.finfo(total.dtype).tiny).sign_()
+    return total.add(_TINY[total.element_size()]).sign_()
+
+
+_TINY = {4: 2.0**-126, 8: 2.0**-1022}
+"""The smallest normal number, by a number's bytes."""
 
 
 def _added(rows: Tensor, weights: Sequence[float] | None = None) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 
 from geomerge.errors import UsageError
 from geomerge.methods import native
-from geomerge.methods.tile import BLOCK, Scan, Segment, Tile
+from geomerge.methods.tile import BLOCK, Scan, Segment, Tile, sums_of_blocks
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -137,7 +137,7 @@ def _block_products(tiles: Iterator[Tile], k: int) -> list[list[float]]:
             if bool((statistics < 0).any()):
                 raise UsageError("the statistics hold a negative number", where=tile.scan.name)
             models = models * statistics.sum(0).sqrt_()
-        sums = [row for i in range(k) for row in _products(models[i:] * models[i])]
+        sums = [row for i in range(k) for row in sums_of_blocks(models[i:] * models[i])]
         found = [known + new for known, new in zip(found, sums, strict=True)] if found else sums
     return found
 
@@ -150,28 +150,6 @@ def _compiled_products(scan: Scan, segment: Segment) -> list[list[float]]:
         if scan.checks and not np.isfinite(found[-1]).all():
             scan.look_again(place.start, place.numel)
     sums: list[list[float]] = np.concatenate(found, 1).tolist()
-    return sums
-
-
-_LANES = 256
-"""Sums that a block's products are added to in turn. Compiled loops do the same, so the order is fixed for both."""
-
-
-def _products(products: Tensor) -> list[list[float]]:
-    """The sums of each row over its blocks: every 256th product in turn, then those 256 sums in float64, half to half."""
-    rows, n = products.shape
-    blocks = -(-n // BLOCK)
-    if n < blocks * BLOCK:
-        products = torch.nn.functional.pad(products, (0, blocks * BLOCK - n))
-    width = min(_LANES, BLOCK)
-    cut = products.view(rows, blocks, BLOCK // width, width)
-    # NumPy adds along the second axis from the last in order; a device need not have the same bits.
-    lanes = np.add.reduce(cut.numpy(), axis=2) if cut.device.type == "cpu" else cut.sum(2).cpu().numpy()
-    lanes = lanes.astype(np.float64)
-    while lanes.shape[-1] > 1:
-        half = lanes.shape[-1] // 2
-        lanes = lanes[..., :half] + lanes[..., half:]
-    sums: list[list[float]] = lanes[..., 0].tolist()
     return sums
 
 

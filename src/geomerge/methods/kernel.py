@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from geomerge.errors import RunError, UsageError
-from geomerge.methods import gram, native
+from geomerge.methods import gram, native, program
 from geomerge.methods.base import Elementwise, Matrix, Method, Span
 from geomerge.methods.combine import exactly, weighted_sum
 from geomerge.methods.linalg import one_thread
@@ -137,10 +137,17 @@ def prepare(
         # Nobody looked at the whole model: this tensor is all there is.
         method = replace(method, known=method.survey(Walk([lambda: scan], [scan.name], scan.numel, scan.experts)))
     stats = method.measure(scan)
-    told = functools.partial(method.tell, stats)
-    if scale == 1.0:
-        return Prepared(scan, lambda tile: method.blend(tile, stats), fused=method.compiled(scan, stats), told=told)
-    return Prepared(scan, lambda tile: _rescale(tile.base.clone(), method.blend(tile, stats), scale), told=told)
+
+    def blend(tile: Tile) -> Tensor:
+        if scale == 1.0:
+            return method.blend(tile, stats)
+        base = tile.base.clone()
+        return _rescale(base, method.blend(tile, stats), scale)
+
+    fused = method.compiled(scan, stats) if scale == 1.0 else None
+    if method.recorded and scan.compiled:
+        fused = program.loop(scan, blend)
+    return Prepared(scan, blend, fused=fused, told=functools.partial(method.tell, stats))
 
 
 def columnwise(prepared: Prepared, factors: Tensor, stride: int) -> Prepared:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from geomerge.methods import native
+from geomerge.methods.program import Program, Value, record
 from geomerge.methods.tile import Place, Scan, Segment, Tile
 
 if TYPE_CHECKING:
@@ -34,6 +35,9 @@ Over = Callable[[Callable[[Iterator[Tile]], Any]], list[Any]]
 
 Magnitudes = Callable[[Tile], Sequence["Tensor"]]
 """Computes the magnitudes (float64, not negative) to be ranked, one tensor for each selection."""
+
+Look = Sequence[int] | Program
+"""How compiled loops find the magnitudes: those of task vectors (for each selection the expert's number, from 0), or recorded."""
 
 _SAMPLE = 1 << 15
 _COLLECT = 1 << 20
@@ -74,6 +78,8 @@ class Selection:
             tile: The tile; tiles of a segment must come in order, as the engine's do.
             label: Names this selection among those applied to the same tile.
         """
+        if isinstance(values, Value):
+            return values.shrink_(self)
         if self.threshold == math.inf:
             return values.zero_()
         if self.threshold == 0.0:
@@ -131,8 +137,19 @@ def _next_below(value: float, *, single: bool) -> float:
     return float(np.nextafter(number, number.dtype.type(0)))
 
 
+def _look(scan: Scan, magnitudes: Magnitudes, experts: Sequence[int] | None, *, recorded: bool) -> Look | None:
+    if not scan.compiled or (experts is None and not recorded):
+        return None
+    return experts if experts is not None else record(len(scan.sources), magnitudes, "bracket")
+
+
 def largest(
-    scan: Scan, magnitudes: Magnitudes, counts: Sequence[int], experts: Sequence[int] | None = None
+    scan: Scan,
+    magnitudes: Magnitudes,
+    counts: Sequence[int],
+    experts: Sequence[int] | None = None,
+    *,
+    recorded: bool = False,
 ) -> list[Selection]:
     """The `counts[i]` largest elements of the i-th magnitude, exactly.
 
@@ -142,17 +159,19 @@ def largest(
         counts: How many elements to select of each; 0 selects nothing, the number of elements or more everything.
         experts: For each selection the expert (from 0) whose |τ| it ranks, where `magnitudes` gives just that: compiled loops
             then compute it themselves.
+        recorded: `magnitudes` can be recorded: see `geomerge.methods.program`.
     """
     n = scan.numel
+    look = _look(scan, magnitudes, experts, recorded=recorded)
     found = [NOTHING if k <= 0 else Selection(0.0, n, (n,)) for k in counts]
     wanted = [i for i, k in enumerate(counts) if 0 < k < n]
     if wanted and n <= scan.tile and len(scan.segments) == 1:
-        for i, selection in _in_one_tile(scan, magnitudes, {i: counts[i] for i in wanted}, experts).items():
+        for i, selection in _in_one_tile(scan, magnitudes, {i: counts[i] for i in wanted}, look).items():
             found[i] = selection
     elif wanted:
-        brackets = _brackets(scan, magnitudes, {i: counts[i] for i in wanted}, experts)
+        brackets = _brackets(scan, magnitudes, {i: counts[i] for i in wanted}, look)
         budget = dict.fromkeys(wanted, 4 * _COLLECT)
-        segments = _collect(scan, magnitudes, brackets, budget, experts)
+        segments = _collect(scan, magnitudes, brackets, budget, look)
         for i in wanted:
             found[i] = _choose([s[i] for s in segments], counts[i]) or _by_counting(scan.over, magnitudes, i, counts[i])
     return found
@@ -200,16 +219,25 @@ def largest_of_all(
     return found
 
 
-def nth_smallest_of_all(walk: Walk, values: Magnitudes, ranks: Sequence[int], *, signed: bool = False) -> list[float]:
+def nth_smallest_of_all(
+    walk: Walk,
+    values: Magnitudes,
+    ranks: Sequence[int],
+    experts: Sequence[int] | None = None,
+    *,
+    signed: bool = False,
+    recorded: bool = False,
+) -> list[float]:
     """The values at the 0-based `ranks` of the ascending order over all tensors of a model.
 
     Args:
         walk: The tensors.
         values: Gives one tensor for each rank.
         ranks: From 0 to the number of elements minus 1.
+        experts, recorded: As in `largest`.
         signed: The values may be negative.
     """
-    chosen = _select(walk, values, [walk.numel - r for r in ranks], signed=signed)
+    chosen = _select(walk, values, [walk.numel - r for r in ranks], experts, signed=signed, recorded=recorded)
     if any(c is None for c in chosen):  # the smallest, at which `_select` does not look
         parts = walk.over(lambda scan: scan.over(lambda tiles: [[v.min().item() for v in values(t)] for t in tiles]))
         least = np.min([tile for scan in parts for segment in scan for tile in segment], axis=0)
@@ -224,6 +252,7 @@ def _select(
     experts: Sequence[int] | None = None,
     *,
     signed: bool = False,
+    recorded: bool = False,
 ) -> list[tuple[float, int, list[list[int]]] | None]:
     """For each count the threshold, how many equal to it are among the largest, and how many there are: by tensor and segment.
 
@@ -236,10 +265,13 @@ def _select(
         return found
     size = min(max(_SAMPLE, int((3.2 * n / _COLLECT) ** 2)), 1 << 22)
 
-    def look(scan: Scan) -> dict[int, list[Floats]]:
-        return _sample(scan, values, wanted, max(size * scan.numel // n, 1), experts) if scan.numel else {}
+    def look(scan: Scan) -> Look | None:
+        return _look(scan, values, experts, recorded=recorded)
 
-    samples = walk.over(look)
+    def sample(scan: Scan) -> dict[int, list[Floats]]:
+        return _sample(scan, values, wanted, max(size * scan.numel // n, 1), look(scan)) if scan.numel else {}
+
+    samples = walk.over(sample)
     floor = -math.inf if signed else 0.0
     brackets = {
         i: _bracket(np.concatenate([piece for each in samples for piece in each.get(i, ())]), k, n, floor)
@@ -247,7 +279,7 @@ def _select(
     }
     del samples
     budget = dict.fromkeys(wanted, 16 * _COLLECT)
-    parts = walk.over(lambda scan: _collect(scan, values, brackets, budget, experts))
+    parts = walk.over(lambda scan: _collect(scan, values, brackets, budget, look(scan)))
     for i, k in wanted.items():
         selection = _choose([s[i] for scan in parts for s in scan], k)
         if selection is None:
@@ -258,11 +290,11 @@ def _select(
 
 
 def _in_one_tile(
-    scan: Scan, magnitudes: Magnitudes, counts: dict[int, int], experts: Sequence[int] | None
+    scan: Scan, magnitudes: Magnitudes, counts: dict[int, int], look: Look | None
 ) -> dict[int, Selection]:
     """The selections of a tensor that one tile holds."""
     found = {}
-    for i, (flat,) in _sample(scan, magnitudes, counts, scan.numel, experts).items():
+    for i, (flat,) in _sample(scan, magnitudes, counts, scan.numel, look).items():
         threshold = float(np.partition(flat, flat.size - counts[i])[flat.size - counts[i]])
         greater = int(np.count_nonzero(flat > threshold))
         found[i] = Selection(threshold, counts[i] - greater, (int(np.count_nonzero(flat == threshold)),))
@@ -270,18 +302,18 @@ def _in_one_tile(
 
 
 def _sample(
-    scan: Scan, magnitudes: Magnitudes, wanted: Iterable[int], size: int, experts: Sequence[int] | None
+    scan: Scan, magnitudes: Magnitudes, wanted: Iterable[int], size: int, look: Look | None
 ) -> dict[int, list[Floats]]:
     """Magnitudes from about so many places (all of them, if there are no more), by selection."""
     taken: dict[int, list[Floats]] = {i: [] for i in wanted}
-    if experts is not None and scan.compiled:
+    if look is not None:
         everything = dict.fromkeys(taken, _EVERYTHING)
         if scan.numel <= size:
             places = [(place, [0]) for segment in scan.segments for place in scan.places(segment)]
         else:
             places = scan.together(scan.sample_places(size))
         for place, starts in places:
-            for i, (_, _, values) in _count(place, everything, experts, starts).items():
+            for i, (_, _, values) in _count(place, everything, look, starts).items():
                 taken[i].append(values)
         return taken
     for tile in scan.sample(size):
@@ -291,9 +323,12 @@ def _sample(
     return taken
 
 
-def nth_smallest(scan: Scan, magnitudes: Magnitudes, ranks: Sequence[int]) -> list[float]:
+def nth_smallest(
+    scan: Scan, magnitudes: Magnitudes, ranks: Sequence[int], *, recorded: bool = False
+) -> list[float]:
     """The values at the 0-based `ranks` of the ascending order; `magnitudes` gives one tensor for each rank."""
-    found = [s.threshold for s in largest(scan, magnitudes, [scan.numel - r for r in ranks])]
+    counts = [scan.numel - r for r in ranks]
+    found = [s.threshold for s in largest(scan, magnitudes, counts, recorded=recorded)]
     if 0 in ranks:  # `largest` answers "all of them" without looking
         parts = scan.over(lambda tiles: [[m.min().item() for m in magnitudes(tile)] for tile in tiles])
         least = np.min([tile for segment in parts for tile in segment], axis=0)
@@ -356,12 +391,12 @@ class _Bracket:
 
 
 def _brackets(
-    scan: Scan, magnitudes: Magnitudes, counts: dict[int, int], experts: Sequence[int] | None
+    scan: Scan, magnitudes: Magnitudes, counts: dict[int, int], look: Look | None
 ) -> dict[int, native.Bounds]:
     """For each selection bounds that very probably hold its threshold, and the value that is common between them (or NaN)."""
     n = scan.numel
     size = min(max(_SAMPLE, int((3.2 * n / _COLLECT) ** 2)), 1 << 20)
-    taken = _sample(scan, magnitudes, counts, size, experts)
+    taken = _sample(scan, magnitudes, counts, size, look)
     return {i: _bracket(np.concatenate(taken.pop(i)), k, n, 0.0) for i, k in counts.items()}
 
 
@@ -384,17 +419,21 @@ _EVERYTHING: native.Bounds = (-math.inf, math.inf, math.nan)
 
 
 def _count(
-    place: Place, brackets: dict[int, native.Bounds], experts: Sequence[int], starts: Sequence[int] = (0,)
+    place: Place, brackets: dict[int, native.Bounds], look: Look, starts: Sequence[int] = (0,)
 ) -> dict[int, native.Counted]:
     """What lies in and above the brackets at one place (or at others so many elements after it), by a compiled loop."""
     scan = place.scan
-    asked = [(experts[i], bounds) for i, bounds in brackets.items()]
-    inputs = scan.stored(place.start, place.numel)
-    finite, counted = native.survey(inputs, asked, starts, single=scan.single, check=scan.checks)
+    if isinstance(look, Program):
+        finite, found = look.count(place, brackets, starts, check=scan.checks)
+    else:
+        asked = [(look[i], bounds) for i, bounds in brackets.items()]
+        inputs = scan.stored(place.start, place.numel)
+        finite, counted = native.survey(inputs, asked, starts, single=scan.single, check=scan.checks)
+        found = dict(zip(brackets, counted, strict=True))
     if not finite:
         for start in starts:
             scan.look_again(place.start + start, place.numel)
-    return dict(zip(brackets, counted, strict=True))
+    return found
 
 
 def _collect(
@@ -402,7 +441,7 @@ def _collect(
     magnitudes: Magnitudes,
     brackets: dict[int, native.Bounds],
     budget: dict[int, int],
-    experts: Sequence[int] | None,
+    look: Look | None,
 ) -> list[dict[int, _Bracket]]:
     """The brackets of all segments. `budget` says how many values they may still collect together."""
 
@@ -414,11 +453,11 @@ def _collect(
                     found[i].add(m.reshape(-1).cpu().numpy())
         return closed(found)
 
-    def from_places(segment: Segment, experts: Sequence[int]) -> dict[int, _Bracket]:
+    def from_places(segment: Segment, look: Look) -> dict[int, _Bracket]:
         found = {i: _Bracket(*bounds) for i, bounds in brackets.items()}
         for place in scan.places(segment):
             wanted = {i: bounds for i, bounds in brackets.items() if budget[i] >= 0}
-            for i, counted in _count(place, wanted, experts).items():
+            for i, counted in _count(place, wanted, look).items():
                 found[i].take(*counted)
         return closed(found)
 
@@ -429,8 +468,8 @@ def _collect(
             bracket.overflow = budget[i] < 0
         return found
 
-    if experts is not None and scan.compiled:
-        return scan.over_segments(lambda segment: from_places(segment, experts))
+    if look is not None:
+        return scan.over_segments(lambda segment: from_places(segment, look))
     return scan.over(from_tiles)
 
 

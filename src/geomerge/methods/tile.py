@@ -28,6 +28,7 @@ import torch
 from geomerge.checkpoint.dtypes import from_torch
 from geomerge.errors import NotFiniteError
 from geomerge.methods import native
+from geomerge.methods.program import record
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -180,6 +181,26 @@ class Tile:
     def numel(self) -> int:
         """Elements of one input."""
         return self.stack[0].numel()
+
+    def along(self, numbers: np.ndarray, run: int) -> Tensor:
+        """Numbers that belong to the rows or columns of the tensor, for the elements of a tile of whole rows.
+
+        Args:
+            numbers: One for each column, if `run` is 1, or for each row.
+            run: Elements of the tensor that follow each other and have the same number.
+
+        Returns:
+            What a tile's elements can be multiplied by: shape ``(1, columns)`` or ``(rows, 1)``.
+        """
+        here = torch.from_numpy(np.ascontiguousarray(numbers, dtype=np.float64)).to(self.base.device)
+        if run == 1:
+            return here.unsqueeze(0)
+        first = self.start // run
+        return here[first : first + self.numel // run].unsqueeze(1)
+
+    def count(self, mask: Tensor, tell: Callable[[int], object]) -> None:
+        """Tell how many elements of a mask of 0.0 and 1.0 are 1.0."""
+        tell(int(mask.sum().item()))
 
 
 class Scan:
@@ -388,18 +409,6 @@ class Scan:
             source.read(start, out)
         self.refuse_not_finite(stack)
 
-    def loop(self, compute: Callable[..., bool]) -> Loop:
-        """A compiled loop over places from one that takes inputs, an output and an array for its beginning, and `check`."""
-
-        def looped(place: Place, out: native.Stored, beginning: np.ndarray | None) -> bool:
-            inputs = self.stored(place.start, place.numel)
-            done = compute(inputs, out, beginning, check=self.checks)
-            if not done:
-                self.look_again(place.start, place.numel)
-            return done
-
-        return looped
-
     def refuse_not_finite(self, stack: Tensor) -> None:
         """Look for the input that holds NaN or Inf in a tile.
 
@@ -416,13 +425,28 @@ class Scan:
                     hint="repair or retrain this parent, or leave it out",
                 )
 
-    def sums(self, quantities: Callable[[Tile], Sequence[Tensor]]) -> list[float]:
+    def sums(self, quantities: Callable[[Tile], Sequence[Tensor]], *, recorded: bool = False) -> list[float]:
         """Exact sums over all elements of the quantities that a function computes for each tile.
 
         Args:
             quantities: Gives tensors of the tile's shape (or one column of per-row sums).
+            recorded: The function can be recorded: see `geomerge.methods.program`.
         """
-        parts = self.over(lambda tiles: [[block_sums(q) for q in quantities(tile)] for tile in tiles])
+        if recorded and self.columns is None and self.compiled:
+            program = record(len(self.sources), quantities, "sums")
+
+            def summed(segment: Segment) -> list[list[list[float]]]:
+                found = []
+                for place in self.places(segment):
+                    finite, sums = program.sums(place, check=self.checks)
+                    if not finite:
+                        self.look_again(place.start, place.numel)
+                    found.append(sums)
+                return found
+
+            parts = self.over_segments(summed)
+        else:
+            parts = self.over(lambda tiles: [[block_sums(q) for q in quantities(tile)] for tile in tiles])
         columns = zip(*(tile for segment in parts for tile in segment), strict=True)
         return [math.fsum(value for part in column for value in part) for column in columns]
 
@@ -456,10 +480,28 @@ def block_sums(values: Tensor) -> list[float]:
     """Sums over the fixed blocks of a flat tile, or over each row of a tile with rows."""
     if values.dim() > 1:
         return values.sum(1).tolist()
-    whole = values.numel() // BLOCK * BLOCK
-    sums: list[float] = values[:whole].view(-1, BLOCK).sum(1).tolist() if whole else []
-    if whole < values.numel():
-        sums.append(values[whole:].sum().item())
+    return sums_of_blocks(values.unsqueeze(0))[0]
+
+
+_LANES = 256
+"""Sums that a block's elements are added to in turn. Compiled loops do the same, so the order is fixed for both."""
+
+
+def sums_of_blocks(rows: Tensor) -> list[list[float]]:
+    """The sums of each row over its blocks: every 256th element in turn, then those 256 sums in float64, half to half."""
+    count, n = rows.shape
+    blocks = -(-n // BLOCK)
+    if n < blocks * BLOCK:
+        rows = torch.nn.functional.pad(rows, (0, blocks * BLOCK - n))
+    width = min(_LANES, BLOCK)
+    cut = rows.view(count, blocks, BLOCK // width, width)
+    # NumPy adds along the second axis from the last in order; a device need not have the same bits.
+    lanes = np.add.reduce(cut.numpy(), axis=2) if cut.device.type == "cpu" else cut.sum(2).cpu().numpy()
+    lanes = lanes.astype(np.float64)
+    while lanes.shape[-1] > 1:
+        half = lanes.shape[-1] // 2
+        lanes = lanes[..., :half] + lanes[..., half:]
+    sums: list[list[float]] = lanes[..., 0].tolist()
     return sums
 
 

@@ -6,8 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-
 from geomerge.methods.base import Elementwise, parameter
 from geomerge.methods.combine import elected_sign
 from geomerge.methods.properties import BASE, IDENTICAL, PERMUTATION, SCALE, SINGLE
@@ -31,7 +29,7 @@ def unified(deltas: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
     sign = elected_sign(total)
     most = (deltas[0] * sign).clamp_(min=0.0)
     for delta in deltas[1:]:
-        torch.maximum(most, delta * sign, out=most)
+        most = most.maximum(delta * sign)
     return sign, most
 
 
@@ -56,6 +54,7 @@ class Emr(Elementwise):
         "task. `task: k` gives the k-th expert's own model; without it the unified vector is added as it is."
     )
     properties: ClassVar[frozenset[str]] = frozenset({PERMUTATION, BASE, SINGLE, IDENTICAL, SCALE})
+    recorded: ClassVar[bool] = True
     example: ClassVar[str] = """\
 merge_method: emr
 base_model: ./base
@@ -97,7 +96,7 @@ dtype: bfloat16
             return [own.abs(), most.mul_((own * sign).gt_(0.0))]
 
         share = scan.numel if self.rescale == "tensor_mean" else 1
-        return [total / share for total in scan.sums(quantities)]
+        return [total / share for total in scan.sums(quantities, recorded=True)]
 
     def measure(self, scan: Scan) -> Any:
         return self.known

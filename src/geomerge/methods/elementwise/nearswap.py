@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from geomerge.methods import native
 from geomerge.methods.base import Elementwise, parameter
 from geomerge.methods.properties import BASE, IDENTICAL, SIGN
 from geomerge.methods.registry import register
-from geomerge.methods.tile import Loop, Scan, Tile
+from geomerge.methods.tile import Tile
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,6 +28,7 @@ class NearSwap(Elementwise):
     when: ClassVar[str] = "To flavour one model with another without changing any weight by more than t."
     models: ClassVar[tuple[int, int | None]] = (1, 1)
     properties: ClassVar[frozenset[str]] = frozenset({BASE, IDENTICAL, SIGN})
+    recorded: ClassVar[bool] = True
     example: ClassVar[str] = """\
 merge_method: nearswap
 base_model: ./chat
@@ -40,9 +40,6 @@ dtype: bfloat16
     t: float = parameter(
         within=(0, 1e6), extrapolates=True, doc="largest change of a weight, in its own units; 0.0001 is typical"
     )
-
-    def compiled(self, scan: Scan, stats: None) -> Loop:
-        return scan.loop(lambda inputs, *to, check: native.nearswap(inputs, self.t, _FLOOR, *to, check=check))
 
     def blend(self, tile: Tile, stats: None) -> Tensor:
         (delta,) = tile.task_vectors()

@@ -6,14 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-import numpy as np
-import torch
-
-from geomerge.methods import native
 from geomerge.methods.base import Elementwise, parameter
 from geomerge.methods.properties import BASE, PERMUTATION, SIGN
 from geomerge.methods.registry import register
-from geomerge.methods.tile import Loop, Scan, Segment, Tile
+from geomerge.methods.tile import Scan, Tile
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +17,7 @@ if TYPE_CHECKING:
 
 def _active(deltas: Sequence[Tensor], epsilon: float) -> tuple[list[Tensor], Tensor]:
     """For each expert 1.0 where |δ| > ε, and how many experts are active at each position."""
-    masks = [torch.hardshrink(d, epsilon).ne_(0.0) for d in deltas]
+    masks = [d.hardshrink(epsilon).ne_(0.0) for d in deltas]
     number = masks[0].clone()
     for m in masks[1:]:
         number.add_(m)
@@ -39,6 +35,7 @@ class Ram(Elementwise):
     formula: ClassVar[str] = "θ = θ₀ + Σ{δₖ : |δₖ| > ε} / max(1, #active)"
     when: ClassVar[str] = "Experts with sparse task vectors, such as those of reinforcement learning."
     properties: ClassVar[frozenset[str]] = frozenset({PERMUTATION, BASE, SIGN})
+    recorded: ClassVar[bool] = True
     example: ClassVar[str] = """\
 merge_method: ram
 base_model: ./base
@@ -48,15 +45,12 @@ dtype: bfloat16
 
     epsilon: float = parameter(1e-5, within=(0, 1e6), doc="changes up to this count as none")
 
-    def compiled(self, scan: Scan, stats: None) -> Loop:
-        return scan.loop(lambda inputs, *to, check: native.ram(inputs, self.epsilon, None, *to, check=check))
-
     def blend(self, tile: Tile, stats: None) -> Tensor:
         deltas = tile.task_vectors()
         _, number = _active(deltas, self.epsilon)
-        total = torch.hardshrink(deltas[0], self.epsilon)
+        total = deltas[0].hardshrink(self.epsilon)
         for d in deltas[1:]:
-            total.add_(torch.hardshrink(d, self.epsilon))
+            total.add_(d.hardshrink(self.epsilon))
         return tile.base.addcdiv_(total, number.clamp_(min=1.0))
 
 
@@ -71,6 +65,7 @@ class RamPlusTl(Elementwise):
     formula: ClassVar[str] = "as RAM; unshared δₖ are multiplied by 1 + r·clip(sharedₖ/uniqueₖ, 0, α)"
     when: ClassVar[str] = "As RAM, when averaging the shared changes weakens the experts."
     properties: ClassVar[frozenset[str]] = frozenset({PERMUTATION, BASE, SIGN})
+    recorded: ClassVar[bool] = True
     example: ClassVar[str] = """\
 merge_method: ramplus_tl
 base_model: ./base
@@ -89,33 +84,20 @@ dtype: bfloat16
             alone = number.eq(1.0).to(number.dtype)
             return [*(m * alone for m in masks), *masks]
 
-        def counted(segment: Segment) -> np.ndarray:
-            total = np.zeros((2, scan.experts), dtype=np.int64)
-            for place in scan.places(segment):
-                inputs = scan.stored(place.start, place.numel)
-                finite, here = native.active(inputs, self.epsilon, check=scan.checks)
-                if not finite:
-                    scan.look_again(place.start, place.numel)
-                total += here
-            return total
-
         if not scan.numel:
             return [1.0] * scan.experts
-        sums = np.sum(scan.over_segments(counted), axis=0).reshape(-1).tolist() if scan.compiled else scan.sums(counts)
+        sums = scan.sums(counts, recorded=True)
         unique, active = sums[: scan.experts], sums[scan.experts :]
         pairs = zip(unique, active, strict=True)
         ratios = [(a - u) / max(u, self.epsilon) if max(u, self.epsilon) > 0 else 0.0 for u, a in pairs]
         return [1 + self.r * min(max(ratio, 0.0), self.alpha) for ratio in ratios]
 
-    def compiled(self, scan: Scan, stats: list[float]) -> Loop:
-        return scan.loop(lambda inputs, *to, check: native.ram(inputs, self.epsilon, stats, *to, check=check))
-
     def blend(self, tile: Tile, stats: list[float]) -> Tensor:
         deltas = tile.task_vectors()
         masks, number = _active(deltas, self.epsilon)
         alone = number.eq(1.0).to(number.dtype)
-        shared = torch.sub(1.0, alone).div_(number.clamp(min=1.0))
-        total = torch.zeros_like(number)
+        shared = alone.mul(-1.0).add_(1.0).div_(number.clamp(min=1.0))
+        total = number.zero_()
         for factor, mask, d in zip(stats, masks, deltas, strict=True):
-            total.addcmul_(d.mul_(mask), torch.add(shared, alone, alpha=factor))
+            total.addcmul_(d.mul_(mask), shared.add(alone, alpha=factor))
         return tile.base.add_(total)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import torch
 
 from geomerge.methods.base import Elementwise, parameter
 from geomerge.methods.combine import elected_sign
@@ -27,9 +26,11 @@ def _variance(deltas: Sequence[Tensor]) -> Tensor:
     Free of division, so that it is exactly zero where the experts agree, and that positions of equal variance on the coarse
     grid of bfloat16 differences stay equal, in whatever order the experts come.
     """
-    total, squares = torch.zeros_like(deltas[0]), torch.zeros_like(deltas[0])
-    for d in deltas[1:]:
-        e = torch.sub(d, deltas[0])
+    if len(deltas) == 1:
+        return deltas[0] * 0.0
+    first, *others = (d - deltas[0] for d in deltas[1:])
+    total, squares = first.clone(), first.square()
+    for e in others:
         total.add_(e)
         squares.addcmul_(e, e)
     return squares.mul_(len(deltas)).addcmul_(total, total, value=-1.0).clamp_(min=0.0)
@@ -49,6 +50,7 @@ class Sce(Elementwise):
     when: ClassVar[str] = "Fused chat models of one base, without any weights to choose."
     properties: ClassVar[frozenset[str]] = frozenset({PERMUTATION, BASE, SINGLE, IDENTICAL, SCALE})
     mergekit: ClassVar[dict[str, Any]] = {"energy_floor": 1e-6, "divisor_floor": 1e-6}
+    recorded: ClassVar[bool] = True
     example: ClassVar[str] = """\
 merge_method: sce
 base_model: ./base
@@ -69,16 +71,16 @@ dtype: bfloat16
     def measure(self, scan: Scan) -> tuple[Selection | None, list[float]]:
         selection = None
         if self.select_topk < 1 and scan.numel:
-            (nonzero,) = scan.sums(lambda tile: [_variance(tile.task_vectors()).ne_(0.0)])
+            (nonzero,) = scan.sums(lambda tile: [_variance(tile.task_vectors()).ne_(0.0)], recorded=True)
             count = math.floor(self.select_topk * nonzero + 1e-9)
-            (selection,) = largest(scan, lambda tile: [_variance(tile.task_vectors())], [count])
+            (selection,) = largest(scan, lambda tile: [_variance(tile.task_vectors())], [count], recorded=True)
 
         def energies(tile: Tile) -> list[Tensor]:
             deltas = tile.task_vectors()
             self._select(deltas, tile, selection, "energy")
             return [d.square_() for d in deltas]
 
-        energy = np.array(scan.sums(energies) if scan.numel else [0.0] * scan.experts)
+        energy = np.array(scan.sums(energies, recorded=True) if scan.numel else [0.0] * scan.experts)
         total = energy.sum()
         if total == 0 or total / max(scan.numel, 1) < self.energy_floor:
             return selection, [1 / scan.experts] * scan.experts
@@ -100,10 +102,12 @@ dtype: bfloat16
         for d in deltas[1:]:
             elected.add_(d)
         elected = elected_sign(elected)
-        total, divisor = torch.zeros_like(elected), torch.zeros_like(elected)
-        for c, d in zip(weights, deltas, strict=True):
-            d.mul_(elected).clamp_(min=0.0)
+        agreeing = [d.mul_(elected).clamp_(min=0.0) for d in deltas]
+        total = agreeing[0] * weights[0]
+        for c, d in zip(weights[1:], agreeing[1:], strict=True):
             total.add_(d, alpha=c)
+        divisor = agreeing[0].sign_().mul_(weights[0])
+        for c, d in zip(weights[1:], agreeing[1:], strict=True):
             divisor.add_(d.sign_(), alpha=c)
         if self.divisor_floor:
             divisor.clamp_(min=self.divisor_floor)

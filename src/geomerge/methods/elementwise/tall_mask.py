@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-
 from geomerge.methods.base import Elementwise, parameter, per_model
 from geomerge.methods.combine import elected_sign
 from geomerge.methods.order import Selection
@@ -51,6 +49,7 @@ class TallMask(Elementwise):
         "masks, `geomerge extract` gives one back."
     )
     properties: ClassVar[frozenset[str]] = frozenset({BASE, SINGLE, SCALE, SIGN})
+    recorded: ClassVar[bool] = True
     example: ClassVar[str] = """\
 merge_method: tall_mask
 base_model: ./base
@@ -79,22 +78,6 @@ FEW = 0.05
 """Share of a model's elements below which what Consensus keeps of the merged vector is worth a warning."""
 
 
-class Kept:
-    """Counts the elements in a mask, tile by tile, from any thread."""
-
-    def __init__(self) -> None:
-        self._tiles: list[int] = []
-
-    def add(self, mask: Tensor) -> Tensor:
-        """Count a tile's mask of 0.0 and 1.0, and give it back."""
-        self._tiles.append(int(mask.sum().item()))
-        return mask
-
-    @property
-    def total(self) -> int:
-        return sum(self._tiles)
-
-
 @dataclass(frozen=True)
 class _Consensus(Elementwise):
     """θ₀ + λ · [Σ mₜ ≥ k] ⊙ τ_MTL."""
@@ -120,12 +103,11 @@ class _Consensus(Elementwise):
             + "take another method for experts that share little"
         )
 
-    def shared(self, deltas: Sequence[Tensor], total: Tensor, kept: Kept) -> Tensor:
-        """The merged vector, cut down to what enough tasks need; how much that is is counted."""
-        votes = torch.zeros_like(total)
-        for delta, threshold in zip(deltas, self.threshold, strict=True):
-            votes.add_(tall_mask(delta, total, threshold))
-        return total.mul_(kept.add(votes.ge_(self.k)))
+    def shared(self, tile: Tile, deltas: Sequence[Tensor], total: Tensor, kept: list[int]) -> Tensor:
+        """The merged vector, cut down to what enough tasks need; how much that is goes into a list."""
+        mask = added([tall_mask(d, total, t) for d, t in zip(deltas, self.threshold, strict=True)]).ge_(self.k)
+        tile.count(mask, kept.append)
+        return total.mul_(mask)
 
 
 @register
@@ -143,6 +125,7 @@ class Consensus(_Consensus):
     )
     properties: ClassVar[frozenset[str]] = frozenset({PERMUTATION, BASE, SCALE, SIGN})
     models: ClassVar[tuple[int, int | None]] = (2, None)
+    recorded: ClassVar[bool] = True
     example: ClassVar[str] = """\
 merge_method: consensus
 base_model: ./base
@@ -151,15 +134,15 @@ parameters: {k: 2, threshold: 0.4, lambda: 0.3}
 dtype: bfloat16
 """
 
-    def measure(self, scan: Scan) -> Kept:
-        return Kept()
+    def measure(self, scan: Scan) -> list[int]:
+        return []
 
-    def blend(self, tile: Tile, stats: Kept) -> Tensor:
+    def blend(self, tile: Tile, stats: list[int]) -> Tensor:
         deltas = tile.task_vectors()
-        return tile.base.add_(self.shared(deltas, added(deltas), stats), alpha=self.lambda_)
+        return tile.base.add_(self.shared(tile, deltas, added(deltas), stats), alpha=self.lambda_)
 
-    def tell(self, stats: Kept) -> dict[str, int]:
-        return {"kept": stats.total}
+    def tell(self, stats: list[int]) -> dict[str, int]:
+        return {"kept": sum(stats)}
 
 
 @register
@@ -174,6 +157,7 @@ class ConsensusTies(_Consensus):
     when: ClassVar[str] = "As consensus, where signs conflict."
     properties: ClassVar[frozenset[str]] = frozenset({PERMUTATION, BASE, SCALE})
     models: ClassVar[tuple[int, int | None]] = (2, None)
+    recorded: ClassVar[bool] = True
     example: ClassVar[str] = """\
 merge_method: consensus_ties
 base_model: ./base
@@ -199,18 +183,16 @@ dtype: bfloat16
     def survey(self, walk: Walk) -> dict[str, list[Selection]]:
         return self._trim(walk.experts).survey(walk)
 
-    def measure(self, scan: Scan) -> tuple[list[Selection], Kept]:
-        return self._trim(scan.experts).measure(scan), Kept()
+    def measure(self, scan: Scan) -> tuple[list[Selection], list[int]]:
+        return self._trim(scan.experts).measure(scan), []
 
-    def tell(self, stats: tuple[list[Selection], Kept]) -> dict[str, int]:
-        return {"kept": stats[1].total}
+    def tell(self, stats: tuple[list[Selection], list[int]]) -> dict[str, int]:
+        return {"kept": sum(stats[1])}
 
-    def blend(self, tile: Tile, stats: tuple[list[Selection], Kept]) -> Tensor:
+    def blend(self, tile: Tile, stats: tuple[list[Selection], list[int]]) -> Tensor:
         deltas = tile.task_vectors()
         step, (selections, kept) = self._trim(len(deltas)), stats
         trimmed = [step.keep_(delta.clone(), k, tile, selections) for k, delta in enumerate(deltas)]
         sign = elected_sign(added(trimmed))
-        total = torch.zeros_like(tile.base)
-        for delta in trimmed:
-            total.add_(delta.mul_(sign).clamp_(min=0.0))
-        return tile.base.add_(self.shared(deltas, total.mul_(sign), kept), alpha=self.lambda_)
+        total = added([delta.mul_(sign).clamp_(min=0.0) for delta in trimmed])
+        return tile.base.add_(self.shared(tile, deltas, total.mul_(sign), kept), alpha=self.lambda_)

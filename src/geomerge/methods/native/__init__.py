@@ -284,14 +284,44 @@ Counted = tuple[int, int, np.ndarray]
 """How many magnitudes lie above `high`, how many equal `common`, and those others that lie between `low` and `high`."""
 
 
+class Brackets:
+    """Brackets that a loop fills.
+
+    Args:
+        bounds: Of each.
+        size: How many magnitudes they look at, at most.
+        single: Whether these are float32.
+        experts: Whose magnitudes each looks at, where the loop asks for that (from 0, in ascending order).
+    """
+
+    def __init__(
+        self, bounds: Sequence[Bounds], size: int, *, single: bool, experts: Sequence[int] | None = None
+    ) -> None:
+        # The loops store eight at a time.
+        self._found = np.empty((len(bounds), size + 8), dtype=np.float32 if single else np.float64)
+        of = [0] * len(bounds) if experts is None else experts
+        rows = [row.ctypes.data for row in self._found]
+        self.array = (_Bracket * len(bounds))(
+            *(_Bracket(*each, 0, 0, 0, row, k) for each, row, k in zip(bounds, rows, of, strict=True))
+        )
+
+    def address(self, index: int) -> int:
+        """Where one of them lies."""
+        return ctypes.addressof(self.array) + index * ctypes.sizeof(_Bracket)
+
+    def counted(self) -> list[Counted]:
+        """What each has found."""
+        pairs = zip(self.array, self._found, strict=True)
+        return [(each.above, each.equal, row[: each.collected].copy()) for each, row in pairs]
+
+
 def bracket(magnitudes: np.ndarray, bounds: Bounds) -> Counted:
     """Count and collect magnitudes."""
-    found = np.empty_like(magnitudes)
-    one = _Bracket(*bounds, 0, 0, 0, found.ctypes.data, 0)
     single = magnitudes.dtype == np.float32
+    asked = Brackets([bounds], magnitudes.size, single=single)
     function = _loaded().geomerge_bracket_float if single else _loaded().geomerge_bracket_double
-    function(ctypes.c_void_p(magnitudes.ctypes.data), ctypes.c_int64(magnitudes.size), ctypes.byref(one))
-    return one.above, one.equal, found[: one.collected].copy()
+    function(ctypes.c_void_p(magnitudes.ctypes.data), ctypes.c_int64(magnitudes.size), asked.array)
+    return asked.counted()[0]
 
 
 def survey(
@@ -312,21 +342,15 @@ def survey(
         check: Look whether all inputs are finite; the first value returned says so.
     """
     order = sorted(range(len(brackets)), key=lambda i: brackets[i][0])
-    size = inputs.numel * len(starts)
-    # The loop stores eight at a time.
-    found = np.empty((len(brackets), size + 8), dtype=np.float32 if single else np.float64)
-    asked = (_Bracket * len(brackets))(
-        *(_Bracket(*brackets[i][1], 0, 0, 0, found[i].ctypes.data, brackets[i][0]) for i in order)
-    )
+    experts, bounds = [brackets[i][0] for i in order], [brackets[i][1] for i in order]
+    asked = Brackets(bounds, inputs.numel * len(starts), single=single, experts=experts)
     finite = inputs.call(
         "survey_float" if single else "survey_double",
         ctypes.c_int64(len(starts)), (ctypes.c_int64 * len(starts))(*starts), ctypes.c_int64(inputs.numel),
-        ctypes.c_int(len(brackets)), asked, ctypes.c_int(check),
+        ctypes.c_int(len(brackets)), asked.array, ctypes.c_int(check),
     )  # fmt: skip
-    counted: list[Counted] = [(0, 0, found[0, :0])] * len(brackets)
-    for i, each in zip(order, asked, strict=True):
-        counted[i] = (each.above, each.equal, found[i, : each.collected].copy())
-    return finite, counted
+    found = dict(zip(order, asked.counted(), strict=True))
+    return finite, [found[i] for i in range(len(brackets))]
 
 
 class Thinning(ctypes.Structure):
@@ -410,38 +434,30 @@ def task_vectors(
     )  # fmt: skip
 
 
-def nearswap(
-    inputs: Inputs, t: float, floor: float, out: Stored, beginning: np.ndarray | None = None, *, check: bool
-) -> bool:
-    """θ₀ + min(1, t/max(|δ|, floor))·δ; whether all inputs are finite (looked at if `check`), as in all that follow."""
-    numbers = ctypes.c_int64(inputs.numel), ctypes.c_double(t), ctypes.c_double(floor), ctypes.c_int(check)
-    return inputs.call("nearswap", *numbers, out=out, beginning=beginning)
-
-
-def active(inputs: Inputs, epsilon: float, *, check: bool) -> tuple[bool, np.ndarray]:
-    """How many |δ| of each expert are above ε where no other expert's is, and how many in all: shape ``(2, experts)``."""
-    found = np.zeros((2, inputs.count - 1), dtype=np.int64)
-    pointers = [ctypes.c_void_p(row.ctypes.data) for row in found]
-    numbers = ctypes.c_int64(inputs.numel), ctypes.c_double(epsilon), ctypes.c_int(check)
-    return inputs.call("active", *numbers, *pointers), found
-
-
-def ram(
+def program(
     inputs: Inputs,
-    epsilon: float,
-    factors: Sequence[float] | None,
-    out: Stored,
+    first: int,
+    steps: ctypes.Array[Any],
+    starts: Sequence[int] = (0,),
+    out: Stored | None = None,
     beginning: np.ndarray | None = None,
     *,
     check: bool,
 ) -> bool:
-    """θ₀ + the mean of the δ above ε; what one expert alone has times its factor, if there are factors."""
-    numbers = ctypes.c_int64(inputs.numel), ctypes.c_double(epsilon)
-    return inputs.call(
-        "ram",
-        *numbers,
-        None if factors is None else _doubles(factors),
-        ctypes.c_int(check),
-        out=out,
-        beginning=beginning,
-    )
+    """Do recorded steps (`geomerge.methods.program`); whether all inputs are finite (looked at if `check`).
+
+    Args:
+        inputs: The base and the experts.
+        first: The first element's place in the tensor.
+        steps: The steps.
+        starts: From each of these on the inputs' number of elements is looked at.
+        out, beginning: As for `span`, if the steps store something.
+        check: Look whether all inputs are finite.
+    """
+    arguments = (
+        ctypes.c_int64(len(starts)), (ctypes.c_int64 * len(starts))(*starts), ctypes.c_int64(inputs.numel),
+        ctypes.c_int64(first), steps, ctypes.c_int(len(steps)), ctypes.c_int(check),
+    )  # fmt: skip
+    if out is None:
+        return inputs.call("program", *arguments, None)
+    return inputs.call("program", *arguments, out=out, beginning=beginning)

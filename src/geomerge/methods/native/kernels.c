@@ -423,10 +423,39 @@ struct bracket {
 /* For each mask of eight lanes the lanes that are set, first ones first. */
 static int32_t lanes_of[256][8] __attribute__((aligned(32)));
 
+/* The same of four lanes, each of two words. */
+static int32_t pairs_of[16][8] __attribute__((aligned(32)));
+
 __attribute__((constructor)) static void fill_lanes(void) {
     for (int mask = 0; mask < 256; mask++)
         for (int lane = 0, at = 0; lane < 8; lane++)
             if (mask >> lane & 1) lanes_of[mask][at++] = lane;
+    for (int mask = 0; mask < 16; mask++)
+        for (int lane = 0, at = 0; lane < 4; lane++)
+            if (mask >> lane & 1) pairs_of[mask][at++] = 2 * lane, pairs_of[mask][at++] = 2 * lane + 1;
+}
+
+/* As `bracket_double`, for a whole number of fours; `found` has room for four more. */
+static void bracket_fours(struct bracket *b, const double *restrict x, int64_t m) {
+    const __m256d low = _mm256_set1_pd(b->low), high = _mm256_set1_pd(b->high), common = _mm256_set1_pd(b->common);
+    __m256i over = _mm256_setzero_si256(), same = over;
+    double *found = (double *)b->found + b->collected;
+    for (int64_t i = 0; i < m; i += 4) {
+        __m256d y = _mm256_loadu_pd(x + i);
+        __m256d above = _mm256_cmp_pd(y, high, _CMP_NLE_UQ), equal = _mm256_cmp_pd(y, common, _CMP_EQ_OQ);
+        __m256d inside = _mm256_andnot_pd(_mm256_or_pd(above, equal), _mm256_cmp_pd(y, low, _CMP_GE_OQ));
+        over = _mm256_sub_epi64(over, _mm256_castpd_si256(above));
+        same = _mm256_sub_epi64(same, _mm256_castpd_si256(equal));
+        int mask = _mm256_movemask_pd(inside);
+        __m256i lanes = _mm256_load_si256((const __m256i *)pairs_of[mask]);
+        _mm256_storeu_ps((float *)found, _mm256_permutevar8x32_ps(_mm256_castpd_ps(y), lanes));
+        found += __builtin_popcount((unsigned)mask);
+    }
+    int64_t counts[8];
+    _mm256_storeu_si256((__m256i *)counts, over);
+    _mm256_storeu_si256((__m256i *)(counts + 4), same);
+    for (int i = 0; i < 4; i++) b->above += counts[i], b->equal += counts[4 + i];
+    b->collected = found - (double *)b->found;
 }
 
 /* As `bracket_float` of |x - base|, for a whole number of eights; `found` has room for eight more. */
@@ -457,10 +486,15 @@ static void bracket_bf16(struct bracket *b, const uint16_t *restrict x, const fl
 #else
 #define QUICK 0
 #define bracket_bf16(b, x, base, m) (void)0
+#define bracket_fours(b, x, m) (void)0
 #endif
 
 #define BRACKET(T)                                                                                    \
     static void bracket_##T(struct bracket *b, const T *restrict y, int64_t m) {                      \
+        if (QUICK && sizeof(T) == 8 && m % 4 == 0) {                                                  \
+            bracket_fours(b, (const double *)y, m);                                                   \
+            return;                                                                                   \
+        }                                                                                             \
         const T low = (T)b->low, high = (T)b->high, common = (T)b->common;                            \
         int32_t over = 0, same = 0, number = (int32_t)m;                                              \
         uint8_t inside[CHUNK];                                                                        \
@@ -919,94 +953,210 @@ int geomerge_task_vectors_float(struct work *work, int64_t n, struct thinning *t
     return bad == 0;
 }
 
-/* In double: one window after the other of the base x[0] and the task vectors x[1] ..., chunk by chunk, each with a `result` to be
- * filled. */
-#define BY_CHUNKS(out, ...)                                                                    \
-    double bad = 0, x[MOST][CHUNK], result[CHUNK];                                             \
-    const void *raw[MOST];                                                                     \
-    const int count = work->count;                                                             \
-    for (int64_t at = 0; at < n; at += WINDOW) {                                               \
-        int64_t size = least(WINDOW, n - at);                                                  \
-        if (!fetch(work, at, size, raw)) return -1;                                            \
-        char *to = out ? window_of(work, out, at) : 0;                                         \
-        for (int64_t s = 0; s < size; s += CHUNK) {                                            \
-            int64_t m = least(CHUNK, size - s);                                                \
-            for (int k = 0; k < count; k++) {                                                  \
-                load_double(raw[k], work->inputs[k].dtype, s, m, x[k]);                        \
-                if (check) bad += odd_double(raw[k], work->inputs[k].dtype, s, m, x[k]);       \
-                if (k) EACH(m) x[k][i] -= x[0][i];                                             \
-            }                                                                                  \
-            __VA_ARGS__                                                                        \
-            if (!out) continue;                                                                \
-            if (work->first > at + s) tell_double(work, at + s, m, result);                    \
-            store_double(result, out->dtype, s, m, to);                                        \
-        }                                                                                      \
-        if (out && !deliver(work, out, at + size, n)) return -1;                               \
-    }                                                                                          \
-    return bad == 0;
-
 int geomerge_task_vectors_double(struct work *work, int64_t n, struct thinning *thin, const struct combination *rule,
                                  const double *c, const double *w, int check, const struct place *out) {
+    double x[MOST][CHUNK], result[CHUNK], bad = 0;
     uint64_t numbers[MOST][CHUNK / 2];
-    BY_CHUNKS(out, {
-        draw(count - 1, thin, m, numbers);
-        for (int k = 1; k < count; k++) thin_double(thin + k - 1, m, numbers[k - 1], x[k]);
-        combine_double(rule, count - 1, c, w, m, x[0], x + 1, result, 0);
-    })
+    const void *raw[MOST];
+    const int count = work->count;
+    for (int64_t at = 0; at < n; at += WINDOW) {
+        int64_t size = least(WINDOW, n - at);
+        if (!fetch(work, at, size, raw)) return -1;
+        char *to = window_of(work, out, at);
+        for (int64_t s = 0; s < size; s += CHUNK) {
+            int64_t m = least(CHUNK, size - s);
+            for (int k = 0; k < count; k++) {
+                load_double(raw[k], work->inputs[k].dtype, s, m, x[k]);
+                if (check) bad += odd_double(raw[k], work->inputs[k].dtype, s, m, x[k]);
+                if (k) EACH(m) x[k][i] -= x[0][i];
+            }
+            draw(count - 1, thin, m, numbers);
+            for (int k = 1; k < count; k++) thin_double(thin + k - 1, m, numbers[k - 1], x[k]);
+            combine_double(rule, count - 1, c, w, m, x[0], x + 1, result, 0);
+            if (work->first > at + s) tell_double(work, at + s, m, result);
+            store_double(result, out->dtype, s, m, to);
+        }
+        if (!deliver(work, out, at + size, n)) return -1;
+    }
+    return bad == 0;
 }
 
-/* -- other elementwise methods ------------------------------------------------------------------------ */
+/* -- recorded arithmetic ------------------------------------------------------------------------------------------ */
 
-/* x[0] + w d with w = min(1, t / max(|d|, floor)). */
-int geomerge_nearswap(struct work *work, int64_t n, double t, double floor, int check, const struct place *out) {
-    BY_CHUNKS(out, {
-        EACH(m) {
-            double size = fabs(x[1][i]);
-            double share = 1.0 / (size < floor ? floor : size) * t;
-            share = share < 0 ? 0.0 : share > 1 ? 1.0 : share;
-            result[i] = fma(share, x[1][i], x[0][i]);
+/* What a method does to tiles, recorded operation by operation (methods/program.py, which has the same list) and done here to a
+ * chunk after the other, whose numbers stay in the first-level cache. */
+enum {
+    LOAD,    /* the elements of input a */
+    DIFFER,  /* the elements of input a, minus b */
+    TABLE,   /* x elements of `data` in turn, each for y elements that follow each other */
+    ADD, SUBTRACT, MULTIPLY, DIVIDE, LARGER,
+    SHIFT,   /* a + x */
+    SCALE,   /* a * x */
+    OVER,    /* x / a */
+    PLUS,    /* a + x b */
+    PLUS_PRODUCT, PLUS_QUOTIENT, /* a + (x b) c, a + (x b) / c */
+    SIZE, SIGN,
+    FLOOR, CLAMP, /* at least x, at most y */
+    SHRINK,  /* 0 where |a| <= x */
+    LESS, LEAST, EQUAL, DIFFERENT, /* 1 where a < b, a <= b ..., else 0 */
+    BELOW, UP_TO, SAME, OTHER, ABOVE, FROM, /* ... where a < x, a <= x, a == x, a != x, a > x, a >= x */
+    REPLACE, /* x where b is not 0, else a */
+    THIN,    /* as `struct thinning` at `data` says */
+    COUNT,   /* the sum of a, into an integer at `data` */
+    SUMS,    /* of a over blocks: `data` has the lanes, then the sums */
+    BRACKET, /* counted and collected by the `struct bracket` at `data` */
+    STORE,   /* the output */
+    /* What is often done one after the other (also in methods/program.py): */
+    ELECT,     /* the sign of a + x */
+    AGREE,     /* a b, but at least x */
+    DISTANCE,  /* |a - b| */
+    WEIGHT,    /* |a| x */
+    LIGHTER, OUTWEIGHED, /* 1 where |a| x < b, < |b|, else 0 */
+    PLUS_SIGN, /* a + x sign(b) */
+};
+
+struct step {
+    int32_t operation, to, a, b, c, unused;
+    double x, y;
+    void *data;
+};
+
+#define REGISTERS 40
+#define BLOCK (1 << 13)
+
+/* Element i of the result is an expression of elements i of the operands, in a register of its own; also beyond the m that are asked
+ * for, where it does no harm: loops of known length are quicker. */
+#define MAP(expression)                                    \
+    _Pragma("GCC unroll 4") for (int i = 0; i < CHUNK; i++) o[i] = (expression); \
+    break
+
+#define TRUE(condition) ((condition) ? 1.0 : 0.0)
+
+/* Does all steps to the elements [at, at + m), which lie from `s` on in `raw`; `first` is the place of element 0 in the tensor. */
+static void do_steps(struct work *work, const struct step *steps, int count, const void *const *raw, int64_t s, int64_t m, int64_t at,
+                     int64_t n, int64_t first, const struct place *out, char *to, double (*registers)[CHUNK]) {
+    for (const struct step *each = steps; each < steps + count; each++) {
+        double *restrict o = registers[each->to];
+        const double *restrict a = registers[each->a], *restrict b = registers[each->b], *restrict c = registers[each->c];
+        const double x = each->x, y = each->y;
+        switch (each->operation) {
+        case LOAD: load_double(raw[each->a], work->inputs[each->a].dtype, s, m, o); break;
+        case DIFFER:
+            if (work->inputs[each->a].dtype == BF16) {
+                const uint16_t *bits = (const uint16_t *)raw[each->a] + s;
+                EACH(m) o[i] = (double)from_bf16(bits[i]) - b[i];
+                break;
+            }
+            load_double(raw[each->a], work->inputs[each->a].dtype, s, m, o);
+            EACH(m) o[i] -= b[i];
+            break;
+        case TABLE: {
+            const double *table = each->data;
+            int64_t length = (int64_t)x, run = (int64_t)y, place = first + at;
+            int64_t k = place / run % length, left = run - place % run;
+            if (run == 1) {
+                for (int64_t i = 0; i < m; k = 0) {
+                    int64_t some = least(m - i, length - k);
+                    memcpy(o + i, table + k, (size_t)some * sizeof *o);
+                    i += some;
+                }
+                break;
+            }
+            for (int64_t i = 0; i < m; left = run, k = k + 1 == length ? 0 : k + 1)
+                for (int64_t stop = least(m, i + left); i < stop; i++) o[i] = table[k];
+            break;
         }
-    })
+        case ADD: MAP(a[i] + b[i]);
+        case SUBTRACT: MAP(a[i] - b[i]);
+        case MULTIPLY: MAP(a[i] * b[i]);
+        case DIVIDE: MAP(a[i] / b[i]);
+        case LARGER: MAP(a[i] < b[i] ? b[i] : a[i]);
+        case SHIFT: MAP(a[i] + x);
+        case SCALE: MAP(a[i] * x);
+        case OVER: MAP(x / a[i]);
+        case PLUS: MAP(fma(b[i], x, a[i]));
+        case PLUS_PRODUCT:
+            if (x == 1) { MAP(fma(b[i], c[i], a[i])); }
+            MAP(fma(x * b[i], c[i], a[i]));
+        case PLUS_QUOTIENT: MAP(a[i] + x * b[i] / c[i]);
+        case SIZE: MAP(fabs(a[i]));
+        case SIGN: MAP(TRUE(a[i] > 0) - TRUE(a[i] < 0));
+        case FLOOR: MAP(a[i] < x ? x : a[i]);
+        case CLAMP: MAP((a[i] < x ? x : a[i]) > y ? y : a[i] < x ? x : a[i]);
+        case SHRINK: MAP(a[i] >= -x && a[i] <= x ? 0.0 : a[i]);
+        case LESS: MAP(TRUE(a[i] < b[i]));
+        case LEAST: MAP(TRUE(a[i] <= b[i]));
+        case EQUAL: MAP(TRUE(a[i] == b[i]));
+        case DIFFERENT: MAP(TRUE(a[i] != b[i]));
+        case BELOW: MAP(TRUE(a[i] < x));
+        case UP_TO: MAP(TRUE(a[i] <= x));
+        case SAME: MAP(TRUE(a[i] == x));
+        case OTHER: MAP(TRUE(a[i] != x));
+        case ABOVE: MAP(TRUE(a[i] > x));
+        case FROM: MAP(TRUE(a[i] >= x));
+        case ELECT: MAP(TRUE(a[i] + x > 0) - TRUE(a[i] + x < 0));
+        case AGREE: MAP(a[i] * b[i] < x ? x : a[i] * b[i]);
+        case DISTANCE: MAP(fabs(a[i] - b[i]));
+        case WEIGHT: MAP(fabs(a[i]) * x);
+        case LIGHTER: MAP(TRUE(fabs(a[i]) * x < b[i]));
+        case OUTWEIGHED: MAP(TRUE(fabs(a[i]) * x < fabs(b[i])));
+        case PLUS_SIGN: MAP(fma(TRUE(b[i] > 0) - TRUE(b[i] < 0), x, a[i]));
+        case REPLACE: MAP(b[i] != 0 ? x : a[i]);
+        case THIN:
+            memcpy(o, a, sizeof *o * m);
+            thin_double(each->data, m, 0, o);
+            break;
+        case COUNT: {
+            double number = 0; /* whole ones, which add up to the same in any order */
+            double lanes[8] = {0};
+            int64_t i = 0;
+            for (; i + 8 <= m; i += 8)
+                for (int j = 0; j < 8; j++) lanes[j] += a[i + j];
+            for (; i < m; i++) number += a[i];
+            for (int j = 0; j < 8; j++) number += lanes[j];
+            *(int64_t *)each->data += (int64_t)number;
+            break;
+        }
+        case SUMS: {
+            double *restrict lanes = each->data;
+            EACH(m) lanes[i] += a[i];
+            if ((at + m) % BLOCK && at + m < n) break;
+            for (int half = CHUNK / 2; half; half /= 2)
+                for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
+            lanes[CHUNK + at / BLOCK] = lanes[0];
+            memset(lanes, 0, CHUNK * sizeof *lanes);
+            break;
+        }
+        case BRACKET: bracket_double(each->data, a, m); break;
+        case STORE:
+            if (work->first > at) tell_double(work, at, m, a);
+            store_double(a, out->dtype, s, m, to);
+            break;
+        }
+    }
 }
 
-/* Of each expert the task vector's elements beyond epsilon: those that no other expert has, and all. */
-int geomerge_active(struct work *work, int64_t n, double epsilon, int check, int64_t *alone, int64_t *active) {
-    const struct place *const none = 0;
-    BY_CHUNKS(none, {
-        double number[CHUNK];
-        EACH(m) number[i] = 0;
-        (void)to, (void)result;
-        for (int k = 1; k < count; k++) EACH(m) number[i] += fabs(x[k][i]) > epsilon ? 1.0 : 0.0;
-        for (int k = 1; k < count; k++) {
-            double all_of = 0, only = 0;
-            EACH(m) all_of += fabs(x[k][i]) > epsilon ? 1.0 : 0.0;
-            EACH(m) only += fabs(x[k][i]) > epsilon && number[i] == 1 ? 1.0 : 0.0;
-            active[k - 1] += (int64_t)all_of;
-            alone[k - 1] += (int64_t)only;
+/* Does recorded steps to n elements from each of `starts` on; an output has one start, 0. `first` is the place of element 0 in the
+ * tensor. Returns whether all inputs are finite (looked at only if `check`). */
+int geomerge_program(struct work *work, int64_t pieces, const int64_t *starts, int64_t n, int64_t first, const struct step *steps,
+                     int count, int check, const struct place *out) {
+    _Alignas(64) double registers[REGISTERS][CHUNK] = {{0}};
+    double bad = 0;
+    const void *raw[MOST];
+    for (int64_t p = 0; p < pieces; p++)
+        for (int64_t at = 0; at < n; at += WINDOW) {
+            int64_t size = least(WINDOW, n - at);
+            if (!fetch(work, starts[p] + at, size, raw)) return -1;
+            char *to = out ? window_of(work, out, at) : 0;
+            for (int64_t s = 0; s < size; s += CHUNK) {
+                int64_t m = least(CHUNK, size - s);
+                for (int k = 0; check && k < work->count; k++) {
+                    if (work->inputs[k].dtype != BF16) load_double(raw[k], work->inputs[k].dtype, s, m, registers[0]);
+                    bad += odd_double(raw[k], work->inputs[k].dtype, s, m, registers[0]);
+                }
+                do_steps(work, steps, count, raw, s, m, at + s, n, first + starts[p], out, to, registers);
+            }
+            if (out && !deliver(work, out, at + size, n)) return -1;
         }
-    })
-}
-
-/* x[0] plus the mean of the active task vectors; with `factors` those of an expert alone are multiplied by its factor. */
-int geomerge_ram(struct work *work, int64_t n, double epsilon, const double *factors, int check, const struct place *out) {
-    BY_CHUNKS(out, {
-        double number[CHUNK];
-        double total[CHUNK];
-        EACH(m) number[i] = 0, total[i] = 0;
-        for (int k = 1; k < count; k++) {
-            EACH(m) x[k][i] = fabs(x[k][i]) > epsilon ? x[k][i] : 0.0;
-            EACH(m) number[i] += x[k][i] != 0 ? 1.0 : 0.0;
-        }
-        if (!factors) {
-            for (int k = 1; k < count; k++) EACH(m) total[i] = k == 1 ? x[k][i] : total[i] + x[k][i];
-            EACH(m) result[i] = x[0][i] + total[i] / (number[i] < 1 ? 1.0 : number[i]);
-        } else {
-            double shared[CHUNK];
-            double alone[CHUNK];
-            EACH(m) alone[i] = number[i] == 1 ? 1.0 : 0.0;
-            EACH(m) shared[i] = (1.0 - alone[i]) / (number[i] < 1 ? 1.0 : number[i]);
-            for (int k = 1; k < count; k++) EACH(m) total[i] = fma(x[k][i], fma(alone[i], factors[k - 1], shared[i]), total[i]);
-            EACH(m) result[i] = x[0][i] + total[i];
-        }
-    })
+    return bad == 0;
 }
