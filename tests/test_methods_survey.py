@@ -90,6 +90,7 @@ def pcb(taus: Sequence[Array], r: float, rho: float, balance: str, lambda_: floa
             inter = sum(np.tanh(signed[t] * s) for s in signed)
         score = np.exp(n * shares[t] ** 2) * inter
         least = np.sort(score)[min(math.floor(d * (1 - r) + 1e-9), d - 1)]
+        score = np.where(np.abs(score - least) < 1e-14 * np.abs(score).max(), least, score)  # equal but for rounding
         flat_ = not score.max() > least or not shares[t].any()
         weights.append(np.zeros(d) if flat_ else (np.clip(score, least, score.max()) - least) / (score.max() - least))
     total = sum(c * w for c, w in zip(clipped, weights, strict=True))

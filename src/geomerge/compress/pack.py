@@ -27,8 +27,9 @@ from geomerge.engine.run import Progress
 from geomerge.engine.sinks import FileSink
 from geomerge.errors import IncompatibleModels, UsageError, did_you_mean
 from geomerge.late import without_gradients
+from geomerge.methods.combine import added
 from geomerge.methods.elementwise.emr import unified
-from geomerge.methods.elementwise.tall_mask import added, tall_mask
+from geomerge.methods.elementwise.tall_mask import tall_mask
 from geomerge.methods.tile import Scan, Segment, block_sums
 from geomerge.recipe import loads
 from geomerge.version import __version__

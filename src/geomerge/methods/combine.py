@@ -183,6 +183,14 @@ _TINY = {4: 2.0**-126, 8: 2.0**-1022}
 """The smallest normal number, by a number's bytes."""
 
 
+def added(parts: Sequence[Tensor]) -> Tensor:
+    """Their sum, in their order: a new tensor."""
+    total = parts[0].clone()
+    for part in parts[1:]:
+        total.add_(part)
+    return total
+
+
 def _added(rows: Tensor, weights: Sequence[float] | None = None) -> Tensor:
     """Σ wₖ rowsₖ over the first dimension, in its order: a new tensor."""
     first, *others = rows.unbind(0)

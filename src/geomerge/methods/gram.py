@@ -18,11 +18,10 @@ import torch
 
 from geomerge.errors import UsageError
 from geomerge.methods import native
-from geomerge.methods.tile import BLOCK, Scan, Segment, Tile, sums_of_blocks
+from geomerge.methods.tile import BLOCK, Scan, Segment, Tile, lane_sums, sums_of_blocks
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,7 @@ def of_rows(tile: Tile) -> Gram:
     centred = np.empty((stacked.shape[0], k, k))
     for i in range(k):
         for j in range(i, k):
-            centred[:, i, j] = centred[:, j, i] = (stacked[:, i] * stacked[:, j]).sum(1).cpu().numpy()
+            centred[:, i, j] = centred[:, j, i] = lane_sums(stacked[:, i] * stacked[:, j])
     return Gram(centred)
 
 
@@ -153,26 +152,58 @@ def _compiled_products(scan: Scan, segment: Segment) -> list[list[float]]:
     return sums
 
 
+def by_rows(scan: Scan) -> Gram:
+    """The Gram matrix of each row of a scan that is cut by rows."""
+    width = max(scan.columns or 1, 1)
+
+    def measured(tiles: Iterator[Tile]) -> list[NDArray[np.float64]]:
+        return [of_rows(tile).centred for tile in tiles]
+
+    def compiled(segment: Segment) -> list[NDArray[np.float64]]:
+        found = []
+        for place in scan.places(segment):
+            sums = native.gram(scan.stored(place.start, place.numel), width, single=False)
+            if scan.checks and not np.isfinite(sums).all():
+                scan.look_again(place.start, place.numel)
+            found.append(_symmetric(sums, len(scan.sources)))
+        return found
+
+    parts = scan.over_segments(compiled) if scan.compiled and width <= native.ROW else scan.over(measured)
+    return Gram(np.concatenate([centred for part in parts for centred in part]))
+
+
+def _symmetric(sums: NDArray[np.float64], k: int) -> NDArray[np.float64]:
+    """Products of pairs i ≤ j, shape ``(pairs, slices)``, as matrices, shape ``(slices, k, k)``."""
+    found = np.empty((sums.shape[1], k, k))
+    pairs = [(i, j) for i in range(k) for j in range(i, k)]
+    for row, (first, second) in zip(sums, pairs, strict=True):
+        found[:, first, second] = found[:, second, first] = row
+    return found
+
+
 def _measure_columns(scan: Scan) -> Gram:
     """One Gram matrix for each position of the dimensions after the first: products added row after row, in order."""
     k, width = len(scan.sources), max(scan.columns or 1, 1)
 
-    def accumulate(tiles: Iterator[Tile]) -> list[Tensor]:
-        """For each input the sums of its products with itself and those after it."""
+    def accumulate(tiles: Iterator[Tile]) -> NDArray[np.float64]:
+        """The sums of products of all pairs."""
         sums = [torch.zeros(k - i, width, dtype=torch.float64, device=scan.device) for i in range(k)]
         for tile in tiles:
             tile.task_vectors()
             for row in tile.stack.unbind(1):
                 for i, each in enumerate(sums):
                     each.addcmul_(row[i:], row[i])
-        return sums
+        return torch.cat(sums).cpu().numpy()
 
-    centred = np.zeros((width, k, k))
-    for part in scan.over(accumulate):
-        for i, sums in enumerate(part):
-            found = sums.cpu().numpy()
-            for j in range(i, k):
-                centred[:, i, j] += found[j - i]
-                if i != j:
-                    centred[:, j, i] = centred[:, i, j]
-    return Gram(centred)
+    def compiled(segment: Segment) -> NDArray[np.float64]:
+        total = np.zeros((k * (k + 1) // 2, width))
+        for place in scan.places(segment):
+            native.gram_columns(scan.stored(place.start, place.numel), total)
+            if scan.checks and not np.isfinite(total).all():
+                scan.look_again(place.start, place.numel)
+        return total
+
+    total = np.zeros((k * (k + 1) // 2, width))
+    for part in scan.over_segments(compiled) if scan.compiled else scan.over(accumulate):
+        total += part
+    return Gram(_symmetric(total, k))

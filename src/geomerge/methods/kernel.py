@@ -128,8 +128,8 @@ def prepare(
             # What is not finite in an input shows in the output: one look instead of one for each input.
             scan, combine = open_scan(check=False), functools.partial(_looked_at, combine)
         plain = combine is not _combine_differences and scan.thinning is None and any(coefficients)
-        fused = functools.partial(_fused_sum, coefficients) if plain else None
-        return Prepared(scan, functools.partial(combine, coefficients), coefficients, fused=fused)
+        summed = functools.partial(_fused_sum, coefficients) if plain else None
+        return Prepared(scan, functools.partial(combine, coefficients), coefficients, fused=summed)
     if not isinstance(method, Elementwise):
         raise TypeError(f"{type(method).__name__} belongs to no family")
     scan = elementwise_scan(method, open_scan, shape, scale, dtype)

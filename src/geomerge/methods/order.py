@@ -37,7 +37,7 @@ Magnitudes = Callable[[Tile], Sequence["Tensor"]]
 """Computes the magnitudes (float64, not negative) to be ranked, one tensor for each selection."""
 
 Look = Sequence[int] | Program
-"""How compiled loops find the magnitudes: those of task vectors (for each selection the expert's number, from 0), or recorded."""
+"""How compiled loops find magnitudes: those of task vectors (for each selection an expert's number, from 0), or recorded."""
 
 _SAMPLE = 1 << 15
 _COLLECT = 1 << 20
@@ -289,9 +289,7 @@ def _select(
     return found
 
 
-def _in_one_tile(
-    scan: Scan, magnitudes: Magnitudes, counts: dict[int, int], look: Look | None
-) -> dict[int, Selection]:
+def _in_one_tile(scan: Scan, magnitudes: Magnitudes, counts: dict[int, int], look: Look | None) -> dict[int, Selection]:
     """The selections of a tensor that one tile holds."""
     found = {}
     for i, (flat,) in _sample(scan, magnitudes, counts, scan.numel, look).items():
@@ -323,9 +321,7 @@ def _sample(
     return taken
 
 
-def nth_smallest(
-    scan: Scan, magnitudes: Magnitudes, ranks: Sequence[int], *, recorded: bool = False
-) -> list[float]:
+def nth_smallest(scan: Scan, magnitudes: Magnitudes, ranks: Sequence[int], *, recorded: bool = False) -> list[float]:
     """The values at the 0-based `ranks` of the ascending order; `magnitudes` gives one tensor for each rank."""
     counts = [scan.numel - r for r in ranks]
     found = [s.threshold for s in largest(scan, magnitudes, counts, recorded=recorded)]

@@ -4,8 +4,8 @@ A method's `blend` (and what its `measure` sums up or ranks) is called once with
 they note what is done to them instead of doing it. The `Program` that comes of it is carried out by one loop of `native`,
 which does each operation to a few hundred elements that stay in the first-level cache, with the bits of torch.
 
-Only what is marked as such is recorded (`Elementwise.recorded`, ``recorded=True``): it must do nothing but what a `Value` can do,
-and must not depend on what a tile holds other than by that.
+Only what is marked as such is recorded (`Elementwise.recorded`, ``recorded=True``): it must do nothing but what a `Value` can
+do, and must not depend on what a tile holds other than by that.
 """
 
 from __future__ import annotations
@@ -27,9 +27,21 @@ if TYPE_CHECKING:
 
 _OPERATIONS = (
     *("load", "differ", "table", "add", "subtract", "multiply", "divide", "larger", "shift", "scale", "over", "plus"),
-    *("plus_product", "plus_quotient", "size", "sign", "floor", "clamp", "shrink", "less", "least", "equal", "different"),
+    *(
+        "plus_product",
+        "plus_quotient",
+        "size",
+        "sign",
+        "floor",
+        "clamp",
+        "shrink",
+        "less",
+        "least",
+        "equal",
+        "different",
+    ),
     *("below", "up_to", "same", "other", "above", "from", "replace", "thin", "count", "sums", "bracket", "store"),
-    *("elect", "agree", "distance", "weight", "lighter", "outweighed", "plus_sign"),
+    *("elect", "agree", "distance", "weight", "lighter", "outweighed", "plus_sign", "share", "exp", "tanh"),
 )
 """As in `kernels.c`, which says what each does."""
 
@@ -42,10 +54,10 @@ _FUSED = {
     ("size", "lighter", 1): "outweighed",
     ("sign", "plus", 1): "plus_sign",
 }
-"""What does an operation and the one that alone takes its result, as which operand: they have at most one number between them."""
+"""What does an operation and the one that alone takes its result, as which operand. At most one of the two has a number."""
 
 _CODE = {name: code for code, name in enumerate(_OPERATIONS)}
-_REGISTERS, _LANES, _BLOCK = 40, 256, 1 << 13
+_REGISTERS, _LANES = 40, 256
 
 _INFINITY = float("inf")
 
@@ -121,9 +133,7 @@ class Value:
         return self._either(other, "multiply", "scale")
 
     def div(self, other: Value | float) -> Value:
-        if not isinstance(other, Value):
-            raise TypeError("division by a number is recorded as `mul` of its inverse, or not at all: bits differ")
-        return self._noted("divide", other)
+        return self._either(other, "divide", "share")
 
     def reciprocal(self) -> Value:
         return self._noted("over", x=1.0)
@@ -146,6 +156,14 @@ class Value:
     def sign(self) -> Value:
         return self._noted("sign")
 
+    def exp(self) -> Value:
+        """`geomerge.methods.functions.exp`, whose bits are not torch's."""
+        return self._noted("exp")
+
+    def tanh(self) -> Value:
+        """`geomerge.methods.functions.tanh`."""
+        return self._noted("tanh")
+
     def maximum(self, other: Value) -> Value:
         return self._noted("larger", other)
 
@@ -161,10 +179,10 @@ class Value:
     def le(self, other: Value | float) -> Value:
         return self._either(other, "least", "up_to")
 
-    def eq(self, other: Value | float) -> Value:  # type: ignore[override]
+    def eq(self, other: Value | float) -> Value:
         return self._either(other, "equal", "same")
 
-    def ne(self, other: Value | float) -> Value:  # type: ignore[override]
+    def ne(self, other: Value | float) -> Value:
         return self._either(other, "different", "other")
 
     def gt(self, other: Value | float) -> Value:
@@ -254,12 +272,12 @@ class Program:
         """Write the output at a place; whether all inputs are finite (looked at if `check`), as in all that follow."""
         return self._run(place, {}, out=out, beginning=beginning, check=check)
 
-    def sums(self, place: Place, *, check: bool) -> tuple[bool, list[list[float]]]:
-        """For each output its sums over blocks."""
-        blocks = -(-place.numel // _BLOCK)
+    def sums(self, place: Place, block: int, *, check: bool) -> tuple[bool, list[list[float]]]:
+        """For each output its sums over blocks of so many elements (a multiple of 256, or all)."""
+        blocks = -(-place.numel // block)
         found = [np.zeros(_LANES + blocks) for _ in self.ends]
         addresses = {step: each.ctypes.data for step, each in zip(self.ends, found, strict=True)}
-        finite = self._run(place, addresses, check=check)
+        finite = self._run(place, addresses, block=block, check=check)
         return finite, [each[_LANES:].tolist() for each in found]
 
     def count(
@@ -277,6 +295,7 @@ class Program:
         addresses: dict[int, int],
         *,
         starts: Sequence[int] = (0,),
+        block: int = 0,
         out: native.Stored | None = None,
         beginning: np.ndarray | None = None,
         check: bool,
@@ -294,7 +313,7 @@ class Program:
                 told.append((data, ctypes.c_int64(0)))
                 steps[index].data = ctypes.addressof(told[-1][1])
         for index, address in addresses.items():
-            steps[index].data = address
+            steps[index].data, steps[index].x = address, block
         for index in set(self.ends).difference(addresses) if out is None else ():
             steps[index].operation = _CODE["load"]  # nobody asked: something harmless in its place
             steps[index].a, steps[index].to = 0, _REGISTERS - 1

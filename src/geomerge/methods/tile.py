@@ -432,13 +432,14 @@ class Scan:
             quantities: Gives tensors of the tile's shape (or one column of per-row sums).
             recorded: The function can be recorded: see `geomerge.methods.program`.
         """
-        if recorded and self.columns is None and self.compiled:
+        if recorded and self.columns in (None, self.numel) and self.compiled:
+            block = BLOCK if self.columns is None else max(self.numel, 1)
             program = record(len(self.sources), quantities, "sums")
 
             def summed(segment: Segment) -> list[list[list[float]]]:
                 found = []
                 for place in self.places(segment):
-                    finite, sums = program.sums(place, check=self.checks)
+                    finite, sums = program.sums(place, block, check=self.checks)
                     if not finite:
                         self.look_again(place.start, place.numel)
                     found.append(sums)
@@ -479,29 +480,36 @@ class Scan:
 def block_sums(values: Tensor) -> list[float]:
     """Sums over the fixed blocks of a flat tile, or over each row of a tile with rows."""
     if values.dim() > 1:
-        return values.sum(1).tolist()
+        return lane_sums(values)
     return sums_of_blocks(values.unsqueeze(0))[0]
 
 
-_LANES = 256
-"""Sums that a block's elements are added to in turn. Compiled loops do the same, so the order is fixed for both."""
-
-
 def sums_of_blocks(rows: Tensor) -> list[list[float]]:
-    """The sums of each row over its blocks: every 256th element in turn, then those 256 sums in float64, half to half."""
+    """The sums of each row over its blocks, as `lane_sums` adds them."""
     count, n = rows.shape
     blocks = -(-n // BLOCK)
     if n < blocks * BLOCK:
         rows = torch.nn.functional.pad(rows, (0, blocks * BLOCK - n))
-    width = min(_LANES, BLOCK)
-    cut = rows.view(count, blocks, BLOCK // width, width)
+    found = lane_sums(rows.view(count * blocks, BLOCK))
+    return [found[i * blocks : (i + 1) * blocks] for i in range(count)]
+
+
+_LANES = 256
+"""Sums that elements are added to in turn. Compiled loops do the same, so the order is fixed for both."""
+
+
+def lane_sums(rows: Tensor) -> list[float]:
+    """The sum of each row: of every 256th element in turn, then of those 256 sums in float64, half to half."""
+    if rows.shape[1] % _LANES or not rows.shape[1]:
+        rows = torch.nn.functional.pad(rows, (0, -rows.shape[1] % _LANES or _LANES))
+    cut = rows.reshape(len(rows), -1, _LANES)
     # NumPy adds along the second axis from the last in order; a device need not have the same bits.
-    lanes = np.add.reduce(cut.numpy(), axis=2) if cut.device.type == "cpu" else cut.sum(2).cpu().numpy()
+    lanes = np.add.reduce(cut.numpy(), axis=1) if cut.device.type == "cpu" else cut.sum(1).cpu().numpy()
     lanes = lanes.astype(np.float64)
     while lanes.shape[-1] > 1:
         half = lanes.shape[-1] // 2
         lanes = lanes[..., :half] + lanes[..., half:]
-    sums: list[list[float]] = lanes[..., 0].tolist()
+    sums: list[float] = lanes[..., 0].tolist()
     return sums
 
 

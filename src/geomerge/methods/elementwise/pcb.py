@@ -7,17 +7,23 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-import torch
-
 from geomerge.methods.base import Elementwise, parameter, per_model
+from geomerge.methods.combine import added
+from geomerge.methods.functions import exp, tanh
 from geomerge.methods.order import nth_smallest_of_all
 from geomerge.methods.properties import BASE, PERMUTATION, SIGN
 from geomerge.methods.registry import register
+from geomerge.methods.sparsify import magnitudes
 from geomerge.methods.tile import Scan, Tile
 from geomerge.methods.walk import Walk
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+_NOISE = 2.0**-45
+"""Scores this near to the threshold, in terms of the largest, are equal to it but for rounding: the weights' division would make
+something of that."""
 
 
 class Bounds(NamedTuple):
@@ -54,6 +60,7 @@ class Pcb(Elementwise):
         "Several experts of one base whose weights compete; a stronger TIES that looks at the model three times."
     )
     properties: ClassVar[frozenset[str]] = frozenset({PERMUTATION, BASE, SIGN})
+    recorded: ClassVar[bool] = True
     example: ClassVar[str] = """\
 merge_method: pcb
 base_model: ./base
@@ -89,10 +96,10 @@ dtype: bfloat16
         last = max(math.floor(d * (1 - self.winsor) + 1e-9) - 1, 0)
 
         def twice(tile: Tile) -> list[Tensor]:
-            magnitudes = [delta.abs_() for delta in tile.task_vectors()]
-            return magnitudes + magnitudes
+            found = magnitudes(tile)
+            return found + found
 
-        found = nth_smallest_of_all(walk, twice, [first] * experts + [last] * experts)
+        found = nth_smallest_of_all(walk, twice, [first] * experts + [last] * experts, [*range(experts)] * 2)
         bounds = Bounds(tuple(found[:experts]), tuple(found[experts:]))
         rank = min(math.floor(d * (1 - self.density) + 1e-9), d - 1)
 
@@ -100,7 +107,7 @@ dtype: bfloat16
             found = self._scores(tile.task_vectors(), bounds)
             return found + found
 
-        found = nth_smallest_of_all(walk, scores, [rank] * experts + [d - 1] * experts, signed=True)
+        found = nth_smallest_of_all(walk, scores, [rank] * experts + [d - 1] * experts, signed=True, recorded=True)
         return bounds._replace(least=tuple(found[:experts]), most=tuple(found[experts:]))
 
     def measure(self, scan: Scan) -> Any:
@@ -110,16 +117,18 @@ dtype: bfloat16
 
     def blend(self, tile: Tile, stats: Bounds) -> Tensor:
         deltas = tile.task_vectors()
-        total, divisor = torch.zeros_like(tile.base), torch.zeros_like(tile.base)
+        total, divisor = [], []
         for k, score in enumerate(self._scores(deltas, stats)):
             least, most = stats.least[k], stats.most[k]
             if not most > least or not stats.high[k] > stats.low[k]:
                 continue
-            w = score.clamp_(least, most).sub_(least).div_(most - least)
+            w = score.clamp_(least, most).sub_(least).hardshrink(_NOISE * max(abs(least), abs(most))).div_(most - least)
             clipped = deltas[k].abs().clamp_(stats.low[k], stats.high[k]).mul_(deltas[k].sign())
-            total.addcmul_(clipped, w, value=self.weight[k])
-            divisor.add_(w)
-        return tile.base.add_(total.div_(divisor.clamp_(min=1e-12)), alpha=self.lambda_)
+            total.append(clipped.mul_(w).mul_(self.weight[k]))
+            divisor.append(w)
+        if not total:
+            return tile.base
+        return tile.base.add_(added(total).div_(added(divisor).clamp_(min=1e-12)), alpha=self.lambda_)
 
     def _scores(self, deltas: tuple[Tensor, ...], bounds: Bounds) -> list[Tensor]:
         """intra · inter of each task vector, which stay as they are."""
@@ -127,13 +136,11 @@ dtype: bfloat16
         for k, delta in enumerate(deltas):
             low, high = bounds.low[k], bounds.high[k]
             magnitude = delta.abs().clamp_(low, high)
-            shares.append(magnitude.sub_(low).div_(high - low) if high > low else torch.zeros_like(delta))
+            shares.append(magnitude.sub_(low).div_(high - low) if high > low else magnitude.mul_(0.0))
         signed = [] if self.balance == "raw" else [delta.sign() * u for delta, u in zip(deltas, shares, strict=True)]
         if self.balance == "pair":
-            inter = [sum((torch.tanh(v * other) for other in signed), torch.zeros_like(v)) for v in signed]
+            inter = [added([tanh(v * other) for other in signed]) for v in signed]
         else:
-            added = torch.zeros_like(deltas[0])
-            for part in signed or deltas:
-                added.add_(part)
-            inter = [(delta * added).tanh_() for delta in deltas]
-        return [i.mul_(u.square_().mul_(len(deltas)).exp_()) for i, u in zip(inter, shares, strict=True)]
+            everything = added(signed or deltas)
+            inter = [tanh(delta * everything) for delta in deltas]
+        return [i.mul_(exp(u.square_().mul_(len(deltas)))) for i, u in zip(inter, shares, strict=True)]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from geomerge.methods.base import Elementwise, parameter, per_model
-from geomerge.methods.combine import elected_sign
+from geomerge.methods.combine import added, elected_sign
 from geomerge.methods.order import Selection
 from geomerge.methods.properties import BASE, PERMUTATION, SCALE, SIGN, SINGLE
 from geomerge.methods.registry import register
@@ -22,14 +22,6 @@ if TYPE_CHECKING:
 def tall_mask(delta: Tensor, total: Tensor, threshold: float) -> Tensor:
     """1.0 where |τₜ| > λₜ·|τ_MTL − τₜ|, else 0.0."""
     return (total - delta).abs_().mul_(threshold).lt(delta.abs()).to(delta.dtype)
-
-
-def added(deltas: Sequence[Tensor]) -> Tensor:
-    """Σ τₜ."""
-    total = deltas[0].clone()
-    for delta in deltas[1:]:
-        total.add_(delta)
-    return total
 
 
 @register

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from geomerge.methods import gram
 from geomerge.methods.base import Elementwise, parameter
+from geomerge.methods.functions import exp
 from geomerge.methods.gram import Gram
 from geomerge.methods.properties import BASE, PERMUTATION, SCALE, SIGN, SINGLE
 from geomerge.methods.registry import register
@@ -32,12 +31,12 @@ class Scores:
 
     Attributes:
         weights: w of each expert and slice, shape ``(T, slices)``; `None` for a tensor that is no matrix.
-        rows: The slices are rows.
+        run: Elements that follow each other and belong to one slice: 1, where slices are columns.
         averages: For a tensor that is no matrix: the mean of |τ| of each expert.
     """
 
-    weights: Tensor | None = None
-    rows: bool = False
+    weights: NDArray[np.float64] | None = None
+    run: int = 1
     averages: tuple[float, ...] = ()
 
 
@@ -68,6 +67,7 @@ class Widen(Elementwise):
         "All models need the same vocabulary: see the recipe's `tokenizer`."
     )
     properties: ClassVar[frozenset[str]] = frozenset({PERMUTATION, BASE, SINGLE, SCALE, SIGN})
+    recorded: ClassVar[bool] = True
     example: ClassVar[str] = """\
 merge_method: widen
 base_model: ./base
@@ -93,15 +93,17 @@ dtype: bfloat16
     def measure(self, scan: Scan) -> Scores:
         if len(scan.shape) != 2 or not scan.numel:
             totals = (
-                scan.sums(lambda tile: [d.abs_() for d in tile.task_vectors()]) if scan.numel else [0.0] * scan.experts
+                scan.sums(lambda tile: [d.abs_() for d in tile.task_vectors()], recorded=True)
+                if scan.numel
+                else [0.0] * scan.experts
             )
             return Scores(averages=tuple(total / max(scan.numel, 1) for total in totals))
         rows = self.slices == "rows" or (self.slices == "auto" and _TOKENS.search(scan.name) is not None)
-        measured = _by_rows(scan) if rows else gram.measure(scan, "column")
+        measured = gram.by_rows(scan) if rows else gram.measure(scan, "column")
         experts = range(1, measured.count)
         magnitude = self._scores(np.stack([_change_of_norm(measured, t) for t in experts]))
         direction = self._scores(np.stack([measured.angle(0, t) for t in experts]))
-        return Scores(torch.from_numpy((magnitude + direction) / 2).to(scan.device), rows)
+        return Scores((magnitude + direction) / 2, max(scan.shape[1], 1) if rows else 1)
 
     def _scores(self, changes: NDArray[np.float64]) -> NDArray[np.float64]:
         """The scores of changes: shape ``(T, slices)`` → ``(T, slices)``."""
@@ -117,31 +119,23 @@ dtype: bfloat16
         deltas = tile.task_vectors()
         if stats.weights is None:
             return self._blend_elements(tile, deltas, stats.averages)
-        if stats.rows:
-            first = tile.start // deltas[0].shape[1]
-            weights = stats.weights[:, first : first + deltas[0].shape[0]].unsqueeze(2)
-        else:
-            weights = stats.weights.unsqueeze(1)
-        for weight, delta in zip(weights, deltas, strict=True):
-            tile.base.addcmul_(delta, weight)
+        for weights, delta in zip(stats.weights, deltas, strict=True):
+            tile.base.addcmul_(delta, tile.along(weights, stats.run))
         return tile.base
 
     def _blend_elements(self, tile: Tile, deltas: tuple[Tensor, ...], averages: tuple[float, ...]) -> Tensor:
-        sizes = torch.stack([delta.abs() for delta in deltas])
-        scores = torch.softmax(sizes, 0)
-        for score, size, average, delta in zip(scores, sizes, averages, deltas, strict=True):
-            score[size > self.above_average_ratio * average] = self.score_calibration
-            tile.base.addcmul_(delta, score)
+        sizes = [delta.abs() for delta in deltas]
+        largest = sizes[0]
+        for size in sizes[1:]:
+            largest = largest.maximum(size)
+        powers = [exp(size - largest) for size in sizes]
+        total = powers[0].clone()
+        for power in powers[1:]:
+            total.add_(power)
+        for power, size, average, delta in zip(powers, sizes, averages, deltas, strict=True):
+            above = size.gt(self.above_average_ratio * average)
+            tile.base.addcmul_(delta, (power / total).masked_fill(above, self.score_calibration))
         return tile.base
-
-
-def _by_rows(scan: Scan) -> Gram:
-    """One Gram matrix for each row."""
-
-    def measured(tiles: Iterator[Tile]) -> list[NDArray[np.float64]]:
-        return [gram.of_rows(tile).centred for tile in tiles]
-
-    return Gram(np.concatenate([centred for part in scan.over(measured) for centred in part]))
 
 
 def _change_of_norm(measured: Gram, t: int) -> NDArray[np.float64]:

@@ -256,12 +256,23 @@ def span(inputs: Inputs, coefficients: Sequence[float], out: Stored, beginning: 
 
 
 def gram(inputs: Inputs, block: int, *, single: bool) -> np.ndarray:
-    """`geomerge.methods.gram.block_products` of the inputs centred on the first: shape ``(pairs, blocks)``."""
+    """The sums of products of the inputs centred on the first, over blocks of at most `ROW`: shape ``(pairs, blocks)``."""
     pairs = inputs.count * (inputs.count + 1) // 2
     found = np.empty((pairs, -(-inputs.numel // block)))
     name = "gram_float" if single else "gram_double"
     inputs.call(name, ctypes.c_int64(inputs.numel), ctypes.c_int64(block), ctypes.c_void_p(found.ctypes.data))
     return found
+
+
+ROW = _WINDOW
+"""Elements of the longest rows (or blocks) whose sums they make."""
+
+
+def gram_columns(inputs: Inputs, total: np.ndarray) -> None:
+    """Add the products of the inputs centred on the first, of rows of ``total.shape[1]`` elements, to `total`, by columns."""
+    columns = total.shape[1]
+    rows = ctypes.c_int64(inputs.numel // columns)
+    inputs.call("gram_columns", rows, ctypes.c_int64(columns), ctypes.c_void_p(total.ctypes.data))
 
 
 class _Bracket(ctypes.Structure):

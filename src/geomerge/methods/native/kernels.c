@@ -366,8 +366,9 @@ static void gram_block(const uint16_t *restrict a, const uint16_t *restrict b, i
         const struct place *in = work->inputs;                                                        \
         int pairs = k * (k + 1) / 2;                                                                  \
         for (int64_t b = 0; b < blocks; b++) {                                                        \
-            int64_t window = b * block / WINDOW * WINDOW; /* which holds whole blocks */              \
-            if (b * block == window && !fetch(work, window, least(WINDOW, n - window), raw)) return -1; \
+            int64_t whole = WINDOW / block * block; /* elements of whole blocks */                    \
+            int64_t window = b * block / whole * whole;                                               \
+            if (b * block == window && !fetch(work, window, least(whole, n - window), raw)) return -1; \
             int64_t stop = least(n, (b + 1) * block) - window;                                        \
             int64_t begin = b * block - window;                                                       \
             if (sizeof(T) == 4 && k == 2 && in[0].dtype == BF16 && in[1].dtype == BF16 && (stop - begin) % CHUNK == 0) { \
@@ -403,6 +404,32 @@ static void gram_block(const uint16_t *restrict a, const uint16_t *restrict b, i
     }
 
 GRAM(float) GRAM(double)
+
+/* The same products in double, added to out (pairs, columns) row after row: for each column its own. */
+int geomerge_gram_columns(struct work *work, int64_t rows, int64_t columns, double *out) {
+    double x[MOST][CHUNK];
+    const void *raw[MOST];
+    const int count = work->count;
+    const int64_t width = least(columns, WINDOW), together = columns < WINDOW ? WINDOW / columns : 1;
+    for (int64_t row = 0; row < rows; row += together)
+        for (int64_t column = 0; column < columns; column += width) {
+            int64_t some = least(together, rows - row), wide = least(width, columns - column);
+            if (!fetch(work, row * columns + column, some * wide, raw)) return -1;
+            for (int64_t s = 0; s < wide; s += CHUNK) {
+                int64_t m = least(CHUNK, wide - s);
+                for (int64_t r = 0; r < some; r++) {
+                    double *restrict sum = out + column + s;
+                    for (int k = 0; k < count; k++) {
+                        load_double(raw[k], work->inputs[k].dtype, r * wide + s, m, x[k]);
+                        if (k) EACH(m) x[k][i] -= x[0][i];
+                    }
+                    for (int a = 0; a < count; a++)
+                        for (int b = a; b < count; b++, sum += columns) EACH(m) sum[i] = fma(x[a][i], x[b][i], sum[i]);
+                }
+            }
+        }
+    return 1;
+}
 
 /* -- order statistics -------------------------------------------------------------------------------------------- */
 
@@ -1003,7 +1030,7 @@ enum {
     REPLACE, /* x where b is not 0, else a */
     THIN,    /* as `struct thinning` at `data` says */
     COUNT,   /* the sum of a, into an integer at `data` */
-    SUMS,    /* of a over blocks: `data` has the lanes, then the sums */
+    SUMS,    /* of a over blocks of x elements: `data` has the lanes, then the sums */
     BRACKET, /* counted and collected by the `struct bracket` at `data` */
     STORE,   /* the output */
     /* What is often done one after the other (also in methods/program.py): */
@@ -1013,6 +1040,7 @@ enum {
     WEIGHT,    /* |a| x */
     LIGHTER, OUTWEIGHED, /* 1 where |a| x < b, < |b|, else 0 */
     PLUS_SIGN, /* a + x sign(b) */
+    SHARE, EXP, TANH, /* a / x, and as in methods/functions.py */
 };
 
 struct step {
@@ -1022,13 +1050,38 @@ struct step {
 };
 
 #define REGISTERS 40
-#define BLOCK (1 << 13)
 
 /* Element i of the result is an expression of elements i of the operands, in a register of its own; also beyond the m that are asked
  * for, where it does no harm: loops of known length are quicker. */
 #define MAP(expression)                                    \
     _Pragma("GCC unroll 4") for (int i = 0; i < CHUNK; i++) o[i] = (expression); \
     break
+
+/* e^x = power * (1 + r + r^2 p): as `_reduced` in methods/functions.py. */
+static inline double reduced(double x, double *power, double *r) {
+    static const double terms[12] = {1 / 6227020800., 1 / 479001600., 1 / 39916800., 1 / 3628800., 1 / 362880., 1 / 40320.,
+                                     1 / 5040., 1 / 720., 1 / 120., 1 / 24., 1 / 6., 1 / 2.};
+    double shifted = x * 1.4426950408889634 + 0x1.8p52, p = terms[0];
+    double k = shifted - 0x1.8p52;
+    *r = fma(k, -1.9082149292705877e-10, fma(k, -0.6931471803691238, x));
+    for (int i = 1; i < 12; i++) p = p * *r + terms[i];
+    uint64_t bits; /* whose last ones hold k */
+    memcpy(&bits, &shifted, 8);
+    bits = (bits + 1023) << 52;
+    memcpy(power, &bits, 8);
+    return p;
+}
+
+static inline double exp_of(double x) {
+    double power, r, p = reduced(x < -708 ? -708 : x > 709 ? 709 : x, &power, &r);
+    return (p * r * r + r + 1) * power;
+}
+
+static inline double tanh_of(double x) {
+    double size = fabs(x), power, r, p = reduced((size > 20 ? 20 : size) * 2, &power, &r);
+    double less_one = (p * r * r + r) * power + (power - 1);
+    return less_one / (less_one + 2) * ((x > 0 ? 1.0 : 0.0) - (x < 0 ? 1.0 : 0.0));
+}
 
 #define TRUE(condition) ((condition) ? 1.0 : 0.0)
 
@@ -1101,11 +1154,20 @@ static void do_steps(struct work *work, const struct step *steps, int count, con
         case LIGHTER: MAP(TRUE(fabs(a[i]) * x < b[i]));
         case OUTWEIGHED: MAP(TRUE(fabs(a[i]) * x < fabs(b[i])));
         case PLUS_SIGN: MAP(fma(TRUE(b[i] > 0) - TRUE(b[i] < 0), x, a[i]));
+        case SHARE: MAP(a[i] / x);
+        case EXP: MAP(exp_of(a[i]));
+        case TANH: MAP(tanh_of(a[i]));
         case REPLACE: MAP(b[i] != 0 ? x : a[i]);
-        case THIN:
+        case THIN: {
+            struct thinning *thin = each->data;
+            if (thin->equal != thin->equal && thin->drop == INFINITY) {
+                const double keep = thin->keep;
+                MAP(a[i] >= -keep && a[i] <= keep ? 0.0 : a[i]);
+            }
             memcpy(o, a, sizeof *o * m);
-            thin_double(each->data, m, 0, o);
+            thin_double(thin, m, 0, o);
             break;
+        }
         case COUNT: {
             double number = 0; /* whole ones, which add up to the same in any order */
             double lanes[8] = {0};
@@ -1120,10 +1182,10 @@ static void do_steps(struct work *work, const struct step *steps, int count, con
         case SUMS: {
             double *restrict lanes = each->data;
             EACH(m) lanes[i] += a[i];
-            if ((at + m) % BLOCK && at + m < n) break;
+            if ((at + m) % (int64_t)x && at + m < n) break;
             for (int half = CHUNK / 2; half; half /= 2)
                 for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
-            lanes[CHUNK + at / BLOCK] = lanes[0];
+            lanes[CHUNK + at / (int64_t)x] = lanes[0];
             memset(lanes, 0, CHUNK * sizeof *lanes);
             break;
         }

@@ -1,0 +1,51 @@
+"""Exponential functions with the same bits everywhere: on every processor, and recorded (`geomerge.methods.program`).
+
+Libraries differ in the last bit from one version or processor to the next, and a last bit decides which elements are among the
+largest. These are sums of powers, right to about one unit in the last place.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+from geomerge.methods.program import Value
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_PER_LN2 = 1.4426950408889634
+_LN2 = (0.6931471803691238, 1.9082149292705877e-10)
+"""ln 2 in two parts: whole multiples of the first, up to 2²⁰, are exact."""
+_ROUNDS = 1.5 * 2.0**52
+"""Added to a number and taken away again it leaves a whole number."""
+_TERMS = tuple(1 / math.factorial(n) for n in range(13, 1, -1))
+
+
+def exp(x: Tensor) -> Tensor:
+    """eˣ in float64, from −708 to 709; numbers beyond count as these."""
+    if isinstance(x, Value):
+        return x.exp()
+    power, r, p = _reduced(x.clamp(-708.0, 709.0))
+    return p.mul_(r).mul_(r).add_(r).add_(1.0).mul_(power)
+
+
+def tanh(x: Tensor) -> Tensor:
+    """The hyperbolic tangent in float64."""
+    if isinstance(x, Value):
+        return x.tanh()
+    power, r, p = _reduced(x.abs().clamp_(max=20.0).mul_(2.0))
+    less_one = p.mul_(r).mul_(r).add_(r).mul_(power).add_(power.sub_(1.0))  # e²ˣ − 1
+    return less_one.div_(less_one + 2.0).mul_(x.sign())
+
+
+def _reduced(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """2ᵏ, r = x − k ln 2 of at most ln 2/2, and (eʳ − 1 − r)/r²."""
+    k = x.mul(_PER_LN2).add_(_ROUNDS).sub_(_ROUNDS)
+    r = x.add(k, alpha=-_LN2[0]).add_(k, alpha=-_LN2[1])
+    p = torch.full_like(r, _TERMS[0])
+    for term in _TERMS[1:]:
+        p.mul_(r).add_(term)
+    return k.to(torch.int64).add_(1023).bitwise_left_shift_(52).view(torch.float64), r, p
