@@ -96,6 +96,25 @@ def test_same_bytes_for_any_number_of_experts(method: str, count: int) -> None:
         same(lambda t=tensors: merge(ready, t, dtype=torch.bfloat16))  # type: ignore[misc]
 
 
+@compiled
+@pytest.mark.parametrize("method", ["della", "della_linear"])
+@pytest.mark.parametrize("shape", [(5, 9001), (801, 37), (33, 1), (700,)], ids=str)
+def test_same_ranks_in_rows(method: str, shape: tuple[int, ...]) -> None:
+    """Long and short rows, of odd lengths, with equal magnitudes, and such as only double precision tells apart."""
+    values = {"weight": [1.0, 0.4, -0.3], "density": [0.5, 1.0, 0.3], "epsilon": 0.2}
+    ready = registry.get(method).make(values, count=3)
+    for kind, dtype in itertools.product(KINDS, (torch.bfloat16, torch.float32)):
+        tensors = models(4, shape, kind)
+        tensors[1].view(-1)[3:] *= 1e-12  # the difference to one element that is left is all that 24 bits show
+        tensors[2].view(-1)[::3] = tensors[0].view(-1)[::3]
+        same(lambda t=stored(tensors, dtype): merge(ready, t, dtype=torch.bfloat16))  # type: ignore[misc]  # noqa: B008
+    far = torch.randn(shape, dtype=torch.float64) * 1e-14
+    far.view(-1)[:1] = 1.0
+    same(
+        lambda: merge(ready, [torch.zeros(shape, dtype=torch.float64), far, far * 2, far.flip(0)], dtype=torch.float64)
+    )
+
+
 LOOPS = {
     "linear": {"geomerge_span"},
     "slerp": {"geomerge_gram_float", "geomerge_span"},
@@ -110,6 +129,10 @@ LOOPS = {
     "ram": {"geomerge_program"},
     "ramplus_tl": {"geomerge_program"},
     "sce": {"geomerge_program"},
+    "della": {"geomerge_pruned"},
+    "della_linear": {"geomerge_pruned"},
+    "widen": {"geomerge_gram_columns", "geomerge_program"},
+    "pcb": {"geomerge_survey_double", "geomerge_program"},
     "emr": {"geomerge_program"},
     "tall_mask": {"geomerge_program"},
     "consensus": {"geomerge_program"},
@@ -117,7 +140,7 @@ LOOPS = {
 }
 """What a merge of bfloat16 models calls."""
 
-VALUES: dict[str, Any] = {"density": 0.4, "weight": 0.3, "t": 0.3, "select_topk": 0.5}
+VALUES: dict[str, Any] = {"density": 0.4, "epsilon": 0.1, "weight": 0.3, "t": 0.3, "select_topk": 0.5}
 
 
 @pytest.fixture
@@ -144,7 +167,7 @@ def test_takes_the_loops(method: str, called: set[str]) -> None:
     count = 1 if method in ("slerp", "arcee_fusion", "nearswap") else 2
     inputs = 2 if method == "linear" else count + 1
     made = found.make(values, count=count)
-    tensors = stored(models(inputs, (3, 50_003), "dense"), torch.bfloat16)
+    tensors = stored(models(inputs, (31, 4801), "dense"), torch.bfloat16)
     merge(made, tensors, dtype=torch.bfloat16, tile=1 << 13)
     assert called == LOOPS[method]
 

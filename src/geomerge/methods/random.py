@@ -77,6 +77,14 @@ def drawing(place: Place, label: str, probability: float) -> tuple[np.random.PCG
     return generator, width, limit
 
 
+def drawing_words(place: Place, label: str) -> tuple[np.random.PCG64DXSM, int | None]:
+    """For a compiled loop that draws `words` of 32 bits: the generator at a place, and the word before its next number."""
+    generator = stream(place.scan.seed, f"{label}/{place.scan.name}")
+    first, half = divmod(place.start, 2)
+    generator.advance(first)
+    return generator, int(generator.random_raw()) >> 32 if half else None
+
+
 def _resolution(probability: float) -> tuple[int, int]:
     """The bits of a word, and the limit below which it survives."""
     near = abs(round(probability * 2**16) / 2**16 - probability) <= 2e-5 * min(probability, 1 - probability)
@@ -87,6 +95,10 @@ def _resolution(probability: float) -> tuple[int, int]:
 def bernoulli(tile: Tile, label: str, probability: Tensor) -> Tensor:
     """A mask of the tile's shape: true with the probability given for each element, to 2⁻³²."""
     drawn = words(tile, label)
-    limit = np.minimum(np.rint(probability.reshape(-1).cpu().numpy() * 2.0**32), 2.0**32)
-    mask = drawn.astype(np.float64) < limit
+    mask = drawn.astype(np.float64) < limit_of(probability.reshape(-1).cpu().numpy())
     return torch.from_numpy(mask).view(tile.base.shape).to(tile.base.device)
+
+
+def limit_of(probability: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Below which 32 bits an element survives with each of these probabilities."""
+    return np.minimum(np.rint(probability * 2.0**32), 2.0**32)

@@ -11,15 +11,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 
-from geomerge.methods.native import Thinning
+from geomerge.methods.native import Pruning, Thinning
 from geomerge.methods.order import Selection, largest, largest_of_all
-from geomerge.methods.random import bernoulli, drawing, keep_
+from geomerge.methods.random import bernoulli, drawing, drawing_words, keep_, limit_of
 from geomerge.methods.tile import Place, Scan, Tile
 from geomerge.methods.walk import Walk
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor
 
 
@@ -252,15 +254,36 @@ class MagPrune:
     def measure(self, scan: Scan) -> None:
         return None
 
+    def by_rank(self, k: int, n: int) -> NDArray[np.float64]:
+        """The keep probabilities of a row of n elements, by ascending rank."""
+        density, epsilon = self.density[k], self.epsilon[k]
+        return (
+            np.full(1, density)
+            if n == 1
+            else np.arange(n, dtype=np.float64) * (2 * epsilon / (n - 1)) + (density - epsilon)
+        )
+
     def probabilities(self, delta: Tensor, k: int) -> Tensor:
         """The keep probabilities of one tile's rows: shape ``(rows, columns)``."""
-        n = delta.shape[-1]
-        density, epsilon = self.density[k], self.epsilon[k]
-        if n == 1:
-            return torch.full_like(delta, density)
-        order = _ascending(delta.abs())
-        steps = torch.arange(n, dtype=delta.dtype, device=delta.device) * (2 * epsilon / (n - 1)) + (density - epsilon)
-        return torch.empty_like(delta).scatter_(-1, order, steps.expand_as(delta))
+        steps = torch.from_numpy(self.by_rank(k, delta.shape[-1])).to(delta)
+        return torch.empty_like(delta).scatter_(-1, _ascending(delta.abs()), steps.expand_as(delta))
+
+    def prune(self, thinning: Thinning, pruning: Pruning, k: int, place: Place) -> object:
+        """Say for a compiled loop what `keep_` drops from a place on, as long as the value that is returned lives."""
+        if self.density[k] >= 1:
+            return None
+        if self.density[k] <= 0:
+            thinning.keep = math.inf
+            return None
+        shares = self.by_rank(k, max(place.scan.columns or 1, 1))
+        limits = limit_of(shares).astype(np.int64)
+        pruning.limits = limits.ctypes.data
+        pruning.shares = shares.ctypes.data if self.rescale == "inverse" else None
+        generator, half = drawing_words(place, f"della/{k}")
+        if half is not None:
+            pruning.spare, pruning.spared = half, 1
+        thinning.draw(generator, 32)
+        return shares, limits
 
     def keep_(self, delta: Tensor, k: int, tile: Tile, stats: None) -> Tensor:
         if self.density[k] >= 1:

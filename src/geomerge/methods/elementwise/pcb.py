@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 
 _NOISE = 2.0**-45
-"""Scores this near to the threshold, in terms of the largest, are equal to it but for rounding: the weights' division would make
-something of that."""
+"""Scores this near to the threshold, in terms of the largest, are equal to it but for rounding: the weights' division would
+make something of that."""
 
 
 class Bounds(NamedTuple):

@@ -59,7 +59,7 @@ class TaskVectors(Elementwise):
 
     @property
     def loops(self) -> bool:
-        return isinstance(self.sparsifier(), Thins) and not self.merging().get("furthest")
+        return isinstance(self.sparsifier(), Thins | MagPrune) and not self.merging().get("furthest")
 
     def check(self, count: int, compat: str | None = None) -> None:
         if compat is None and self.normalize and not self.elect and abs(sum(self.weight)) < 1e-8:
@@ -92,7 +92,7 @@ class TaskVectors(Elementwise):
 
     def compiled(self, scan: Scan, stats: Any) -> Loop | None:
         step, options = self.sparsifier(), self.merging()
-        if not isinstance(step, Thins) or not self.loops:
+        if not self.loops or (scan.columns or 0) > native.ROW:
             return None
         found, factors = stats
         coefficients = [w * f for w, f in zip(self.weight, factors, strict=True)]
@@ -105,14 +105,25 @@ class TaskVectors(Elementwise):
         )
         limit = cancelled(scan)
 
-        def fused(place: Place, out: native.Stored, beginning: np.ndarray | None) -> bool:
+        def thin(place: Place, out: native.Stored, beginning: np.ndarray | None) -> bool:
             thinned = place.carry.setdefault("thinned", native.whole(scan.experts))
+            inputs = scan.stored(place.start, place.numel)
+            if isinstance(step, MagPrune):
+                pruned = (native.Pruning * scan.experts)()
+                kept = [step.prune(*pair, k, place) for k, pair in enumerate(zip(thinned, pruned, strict=True))]
+                columns = max(scan.columns or 1, 1)
+                done = native.pruned(inputs, columns, thinned, pruned, rule, out, beginning, check=scan.checks)
+                del kept
+                return done
+            assert isinstance(step, Thins)
             for k, each in enumerate(thinned):
                 step.thin(each, k, place, found)
-            inputs = scan.stored(place.start, place.numel)
-            done = native.task_vectors(
+            return native.task_vectors(
                 inputs, thinned, rule, out, single=scan.single, limit=limit, check=scan.checks, beginning=beginning
             )
+
+        def fused(place: Place, out: native.Stored, beginning: np.ndarray | None) -> bool:
+            done = thin(place, out, beginning)
             if not done:
                 scan.look_again(place.start, place.numel)
             return done

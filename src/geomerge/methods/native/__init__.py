@@ -380,8 +380,8 @@ class Thinning(ctypes.Structure):
         ("limit", ctypes.c_uint32),
     )
 
-    def draw(self, generator: np.random.PCG64DXSM, width: int, limit: int) -> None:
-        """Each element draws a word of so many bits, and those below `limit` survive."""
+    def draw(self, generator: np.random.PCG64DXSM, width: int, limit: int = 0) -> None:
+        """Each element draws a word of so many bits, and those below `limit` survive (unless a `Pruning` says which)."""
         inner: Any = generator.state["state"]
         low = 2**64 - 1
         self.state[:] = (inner["state"] & low, inner["state"] >> 64)
@@ -411,6 +411,17 @@ class Combination:
     normalize: bool
     lambda_: float
 
+    def packed(self, limit: float = 0.0) -> _Combination:
+        """For the loops; `limit` as `geomerge.methods.combine.cancelled` gives it."""
+        weights = self.weights
+        alike = self.elect and len(set(self.coefficients)) == len(set(weights)) == 1 and self.coefficients[0] > 0
+        clamp = alike or min(weights) > 0
+        scale = self.coefficients[0] if alike else 1.0
+        scale = scale / weights[0] if alike and self.normalize else scale
+        return _Combination(
+            self.elect, alike, self.normalize, clamp, 0.5 if alike else min(weights) / 2, self.lambda_ * scale, limit
+        )
+
 
 def whole(count: int) -> ctypes.Array[Thinning]:
     """So many task vectors that stay whole."""
@@ -430,18 +441,10 @@ def task_vectors(
     beginning: np.ndarray | None = None,
 ) -> bool:
     """θ₀ + the combination of the thinned task vectors, rounded; whether all inputs are finite (looked at if `check`)."""
-    weights = rule.weights
-    alike = rule.elect and len(set(rule.coefficients)) == len(set(weights)) == 1 and rule.coefficients[0] > 0
-    clamp = alike or min(weights) > 0
-    scale = rule.coefficients[0] if alike else 1.0
-    scale = scale / weights[0] if alike and rule.normalize else scale
-    combination = _Combination(
-        rule.elect, alike, rule.normalize, clamp, 0.5 if alike else min(weights) / 2, rule.lambda_ * scale, limit
-    )
     return inputs.call(
         "task_vectors_float" if single else "task_vectors_double",
-        ctypes.c_int64(inputs.numel), thinned, ctypes.byref(combination), _doubles(rule.coefficients),
-        _doubles(weights), ctypes.c_int(check), out=out, beginning=beginning,
+        ctypes.c_int64(inputs.numel), thinned, ctypes.byref(rule.packed(limit)), _doubles(rule.coefficients),
+        _doubles(rule.weights), ctypes.c_int(check), out=out, beginning=beginning,
     )  # fmt: skip
 
 
@@ -472,3 +475,50 @@ def program(
     if out is None:
         return inputs.call("program", *arguments, None)
     return inputs.call("program", *arguments, out=out, beginning=beginning)
+
+
+class Pruning(ctypes.Structure):
+    """Which elements of a row survive, by their ranks: see `kernels.c`."""
+
+    _fields_ = (
+        ("shares", ctypes.c_void_p),
+        ("limits", ctypes.c_void_p),
+        ("spare", ctypes.c_uint32),
+        ("spared", ctypes.c_int32),
+    )
+
+
+def pruned(
+    inputs: Inputs,
+    columns: int,
+    thinned: ctypes.Array[Thinning],
+    prunings: ctypes.Array[Pruning],
+    rule: Combination,
+    out: Stored,
+    beginning: np.ndarray | None = None,
+    *,
+    check: bool,
+) -> bool:
+    """As `task_vectors` in float64, after pruning by rows of at most `ROW` columns.
+
+    Args:
+        inputs, rule, out, beginning, check: As for `task_vectors`.
+        columns: Elements in a row.
+        thinned: Task vectors that draw numbers of 32 bits are pruned.
+        prunings: How.
+    """
+    some = max(_TOGETHER // columns, 1)
+    experts = inputs.count - 1
+    nbytes = some * columns * (8 * inputs.count + 4 * experts) + 32 * columns
+    scratch: np.ndarray | None = getattr(_local, "scratch", None)
+    if scratch is None or scratch.size < nbytes:
+        scratch = _local.scratch = np.empty(nbytes, dtype=np.uint8)
+    return inputs.call(
+        "pruned", ctypes.c_int64(inputs.numel), ctypes.c_int64(columns), ctypes.c_int64(some), thinned, prunings,
+        ctypes.byref(rule.packed()), _doubles(rule.coefficients), _doubles(rule.weights),
+        ctypes.c_void_p(scratch.ctypes.data), ctypes.c_int(check), out=out, beginning=beginning,
+    )  # fmt: skip
+
+
+_TOGETHER = 1 << 13
+"""Elements of each input that rows are put together to, where they are shorter."""

@@ -17,6 +17,7 @@
 #include <errno.h>
 #include <math.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
@@ -193,12 +194,9 @@ static char *window_of(struct work *work, const struct place *out, int64_t at) {
     return room;
 }
 
-/* ... and from where it goes to its file, with those before it of the same batch; `n` is all of the output, `stop` how far it is. */
-static int deliver(struct work *work, const struct place *out, int64_t stop, int64_t n) {
-    if (out->memory || (stop % BATCH && stop < n)) return 1;
-    int64_t at = (stop - 1) / BATCH * BATCH, size = sizes[out->dtype];
-    const char *from = window_of(work, out, at);
-    int64_t left = (stop - at) * size, to = out->offset + at * size;
+/* n elements from `from` on to their place in the output's file. */
+static int put(struct work *work, const struct place *out, const char *from, int64_t at, int64_t n) {
+    int64_t left = n * sizes[out->dtype], to = out->offset + at * sizes[out->dtype];
     while (left) {
         ssize_t got = pwrite(out->file, from, (size_t)left, (off_t)to);
         if (got < 0 && errno == EINTR) continue;
@@ -210,6 +208,13 @@ static int deliver(struct work *work, const struct place *out, int64_t stop, int
         left -= got, to += got, from += got;
     }
     return 1;
+}
+
+/* ... and from where it goes to its file, with those before it of the same batch; `n` is all of the output, `stop` how far it is. */
+static int deliver(struct work *work, const struct place *out, int64_t stop, int64_t n) {
+    if (out->memory || (stop % BATCH && stop < n)) return 1;
+    int64_t at = (stop - 1) / BATCH * BATCH;
+    return put(work, out, window_of(work, out, at), at, stop - at);
 }
 
 /* A piece [at, at + n) of a result before it is rounded, as far as that was asked for. */
@@ -1004,6 +1009,149 @@ int geomerge_task_vectors_double(struct work *work, int64_t n, struct thinning *
             store_double(result, out->dtype, s, m, to);
         }
         if (!deliver(work, out, at + size, n)) return -1;
+    }
+    return bad == 0;
+}
+
+/* -- task vectors thinned at random by the ranks in their rows ------------------------------------------------------ */
+
+struct pruning {
+    const double *shares;  /* by ascending rank: what a survivor is divided by (0: nothing) ... */
+    const int64_t *limits; /* ... and below which number it survives (0: all do) */
+    uint32_t spare;        /* half a number of the generator that was drawn and not used, */
+    int32_t spared;        /* if this is 1 */
+};
+
+struct ranked { uint32_t key, index; };
+struct exact { double size; uint32_t index; };
+
+static int smaller(const void *left, const void *right) {
+    const struct exact *a = left, *b = right;
+    return a->size != b->size ? (a->size > b->size) - (a->size < b->size) : (a->index > b->index) - (a->index < b->index);
+}
+
+/* Orders n <= WINDOW elements by magnitude, equal ones by index: by 20 bits of it, digit by digit, and then what these left. There
+ * is room for 16 n bytes at each place. */
+static const struct ranked *ascending(const double *d, int64_t n, struct ranked *one, struct ranked *other) {
+    enum { MANTISSA = 15, OCTAVES = 32, DIGIT = 10, MASK = (1 << DIGIT) - 1 };
+    uint64_t bits, most = 0;
+    for (int64_t i = 0; i < n; i++) {
+        memcpy(&bits, d + i, 8);
+        bits = bits << 1 >> (53 - MANTISSA);
+        most = most < bits ? bits : most;
+    }
+    int64_t floor = ((int64_t)(most >> MANTISSA) - OCTAVES + 1) * (1 << MANTISSA);
+    /* The first half is put down from each number's first place on, the second from its last one back: two that need not wait
+     * for each other. */
+    int32_t first[2][1 << DIGIT], last[2][1 << DIGIT];
+    const int64_t half = n / 2;
+    memset(first, 0, sizeof first);
+    memset(last, 0, sizeof last);
+    for (int64_t i = 0; i < n; i++) {
+        memcpy(&bits, d + i, 8);
+        int64_t key = (int64_t)(bits << 1 >> (53 - MANTISSA)) - floor;
+        key = key < 0 ? 0 : key;
+        one[i].key = (uint32_t)key, one[i].index = (uint32_t)i;
+    }
+    for (int64_t i = 0; i < half; i++) {
+        first[0][one[i].key & MASK]++, first[1][one[i].key >> DIGIT]++;
+        last[0][one[i + half].key & MASK]++, last[1][one[i + half].key >> DIGIT]++;
+    }
+    if (n % 2) first[0][one[n - 1].key & MASK]++, first[1][one[n - 1].key >> DIGIT]++;
+    for (int digit = 0; digit < 2; digit++) {
+        int32_t sum = 0;
+        for (int k = 0; k <= MASK; k++) {
+            int32_t number = first[digit][k] + last[digit][k];
+            first[digit][k] = sum, sum += number, last[digit][k] = sum;
+        }
+        for (int64_t i = 0, j = n - 1; i <= j; i++, j--) {
+            int32_t low = (int32_t)(one[i].key >> digit * DIGIT) & MASK, high = (int32_t)(one[j].key >> digit * DIGIT) & MASK;
+            other[first[digit][low]++] = one[i];
+            if (i < j) other[--last[digit][high]] = one[j];
+        }
+        struct ranked *swapped = one;
+        one = other, other = swapped;
+    }
+    int64_t left = 8 * n; /* moves, before something quicker is done */
+    for (int64_t i = 1; i < n; i++) {
+        double size = fabs(d[one[i].index]);
+        if (fabs(d[one[i - 1].index]) <= size) continue;
+        struct ranked moved = one[i];
+        int64_t j = i;
+        for (; j && fabs(d[one[j - 1].index]) > size && left; j--, left--) one[j] = one[j - 1];
+        one[j] = moved;
+        if (left) continue;
+        struct exact *all = (struct exact *)other;
+        for (int64_t k = 0; k < n; k++) all[k] = (struct exact){fabs(d[k]), (uint32_t)k};
+        qsort(all, (size_t)n, sizeof *all, smaller);
+        for (int64_t k = 0; k < n; k++) one[k].index = all[k].index;
+        break;
+    }
+    return one;
+}
+
+static void prune(const struct pruning *p, int64_t n, const uint32_t *words, double *restrict d, struct ranked *room) {
+    const struct ranked *order = ascending(d, n, room, room + 2 * n);
+    int32_t *restrict rank = (int32_t *)(order == room ? room + 2 * n : room);
+    for (int64_t i = 0; i < n; i++) rank[order[i].index] = (int32_t)i;
+    for (int64_t i = 0; i < n; i++) d[i] *= (double)(int32_t)((uint64_t)((int64_t)words[i] - p->limits[rank[i]]) >> 63);
+    if (p->shares)
+        for (int64_t i = 0; i < n; i++) d[i] /= p->shares[rank[i]];
+}
+
+/* As `geomerge_task_vectors_double`, after pruning by rows of `columns` <= WINDOW elements; `some` rows at once, for which there is
+ * `room`. */
+int geomerge_pruned(struct work *work, int64_t n, int64_t columns, int64_t some, struct thinning *thin, struct pruning *pruned,
+                    const struct combination *rule, const double *c, const double *w, char *room, int check,
+                    const struct place *out) {
+    double x[MOST][CHUNK], result[CHUNK], bad = 0;
+    uint64_t numbers[MOST][CHUNK / 2];
+    const void *raw[MOST];
+    const int count = work->count;
+    const int64_t most = some * columns;
+    double *all = (double *)room;
+    struct ranked *ranks = (struct ranked *)(all + count * most);
+    uint32_t *words = (uint32_t *)(ranks + 4 * columns);
+    for (int64_t at = 0; at < n; at += most) {
+        int64_t size = least(most, n - at);
+        if (!fetch(work, at, size, raw)) return -1;
+        for (int k = 0; k < count; k++)
+            for (int64_t s = 0; s < size; s += CHUNK) {
+                int64_t m = least(CHUNK, size - s);
+                double *to = all + k * most + s;
+                load_double(raw[k], work->inputs[k].dtype, s, m, to);
+                if (check) bad += odd_double(raw[k], work->inputs[k].dtype, s, m, to);
+                if (k) EACH(m) to[i] -= all[s + i];
+            }
+        int64_t from = 0;
+        for (int k = 0; k + 1 < count; k++)
+            if (pruned[k].spared) words[k * most] = pruned[k].spare, from = 1;
+        for (int64_t s = from; s < size; s += CHUNK) {
+            int64_t m = least(CHUNK, size - s);
+            draw(count - 1, thin, m, numbers);
+            for (int k = 0; k + 1 < count; k++) {
+                if (!thin[k].width) continue;
+                memcpy(words + k * most + s, numbers[k], (size_t)m * 4);
+                pruned[k].spared = m % 2;
+                pruned[k].spare = (uint32_t)(numbers[k][m / 2] >> 32);
+            }
+        }
+        if (from == size)
+            for (int k = 0; k + 1 < count; k++) pruned[k].spared = 0;
+        for (int k = 0; k + 1 < count; k++) {
+            if (thin[k].keep == INFINITY) EACH(size) all[(k + 1) * most + i] = 0;
+            for (int64_t row = 0; thin[k].width && row < size; row += columns)
+                prune(pruned + k, columns, words + k * most + row, all + (k + 1) * most + row, ranks);
+        }
+        char *to = out->memory ? window_of(work, out, at) : window_of(work, out, 0);
+        for (int64_t s = 0; s < size; s += CHUNK) {
+            int64_t m = least(CHUNK, size - s);
+            for (int k = 1; k < count; k++) memcpy(x[k - 1], all + k * most + s, (size_t)m * sizeof **x);
+            combine_double(rule, count - 1, c, w, m, all + s, x, result, 0);
+            if (work->first > at + s) tell_double(work, at + s, m, result);
+            store_double(result, out->dtype, s, m, to);
+        }
+        if (!out->memory && !put(work, out, to, at, size)) return -1;
     }
     return bad == 0;
 }
