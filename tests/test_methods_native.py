@@ -124,7 +124,7 @@ LOOPS = {
     "dare_linear": {"geomerge_task_vectors_float"},
     "breadcrumbs": {"geomerge_survey_float", "geomerge_task_vectors_float"},
     "breadcrumbs_ties": {"geomerge_survey_float", "geomerge_task_vectors_float"},
-    "arcee_fusion": {"geomerge_bracket_double"},
+    "arcee_fusion": {"geomerge_divergences", "geomerge_program"},
     "nearswap": {"geomerge_program"},
     "ram": {"geomerge_program"},
     "ramplus_tl": {"geomerge_program"},

@@ -19,8 +19,7 @@ if TYPE_CHECKING:
 
 
 _WRITE = 1 << 18
-"""Bytes of one write. A megabyte or more in one go makes the kernel look for pages that lie together, and where memory is
-virtual and such pages were given back to the host, that takes six times as long."""
+"""Bytes of one write. Where the host of a virtual machine takes back free pages, larger ones may take several times as long."""
 
 
 class Sink(Protocol):

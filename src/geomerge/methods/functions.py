@@ -23,6 +23,12 @@ _ROUNDS = 1.5 * 2.0**52
 """Added to a number and taken away again it leaves a whole number."""
 _TERMS = tuple(1 / math.factorial(n) for n in range(13, 1, -1))
 
+_FLAT = (-1382 / 155925, 62 / 2835, -17 / 315, 2 / 15, -1 / 3)
+"""Of tanh's series, which does up to 2⁻⁵."""
+_ODD = tuple(1 / n for n in range(21, 1, -2))
+_ROOT_OF_HALF = 0x3FE6A09E667F3BCD
+"""The bits of √½."""
+
 
 def exp(x: Tensor) -> Tensor:
     """eˣ in float64, from −708 to 709; numbers beyond count as these."""
@@ -36,9 +42,29 @@ def tanh(x: Tensor) -> Tensor:
     """The hyperbolic tangent in float64."""
     if isinstance(x, Value):
         return x.tanh()
+    square = x * x
+    p = torch.full_like(x, _FLAT[0])
+    for term in _FLAT[1:]:
+        p.mul_(square).add_(term)
+    flat = p.mul_(square).mul_(x).add_(x)
     power, r, p = _reduced(x.abs().clamp_(max=20.0).mul_(2.0))
     less_one = p.mul_(r).mul_(r).add_(r).mul_(power).add_(power.sub_(1.0))  # e²ˣ − 1
-    return less_one.div_(less_one + 2.0).mul_(x.sign())
+    return torch.where(x.abs() < 2.0**-5, flat, less_one.div_(less_one + 2.0).mul_(x.sign()))
+
+
+def log(x: Tensor) -> Tensor:
+    """The natural logarithm of positive normal float64 numbers."""
+    bits = x.view(torch.int64)
+    k = (bits - _ROOT_OF_HALF).bitwise_right_shift_(52)
+    m = (bits - (k << 52)).view(torch.float64)  # from √½ to √2
+    k = k.to(torch.float64)
+    f = m.sub(1.0).div_(m + 1.0)
+    square = f * f
+    p = torch.full_like(f, _ODD[0])
+    for term in _ODD[1:]:
+        p.mul_(square).add_(term)
+    f.add_(f)
+    return p.mul_(square).mul_(f).add_(f).add_(k, alpha=_LN2[1]).add_(k, alpha=_LN2[0])
 
 
 def _reduced(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -40,6 +40,7 @@ Look = Sequence[int] | Program
 """How compiled loops find magnitudes: those of task vectors (for each selection an expert's number, from 0), or recorded."""
 
 _SAMPLE = 1 << 15
+_PIECE = 64
 _COLLECT = 1 << 20
 """Values a bracket is meant to hold at most; beyond four times that, counting takes over."""
 
@@ -309,7 +310,8 @@ def _sample(
         if scan.numel <= size:
             places = [(place, [0]) for segment in scan.segments for place in scan.places(segment)]
         else:
-            places = scan.together(scan.sample_places(size))
+            # What is recorded may depend on the row: then neighbours are alike.
+            places = scan.together(scan.sample_places(size, _PIECE if isinstance(look, Program) else 4096))
         for place, starts in places:
             for i, (_, _, values) in _count(place, everything, look, starts).items():
                 taken[i].append(values)

@@ -102,6 +102,8 @@ class Value:
         return Value(self._tile, self._tile.note(operation, (self._at, *(o._at for o in operands)), x, y, data))
 
     def _either(self, other: Value | float, value: str, number: str) -> Value:
+        if not isinstance(other, Value | int | float):
+            raise TypeError(f"recorded elements and {type(other).__name__} do not go together: see `Tile.along`")
         return self._noted(value, other) if isinstance(other, Value) else self._noted(number, x=float(other))
 
     def __bool__(self) -> bool:
@@ -145,7 +147,7 @@ class Value:
         return self._noted("plus_quotient", a, b, x=float(value))
 
     def zero(self) -> Value:
-        return self._noted("clamp", x=0.0, y=0.0)
+        return self._noted("shrink", x=_INFINITY)
 
     def square(self) -> Value:
         return self._noted("multiply", self)

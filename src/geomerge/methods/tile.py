@@ -183,20 +183,15 @@ class Tile:
         return self.stack[0].numel()
 
     def along(self, numbers: np.ndarray, run: int) -> Tensor:
-        """Numbers that belong to the rows or columns of the tensor, for the elements of a tile of whole rows.
+        """Numbers that belong to the rows or columns of the tensor, shaped as the tile's elements.
 
         Args:
             numbers: One for each column, if `run` is 1, or for each row.
             run: Elements of the tensor that follow each other and have the same number.
-
-        Returns:
-            What a tile's elements can be multiplied by: shape ``(1, columns)`` or ``(rows, 1)``.
         """
         here = torch.from_numpy(np.ascontiguousarray(numbers, dtype=np.float64)).to(self.base.device)
-        if run == 1:
-            return here.unsqueeze(0)
-        first = self.start // run
-        return here[first : first + self.numel // run].unsqueeze(1)
+        place = torch.arange(self.start, self.start + self.numel, device=self.base.device)
+        return here[place.div_(run, rounding_mode="floor").remainder_(len(here))].view(self.base.shape)
 
     def count(self, mask: Tensor, tell: Callable[[int], object]) -> None:
         """Tell how many elements of a mask of 0.0 and 1.0 are 1.0."""
@@ -457,13 +452,13 @@ class Scan:
             for segment in self.segments:
                 yield from self.tiles(segment)
             return
-        for place in self.sample_places(limit):
+        for place in self.sample_places(limit, self.columns or 4096):
             stack = self._read(place.start, place.numel)
             yield Tile(stack, place.start, -1, self, thinned=self.thinning is not None)
 
-    def sample_places(self, limit: int) -> Iterator[Place]:
-        """Where the pieces lie that stand for a tensor of more elements than `limit`."""
-        piece = min(self.columns or 4096, self.tile, self.numel)
+    def sample_places(self, limit: int, piece: int = 4096) -> Iterator[Place]:
+        """Where the pieces lie (of so many elements, or of a row) that stand for a tensor of more elements than `limit`."""
+        piece = min(piece, self.tile, self.numel)
         number = max(limit // piece, 1)
         last = (self.numel - piece) // piece
         for i in range(number):

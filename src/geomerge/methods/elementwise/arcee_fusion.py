@@ -3,33 +3,66 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+import numpy as np
 import torch
 
+from geomerge.methods import native
 from geomerge.methods.base import Elementwise
+from geomerge.methods.functions import exp, log
 from geomerge.methods.order import nth_smallest
 from geomerge.methods.properties import BASE, IDENTICAL
 from geomerge.methods.registry import register
-from geomerge.methods.tile import Scan, Tile
+from geomerge.methods.tile import Scan, Segment, Tile, lane_sums
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor
+
+    Floats = NDArray[np.float64]
 
 _FLOOR = 1e-8
 
 
-def importance(base: Tensor, other: Tensor) -> Tensor:
-    """|Δ| times the row's Kullback–Leibler divergence; shapes ``(rows, columns)``. Never negative: see `_row_divergence`."""
-    return torch.sub(other, base).abs_().mul_(_row_divergence(base, other))
+def importance(tile: Tile, divergences: Floats, columns: int) -> Tensor:
+    """|Δ| times its row's divergence; leaves the tile's inputs as they are."""
+    base, other = tile.inputs
+    return (other - base).abs_().mul_(tile.along(divergences, columns))
 
 
-def _row_divergence(base: Tensor, other: Tensor) -> Tensor:
-    p = torch.softmax(other, -1).add_(_FLOOR)
-    q = torch.softmax(base, -1).add_(_FLOOR)
-    # Rounding may leave a divergence of −10⁻¹⁷, which is zero.
-    return p.mul_(torch.log(p / q)).sum(-1, keepdim=True).clamp_(min=0.0)
+def row_divergences(scan: Scan) -> Floats:
+    """The Kullback–Leibler divergence of each row's softmax from the base's. Never negative: rounding may leave −10⁻¹⁷."""
+    columns = max(scan.columns or 1, 1)
+
+    def measured(tiles: Iterator[Tile]) -> list[float]:
+        return [value for tile in tiles for value in _divergences(*tile.inputs)]
+
+    def compiled(segment: Segment) -> list[float]:
+        found: list[float] = []
+        for place in scan.places(segment):
+            inputs = scan.stored(place.start, place.numel)
+            finite, here = native.divergences(inputs, columns, _FLOOR, check=scan.checks)
+            if not finite:
+                scan.look_again(place.start, place.numel)
+            found += here.tolist()
+        return found
+
+    parts = scan.over_segments(compiled) if scan.compiled and columns <= native.ROW else scan.over(measured)
+    return np.maximum([value for part in parts for value in part], 0.0)
+
+
+def _divergences(base: Tensor, other: Tensor) -> list[float]:
+    p, q = _softmax(other), _softmax(base)
+    return lane_sums(p * log(p / q))
+
+
+def _softmax(rows: Tensor) -> Tensor:
+    powers = exp(rows - rows.amax(-1, keepdim=True))
+    sums = torch.tensor(lane_sums(powers), dtype=powers.dtype, device=powers.device)
+    return powers.div_(sums.unsqueeze(1)).add_(_FLOOR)
 
 
 @register
@@ -48,6 +81,7 @@ class ArceeFusion(Elementwise):
     when: ClassVar[str] = "To bring the most telling changes of one model into another and leave all else untouched."
     models: ClassVar[tuple[int, int | None]] = (1, 1)
     properties: ClassVar[frozenset[str]] = frozenset({BASE, IDENTICAL})
+    recorded: ClassVar[bool] = True
     example: ClassVar[str] = """\
 merge_method: arcee_fusion
 base_model: ./chat
@@ -59,15 +93,19 @@ dtype: bfloat16
     def rows(self) -> bool:
         return True
 
-    def measure(self, scan: Scan) -> float:
-        last = scan.numel - 1
+    def measure(self, scan: Scan) -> tuple[Floats, int, float]:
+        last, columns = scan.numel - 1, max(scan.columns or 1, 1)
         if last < 0:
-            return 0.0
+            return np.zeros(1), 1, 0.0
+        divergences = row_divergences(scan)
         ranks = [math.floor(q * last) for q in (0.25, 0.5, 0.75)]
-        lower, median, upper = nth_smallest(scan, lambda tile: [importance(*tile.inputs)] * 3, ranks)
-        return median + 1.5 * (upper - lower)
+        lower, median, upper = nth_smallest(
+            scan, lambda tile: [importance(tile, divergences, columns)] * 3, ranks, recorded=True
+        )
+        return divergences, columns, median + 1.5 * (upper - lower)
 
-    def blend(self, tile: Tile, stats: float) -> Tensor:
+    def blend(self, tile: Tile, stats: tuple[Floats, int, float]) -> Tensor:
+        divergences, columns, least = stats
+        chosen = importance(tile, divergences, columns).ge_(least)
         base, other = tile.inputs
-        chosen = (importance(base, other) >= stats).to(base.dtype)
         return base.addcmul_(other.sub_(base), chosen)

@@ -122,7 +122,12 @@ dtype: bfloat16
             least, most = stats.least[k], stats.most[k]
             if not most > least or not stats.high[k] > stats.low[k]:
                 continue
-            w = score.clamp_(least, most).sub_(least).hardshrink(_NOISE * max(abs(least), abs(most))).div_(most - least)
+            w = (
+                score.clamp_(least, most)
+                .sub_(least)
+                .hardshrink(_NOISE * max(abs(least), abs(most)))
+                .mul_(1 / (most - least))
+            )
             clipped = deltas[k].abs().clamp_(stats.low[k], stats.high[k]).mul_(deltas[k].sign())
             total.append(clipped.mul_(w).mul_(self.weight[k]))
             divisor.append(w)
@@ -136,7 +141,7 @@ dtype: bfloat16
         for k, delta in enumerate(deltas):
             low, high = bounds.low[k], bounds.high[k]
             magnitude = delta.abs().clamp_(low, high)
-            shares.append(magnitude.sub_(low).div_(high - low) if high > low else magnitude.mul_(0.0))
+            shares.append(magnitude.sub_(low).mul_(1 / (high - low)) if high > low else magnitude.mul_(0.0))
         signed = [] if self.balance == "raw" else [delta.sign() * u for delta, u in zip(deltas, shares, strict=True)]
         if self.balance == "pair":
             inter = [added([tanh(v * other) for other in signed]) for v in signed]

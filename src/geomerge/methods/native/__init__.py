@@ -198,11 +198,12 @@ class Inputs:
 _local = threading.local()
 
 
-def _room(nbytes: int) -> int:
-    """The address of this thread's buffer of at least that size."""
-    found: np.ndarray | None = getattr(_local, "room", None)
+def _room(nbytes: int, use: str = "windows") -> int:
+    """The address of this thread's buffer of at least that size, one for each use."""
+    found: np.ndarray | None = getattr(_local, use, None)
     if found is None or found.size < nbytes:
-        found = _local.room = np.empty(nbytes, dtype=np.uint8)
+        found = np.empty(nbytes, dtype=np.uint8)
+        setattr(_local, use, found)
     return int(found.ctypes.data)
 
 
@@ -509,16 +510,23 @@ def pruned(
     """
     some = max(_TOGETHER // columns, 1)
     experts = inputs.count - 1
-    nbytes = some * columns * (8 * inputs.count + 4 * experts) + 32 * columns
-    scratch: np.ndarray | None = getattr(_local, "scratch", None)
-    if scratch is None or scratch.size < nbytes:
-        scratch = _local.scratch = np.empty(nbytes, dtype=np.uint8)
+    scratch = _room(some * columns * (8 * inputs.count + 4 * experts) + 32 * columns, "scratch")
     return inputs.call(
         "pruned", ctypes.c_int64(inputs.numel), ctypes.c_int64(columns), ctypes.c_int64(some), thinned, prunings,
         ctypes.byref(rule.packed()), _doubles(rule.coefficients), _doubles(rule.weights),
-        ctypes.c_void_p(scratch.ctypes.data), ctypes.c_int(check), out=out, beginning=beginning,
+        ctypes.c_void_p(scratch), ctypes.c_int(check), out=out, beginning=beginning,
     )  # fmt: skip
 
 
 _TOGETHER = 1 << 13
 """Elements of each input that rows are put together to, where they are shorter."""
+
+
+def divergences(inputs: Inputs, columns: int, floor: float, *, check: bool) -> tuple[bool, np.ndarray]:
+    """Σ p ln(p/q) of each row of at most `ROW` columns, where p and q are the second and first input's softmax plus `floor`."""
+    found = np.empty(inputs.numel // columns)
+    room = ctypes.c_void_p(_room(16 * columns, "scratch"))
+    return inputs.call(
+        "divergences", ctypes.c_int64(len(found)), ctypes.c_int64(columns), ctypes.c_double(floor), room,
+        ctypes.c_int(check), ctypes.c_void_p(found.ctypes.data),
+    ), found  # fmt: skip

@@ -131,6 +131,13 @@ LOAD(float) LOAD(double) STORE(float) STORE(double) DAMAGE(float) DAMAGE(double)
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
+/* The sum of CHUNK lanes, half to half. */
+static double halved(double *lanes) {
+    for (int half = CHUNK / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
+    return lanes[0];
+}
+
 /* -- places ------------------------------------------------------------------------------------------------------ */
 
 #define WINDOW (1 << 15)
@@ -400,9 +407,7 @@ static void gram_block(const uint16_t *restrict a, const uint16_t *restrict b, i
             for (int p = 0; p < pairs; p++) {                                                         \
                 double lanes[CHUNK];                                                                  \
                 for (int i = 0; i < CHUNK; i++) lanes[i] = (double)sums[p][i];                        \
-                for (int half = CHUNK / 2; half; half /= 2)                                           \
-                    for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];                       \
-                out[p * blocks + b] = lanes[0];                                                       \
+                out[p * blocks + b] = halved(lanes);                                                  \
             }                                                                                         \
         }                                                                                             \
         return 1;                                                                                     \
@@ -1225,10 +1230,28 @@ static inline double exp_of(double x) {
     return (p * r * r + r + 1) * power;
 }
 
-static inline double tanh_of(double x) {
+/* For a size below FLAT a few terms do, and mostly all of a chunk is below it. */
+#define FLAT 0x1p-5
+
+static inline double flat_tanh(double x) {
+    static const double terms[5] = {-1382 / 155925., 62 / 2835., -17 / 315., 2 / 15., -1 / 3.};
+    double square = x * x, p = terms[0];
+    for (int i = 1; i < 5; i++) p = p * square + terms[i];
+    return p * square * x + x;
+}
+
+static inline double steep_tanh(double x) {
     double size = fabs(x), power, r, p = reduced((size > 20 ? 20 : size) * 2, &power, &r);
     double less_one = (p * r * r + r) * power + (power - 1);
     return less_one / (less_one + 2) * ((x > 0 ? 1.0 : 0.0) - (x < 0 ? 1.0 : 0.0));
+}
+
+static void tanh_of(const double *restrict x, double *restrict out) {
+    double most = 0;
+    for (int i = 0; i < CHUNK; i++) most = most < fabs(x[i]) ? fabs(x[i]) : most;
+    for (int i = 0; i < CHUNK; i++) out[i] = flat_tanh(x[i]);
+    if (most < FLAT) return;
+    for (int i = 0; i < CHUNK; i++) out[i] = fabs(x[i]) < FLAT ? out[i] : steep_tanh(x[i]);
 }
 
 #define TRUE(condition) ((condition) ? 1.0 : 0.0)
@@ -1271,7 +1294,7 @@ static void do_steps(struct work *work, const struct step *steps, int count, con
         case SUBTRACT: MAP(a[i] - b[i]);
         case MULTIPLY: MAP(a[i] * b[i]);
         case DIVIDE: MAP(a[i] / b[i]);
-        case LARGER: MAP(a[i] < b[i] ? b[i] : a[i]);
+        case LARGER: MAP(a[i] > b[i] ? a[i] : b[i]);
         case SHIFT: MAP(a[i] + x);
         case SCALE: MAP(a[i] * x);
         case OVER: MAP(x / a[i]);
@@ -1304,7 +1327,7 @@ static void do_steps(struct work *work, const struct step *steps, int count, con
         case PLUS_SIGN: MAP(fma(TRUE(b[i] > 0) - TRUE(b[i] < 0), x, a[i]));
         case SHARE: MAP(a[i] / x);
         case EXP: MAP(exp_of(a[i]));
-        case TANH: MAP(tanh_of(a[i]));
+        case TANH: tanh_of(a, o); break;
         case REPLACE: MAP(b[i] != 0 ? x : a[i]);
         case THIN: {
             struct thinning *thin = each->data;
@@ -1331,8 +1354,7 @@ static void do_steps(struct work *work, const struct step *steps, int count, con
             double *restrict lanes = each->data;
             EACH(m) lanes[i] += a[i];
             if ((at + m) % (int64_t)x && at + m < n) break;
-            for (int half = CHUNK / 2; half; half /= 2)
-                for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
+            halved(lanes);
             lanes[CHUNK + at / (int64_t)x] = lanes[0];
             memset(lanes, 0, CHUNK * sizeof *lanes);
             break;
@@ -1368,5 +1390,58 @@ int geomerge_program(struct work *work, int64_t pieces, const int64_t *starts, i
             }
             if (out && !deliver(work, out, at + size, n)) return -1;
         }
+    return bad == 0;
+}
+
+/* As in methods/functions.py. */
+static inline double log_of(double x) {
+    static const double odd[10] = {1 / 21., 1 / 19., 1 / 17., 1 / 15., 1 / 13., 1 / 11., 1 / 9., 1 / 7., 1 / 5., 1 / 3.};
+    int64_t bits;
+    memcpy(&bits, &x, 8);
+    int64_t whole = (bits - 0x3FE6A09E667F3BCD) & ~(((int64_t)1 << 52) - 1); /* the exponent in its place */
+    int64_t rest = bits - whole;
+    double m, k = (double)(int32_t)(whole >> 32) * 0x1p-20;
+    memcpy(&m, &rest, 8);
+    double f = (m - 1) / (m + 1), square = f * f, p = odd[0];
+    for (int i = 1; i < 10; i++) p = p * square + odd[i];
+    f += f;
+    return fma(k, 0.6931471803691238, fma(k, 1.9082149292705877e-10, p * square * f + f));
+}
+
+/* The softmax of n numbers, plus `floor`, in their place. */
+static void softmax(double *x, int64_t n, double floor) {
+    double lanes[CHUNK] = {0}, most = -INFINITY;
+    EACH(n) most = x[i] > most ? x[i] : most;
+    for (int64_t s = 0; s < n; s += CHUNK) {
+        int64_t m = least(CHUNK, n - s);
+        EACH(m) x[s + i] = exp_of(x[s + i] - most), lanes[i] += x[s + i];
+    }
+    double sum = halved(lanes);
+    EACH(n) x[i] = x[i] / sum + floor;
+}
+
+/* Of each row of `columns` <= WINDOW elements the Kullback-Leibler divergence of the second input's softmax from the first's, each
+ * plus `floor`; `room` is for two rows. Returns whether all are finite (looked at only if `check`). */
+int geomerge_divergences(struct work *work, int64_t rows, int64_t columns, double floor, double *room, int check, double *out) {
+    const void *raw[MOST];
+    double bad = 0, *q = room, *p = room + columns;
+    for (int64_t row = 0; row < rows; row++) {
+        double lanes[CHUNK] = {0};
+        if (!fetch(work, row * columns, columns, raw)) return -1;
+        for (int64_t s = 0; s < columns; s += CHUNK) {
+            int64_t m = least(CHUNK, columns - s);
+            for (int k = 0; k < 2; k++) {
+                load_double(raw[k], work->inputs[k].dtype, s, m, room + k * columns + s);
+                if (check) bad += odd_double(raw[k], work->inputs[k].dtype, s, m, room + k * columns + s);
+            }
+        }
+        softmax(q, columns, floor);
+        softmax(p, columns, floor);
+        for (int64_t s = 0; s < columns; s += CHUNK) {
+            int64_t m = least(CHUNK, columns - s);
+            EACH(m) lanes[i] += p[s + i] * log_of(p[s + i] / q[s + i]);
+        }
+        out[row] = halved(lanes);
+    }
     return bad == 0;
 }
