@@ -7,6 +7,7 @@ largest. These are sums of powers, right to about one unit in the last place.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -43,10 +44,7 @@ def tanh(x: Tensor) -> Tensor:
     if isinstance(x, Value):
         return x.tanh()
     square = x * x
-    p = torch.full_like(x, _FLAT[0])
-    for term in _FLAT[1:]:
-        p.mul_(square).add_(term)
-    flat = p.mul_(square).mul_(x).add_(x)
+    flat = _polynomial(square, _FLAT).mul_(square).mul_(x).add_(x)
     power, r, p = _reduced(x.abs().clamp_(max=20.0).mul_(2.0))
     less_one = p.mul_(r).mul_(r).add_(r).mul_(power).add_(power.sub_(1.0))  # e²ˣ − 1
     return torch.where(x.abs() < 2.0**-5, flat, less_one.div_(less_one + 2.0).mul_(x.sign()))
@@ -60,18 +58,21 @@ def log(x: Tensor) -> Tensor:
     k = k.to(torch.float64)
     f = m.sub(1.0).div_(m + 1.0)
     square = f * f
-    p = torch.full_like(f, _ODD[0])
-    for term in _ODD[1:]:
-        p.mul_(square).add_(term)
     f.add_(f)
-    return p.mul_(square).mul_(f).add_(f).add_(k, alpha=_LN2[1]).add_(k, alpha=_LN2[0])
+    return _polynomial(square, _ODD).mul_(square).mul_(f).add_(f).add_(k, alpha=_LN2[1]).add_(k, alpha=_LN2[0])
 
 
 def _reduced(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """2ᵏ, r = x − k ln 2 of at most ln 2/2, and (eʳ − 1 − r)/r²."""
     k = x.mul(_PER_LN2).add_(_ROUNDS).sub_(_ROUNDS)
     r = x.add(k, alpha=-_LN2[0]).add_(k, alpha=-_LN2[1])
-    p = torch.full_like(r, _TERMS[0])
-    for term in _TERMS[1:]:
-        p.mul_(r).add_(term)
-    return k.to(torch.int64).add_(1023).bitwise_left_shift_(52).view(torch.float64), r, p
+    power = k.to(torch.int64).add_(1023).bitwise_left_shift_(52).view(torch.float64)
+    return power, r, _polynomial(r, _TERMS)
+
+
+def _polynomial(x: Tensor, terms: Sequence[float]) -> Tensor:
+    """Σ termsₖ xⁿ⁻ᵏ: from the highest power down, one rounding for each."""
+    total = torch.full_like(x, terms[0])
+    for term in terms[1:]:
+        total = torch.full_like(x, term).addcmul_(total, x)
+    return total

@@ -181,7 +181,7 @@ class Inputs:
             Whether all numbers that it looked at are finite.
         """
         room = sum(_SIZES[s.code] * _WINDOW + _APART for s in self.stored if not s.memory)
-        room = _room(room if out is None or out.memory else room + _SIZES[out.code] * _BATCH)
+        room = _room(room if out is None or out.memory else room + _SIZES[out.code] * _BATCH).ctypes.data
         first = None if beginning is None else beginning.ctypes.data
         work = _Work(
             ctypes.addressof(self._places), room, first, 0 if beginning is None else len(beginning), self.count
@@ -198,13 +198,13 @@ class Inputs:
 _local = threading.local()
 
 
-def _room(nbytes: int, use: str = "windows") -> int:
-    """The address of this thread's buffer of at least that size, one for each use."""
+def _room(nbytes: int, use: str = "windows") -> np.ndarray:
+    """So many bytes of this thread's buffer for a use: its pages need not be got and cleared again and again."""
     found: np.ndarray | None = getattr(_local, use, None)
     if found is None or found.size < nbytes:
         found = np.empty(nbytes, dtype=np.uint8)
         setattr(_local, use, found)
-    return int(found.ctypes.data)
+    return found[:nbytes]
 
 
 def _loaded() -> ctypes.CDLL:
@@ -310,7 +310,8 @@ class Brackets:
         self, bounds: Sequence[Bounds], size: int, *, single: bool, experts: Sequence[int] | None = None
     ) -> None:
         # The loops store eight at a time.
-        self._found = np.empty((len(bounds), size + 8), dtype=np.float32 if single else np.float64)
+        dtype = np.dtype(np.float32 if single else np.float64)
+        self._found = _room(len(bounds) * (size + 8) * dtype.itemsize, "found").view(dtype).reshape(len(bounds), -1)
         of = [0] * len(bounds) if experts is None else experts
         rows = [row.ctypes.data for row in self._found]
         self.array = (_Bracket * len(bounds))(
@@ -514,7 +515,7 @@ def pruned(
     return inputs.call(
         "pruned", ctypes.c_int64(inputs.numel), ctypes.c_int64(columns), ctypes.c_int64(some), thinned, prunings,
         ctypes.byref(rule.packed()), _doubles(rule.coefficients), _doubles(rule.weights),
-        ctypes.c_void_p(scratch), ctypes.c_int(check), out=out, beginning=beginning,
+        ctypes.c_void_p(scratch.ctypes.data), ctypes.c_int(check), out=out, beginning=beginning,
     )  # fmt: skip
 
 
@@ -525,7 +526,7 @@ _TOGETHER = 1 << 13
 def divergences(inputs: Inputs, columns: int, floor: float, *, check: bool) -> tuple[bool, np.ndarray]:
     """Σ p ln(p/q) of each row of at most `ROW` columns, where p and q are the second and first input's softmax plus `floor`."""
     found = np.empty(inputs.numel // columns)
-    room = ctypes.c_void_p(_room(16 * columns, "scratch"))
+    room = ctypes.c_void_p(_room(16 * columns, "scratch").ctypes.data)
     return inputs.call(
         "divergences", ctypes.c_int64(len(found)), ctypes.c_int64(columns), ctypes.c_double(floor), room,
         ctypes.c_int(check), ctypes.c_void_p(found.ctypes.data),

@@ -1217,7 +1217,8 @@ static inline double reduced(double x, double *power, double *r) {
     double shifted = x * 1.4426950408889634 + 0x1.8p52, p = terms[0];
     double k = shifted - 0x1.8p52;
     *r = fma(k, -1.9082149292705877e-10, fma(k, -0.6931471803691238, x));
-    for (int i = 1; i < 12; i++) p = p * *r + terms[i];
+#pragma GCC unroll 12
+    for (int i = 1; i < 12; i++) p = fma(p, *r, terms[i]);
     uint64_t bits; /* whose last ones hold k */
     memcpy(&bits, &shifted, 8);
     bits = (bits + 1023) << 52;
@@ -1236,7 +1237,8 @@ static inline double exp_of(double x) {
 static inline double flat_tanh(double x) {
     static const double terms[5] = {-1382 / 155925., 62 / 2835., -17 / 315., 2 / 15., -1 / 3.};
     double square = x * x, p = terms[0];
-    for (int i = 1; i < 5; i++) p = p * square + terms[i];
+#pragma GCC unroll 12
+    for (int i = 1; i < 5; i++) p = fma(p, square, terms[i]);
     return p * square * x + x;
 }
 
@@ -1247,10 +1249,10 @@ static inline double steep_tanh(double x) {
 }
 
 static void tanh_of(const double *restrict x, double *restrict out) {
-    double most = 0;
-    for (int i = 0; i < CHUNK; i++) most = most < fabs(x[i]) ? fabs(x[i]) : most;
+    int64_t steep = 0;
+    for (int i = 0; i < CHUNK; i++) steep |= fabs(x[i]) >= FLAT;
     for (int i = 0; i < CHUNK; i++) out[i] = flat_tanh(x[i]);
-    if (most < FLAT) return;
+    if (!steep) return;
     for (int i = 0; i < CHUNK; i++) out[i] = fabs(x[i]) < FLAT ? out[i] : steep_tanh(x[i]);
 }
 
@@ -1403,15 +1405,20 @@ static inline double log_of(double x) {
     double m, k = (double)(int32_t)(whole >> 32) * 0x1p-20;
     memcpy(&m, &rest, 8);
     double f = (m - 1) / (m + 1), square = f * f, p = odd[0];
-    for (int i = 1; i < 10; i++) p = p * square + odd[i];
+#pragma GCC unroll 12
+    for (int i = 1; i < 10; i++) p = fma(p, square, odd[i]);
     f += f;
     return fma(k, 0.6931471803691238, fma(k, 1.9082149292705877e-10, p * square * f + f));
 }
 
 /* The softmax of n numbers, plus `floor`, in their place. */
 static void softmax(double *x, int64_t n, double floor) {
-    double lanes[CHUNK] = {0}, most = -INFINITY;
-    EACH(n) most = x[i] > most ? x[i] : most;
+    double lanes[CHUNK] = {0}, large[8], most = x[0];
+    for (int lane = 0; lane < 8; lane++) large[lane] = most;
+    for (int64_t s = 0; s + 8 <= n; s += 8)
+        for (int lane = 0; lane < 8; lane++) large[lane] = x[s + lane] > large[lane] ? x[s + lane] : large[lane];
+    for (int64_t i = n / 8 * 8; i < n; i++) most = x[i] > most ? x[i] : most;
+    for (int lane = 0; lane < 8; lane++) most = large[lane] > most ? large[lane] : most;
     for (int64_t s = 0; s < n; s += CHUNK) {
         int64_t m = least(CHUNK, n - s);
         EACH(m) x[s + i] = exp_of(x[s + i] - most), lanes[i] += x[s + i];
