@@ -25,13 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import models
+from tables import PEERS, SURVEYED
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCH = ROOT / ".bench"
 PYTHON = sys.executable
-SURVEYED = ("pcb", "emr", "ties_global", "consensus_ties")
-"""Methods that look at the whole model before the first tensor is made."""
-
 MASKED = ("tall_mask", "consensus")
 
 
@@ -374,6 +372,7 @@ def main() -> None:
             ("ties", "0.5B", 1),
             ("dare_ties", "0.5B", 1),
             ("linear", "0.5B", 3),
+            *((method, "0.5B", 1) for method in PEERS),
         ):
             if size in args.sizes:
                 bench.against_peer(method, size, runs)

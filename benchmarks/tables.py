@@ -12,10 +12,18 @@ ELEMENTWISE = (
     "tall_mask", "consensus", "widen", "dare_linear", "della_linear", "breadcrumbs_ties", "ramplus_tl", "multislerp", "nuslerp"
 )  # fmt: skip
 SURVEYED = ("pcb", "emr", "ties_global", "consensus_ties")
+"""Methods that look at the whole model before the first tensor is made."""
 FIRST = ("dare_ties", "breadcrumbs", "della", "sce", "arcee_fusion", "nearswap", "ram")
 PROCESS = dict.fromkeys((*FIRST, *ELEMENTWISE), 6.0) | dict.fromkeys(SURVEYED, 12.0)
 """What the whole process may take, as a multiple of `cp` of the output."""
-FASTER = {"slerp": 5.0, "ties": 20.0, "dare_ties": 10.0}
+PEERS = (
+    *("dare_linear", "della", "della_linear", "breadcrumbs", "breadcrumbs_ties", "sce", "arcee_fusion"),
+    *("nearswap", "ram", "ramplus_tl"),
+)
+"""Elementwise methods that the peer has, too."""
+SHOWN = ("slerp", "ties", "dare_ties", "linear", "della")
+"""What the README shows beside the peer."""
+FASTER = {"slerp": 5.0, "ties": 20.0, "dare_ties": 10.0} | dict.fromkeys(PEERS, 15.0)
 
 
 def write(root: Path) -> None:
@@ -102,7 +110,7 @@ def short(rows: list[dict[str, Any]], machine: dict[str, Any]) -> str:
         "| whole process, two cores | geomerge | mergekit 0.1.5 | times faster |",
         "|---|---|---|---|",
     ]
-    for r in of(rows, "peer"):
+    for r in (r for r in of(rows, "peer") if r["method"] in SHOWN):
         peer, faster = (f"{r['peer']:.1f} s", f"**{r['faster']:.0f}×**") if r["peer"] else ("absent", "")
         lines.append(f"| {r['method']}, {r['size']} | {r['process']:.1f} s | {peer} | {faster} |")
     peak = max((r["peak"] for r in of(rows, "memory")), default=None)
@@ -122,7 +130,8 @@ def picture(root: Path) -> None:
     mpl.use("svg")
     import matplotlib.pyplot as plt
 
-    rows = [r for r in of(json.loads((root / "docs" / "benchmarks.json").read_text())["rows"], "peer") if r["peer"]]
+    found = json.loads((root / "docs" / "benchmarks.json").read_text())["rows"]
+    rows = [r for r in of(found, "peer") if r["peer"] and r["method"] in SHOWN]
     if not rows:
         return
     mpl.rcParams.update({"svg.hashsalt": "geomerge", "font.size": 11, "text.color": "#57606a"})

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from geomerge.methods import native, order, program
+from geomerge.methods import native, order, program, steps
 from geomerge.methods.functions import exp, log, tanh
 from geomerge.methods.program import Recorded, Value
 from geomerge.methods.tile import Scan, TensorSource, Tile
@@ -192,7 +192,7 @@ def test_notes_what_is_needed_once() -> None:
         return [delta.square(), delta * delta]
 
     found = program.record(2, compute, "sums")  # type: ignore[arg-type]
-    names = [program._OPERATIONS[step.operation] for step in found.steps]
+    names = [steps.OPERATIONS[step.operation] for step in found.steps]
     assert names == ["load", "differ", "multiply", "sums", "sums"]
 
 

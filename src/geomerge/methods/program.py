@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
@@ -20,45 +19,13 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from geomerge.methods import native
+from geomerge.methods.steps import CODE, SPARE, Step, laid_out
 
 if TYPE_CHECKING:
     from geomerge.methods.order import Selection
     from geomerge.methods.tile import Loop, Place, Scan, Tile
 
-_OPERATIONS = (
-    *("load", "differ", "table", "add", "subtract", "multiply", "divide", "larger", "shift", "scale", "over", "plus"),
-    *(
-        "plus_product",
-        "plus_quotient",
-        "size",
-        "sign",
-        "floor",
-        "clamp",
-        "shrink",
-        "less",
-        "least",
-        "equal",
-        "different",
-    ),
-    *("below", "up_to", "same", "other", "above", "from", "replace", "thin", "count", "sums", "bracket", "store"),
-    *("elect", "agree", "distance", "weight", "lighter", "outweighed", "plus_sign", "share", "exp", "tanh"),
-)
-"""As in `kernels.c`, which says what each does."""
-
-_FUSED = {
-    ("shift", "sign", 0): "elect",
-    ("multiply", "floor", 0): "agree",
-    ("subtract", "size", 0): "distance",
-    ("size", "scale", 0): "weight",
-    ("weight", "less", 0): "lighter",
-    ("size", "lighter", 1): "outweighed",
-    ("sign", "plus", 1): "plus_sign",
-}
-"""What does an operation and the one that alone takes its result, as which operand. At most one of the two has a number."""
-
-_CODE = {name: code for code, name in enumerate(_OPERATIONS)}
-_REGISTERS, _LANES = 40, 256
-
+_LANES = 256
 _INFINITY = float("inf")
 
 
@@ -86,23 +53,13 @@ class Value:
         self._tile, self._at = tile, at
 
     def __getattr__(self, name: str) -> Any:
-        found = _OUT_OF_PLACE.get(name[:-1]) if name.endswith("_") else _OUT_OF_PLACE.get(name)
-        if found is None:
-            raise AttributeError(f"{name!r} cannot be recorded: {__name__} knows no such operation")
-        if not name.endswith("_"):
-            return functools.partial(found, self)
-
-        def in_place(*arguments: Any, **options: Any) -> Value:
-            self._at = found(self, *arguments, **options)._at
-            return self
-
-        return in_place
+        raise AttributeError(f"{name!r} cannot be recorded: {__name__} knows no such operation")
 
     def _noted(self, operation: str, *operands: Value, x: float = 0.0, y: float = 0.0, data: Any = None) -> Value:
         return Value(self._tile, self._tile.note(operation, (self._at, *(o._at for o in operands)), x, y, data))
 
     def _either(self, other: Value | float, value: str, number: str) -> Value:
-        if not isinstance(other, Value | int | float):
+        if not isinstance(other, (Value, int, float)):
             raise TypeError(f"recorded elements and {type(other).__name__} do not go together: see `Tile.along`")
         return self._noted(value, other) if isinstance(other, Value) else self._noted(number, x=float(other))
 
@@ -205,9 +162,18 @@ class Value:
     __hash__ = None  # type: ignore[assignment]
 
 
-_OUT_OF_PLACE = {
-    name: function for name, function in vars(Value).items() if callable(function) and not name.startswith("_")
-}
+def _in_place(function: Callable[..., Value]) -> Callable[..., Value]:
+    @functools.wraps(function)
+    def changed(self: Value, *arguments: Any, **options: Any) -> Value:
+        self._at = function(self, *arguments, **options)._at
+        return self
+
+    return changed
+
+
+for _name, _function in list(vars(Value).items()):
+    if callable(_function) and not _name.startswith("_") and _name not in ("clone", "to", "element_size"):
+        setattr(Value, f"{_name}_", _in_place(_function))
 
 
 class Recorded:
@@ -247,15 +213,6 @@ class Recorded:
         return len(self.notes) - 1
 
 
-class _Step(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_int32) for name in ("operation", "to", "a", "b", "c", "unused")),
-        ("x", ctypes.c_double),
-        ("y", ctypes.c_double),
-        ("data", ctypes.c_void_p),
-    )
-
-
 @dataclass(frozen=True, eq=False)
 class Program:
     """Recorded arithmetic, ready to be carried out.
@@ -266,7 +223,7 @@ class Program:
         ends: The steps that take in the outputs.
     """
 
-    steps: ctypes.Array[_Step]
+    steps: ctypes.Array[Step]
     data: dict[int, tuple[str, Any]] = field(default_factory=dict)
     ends: tuple[int, ...] = ()
 
@@ -302,7 +259,7 @@ class Program:
         beginning: np.ndarray | None = None,
         check: bool,
     ) -> bool:
-        steps = (_Step * len(self.steps)).from_buffer_copy(self.steps)
+        steps = (Step * len(self.steps)).from_buffer_copy(self.steps)
         told: list[tuple[Callable[[int], object], ctypes.c_int64]] = []
         states: dict[int, native.Thinning] = place.carry.setdefault(("program", id(self)), {})
         for index, (operation, data) in self.data.items():
@@ -317,8 +274,8 @@ class Program:
         for index, address in addresses.items():
             steps[index].data, steps[index].x = address, block
         for index in set(self.ends).difference(addresses) if out is None else ():
-            steps[index].operation = _CODE["load"]  # nobody asked: something harmless in its place
-            steps[index].a, steps[index].to = 0, _REGISTERS - 1
+            steps[index].operation = CODE["load"]  # nobody asked: something harmless in its place
+            steps[index].a, steps[index].to = 0, SPARE
         inputs = place.scan.stored(place.start, place.numel)
         finite = native.program(inputs, place.start, steps, starts, out, beginning, check=check)
         for tell, number in told:
@@ -340,61 +297,21 @@ def record(inputs: int, compute: Callable[[Tile], Any], end: str) -> Program:
     tile = Recorded(inputs)
     found = compute(cast("Tile", tile))
     ends = [tile.note(end, (value._at,), data=end) for value in ([found] if isinstance(found, Value) else found)]
-    steps, data, places = _allocated(tile.notes)
-    return Program(steps, data, tuple(places[e] for e in ends))
-
-
-_ENDS = ("store", "sums", "bracket", "count")
-
-
-def _allocated(notes: Sequence[_Note]) -> tuple[ctypes.Array[_Step], dict[int, tuple[str, Any]], dict[int, int]]:
-    """Steps of what is needed, each result in a register that is free again after its last use: steps, data, places."""
-    needed: set[int] = set()
-    for index in range(len(notes) - 1, -1, -1):
-        if index in needed or notes[index].operation in _ENDS:
-            needed |= {index, *notes[index].operands}
-    order = _fused(notes, sorted(needed))
-    last = {operand: index for index in order for operand in notes[index].operands}
-    free = list(range(_REGISTERS - 2, -1, -1))  # the last one is for what nobody asked for
-    register: dict[int, int] = {}
-    steps = (_Step * len(order))()
-    data: dict[int, tuple[str, Any]] = {}
-    for place, index in enumerate(order):
-        note = notes[index]
-        if not free:
-            raise TypeError(f"more than {_REGISTERS - 1} intermediate results at once cannot be recorded")
-        to = register[index] = free.pop()
-        a, b, c = (*(register[o] for o in note.operands), to, to, to)[:3]
-        if note.operation in ("load", "differ"):
-            a, b = int(note.x), a
-        steps[place] = _Step(_CODE[note.operation], to, a, b, c, 0, note.x, note.y, None)
-        if note.operation == "table":
-            steps[place].data = note.data.ctypes.data
-        if note.data is not None:
-            data[place] = (note.operation, note.data)
-        free += [register.pop(o) for o in {index, *note.operands} if last.get(o, index) == index]
-    return steps, data, {index: place for place, index in enumerate(order)}
-
-
-def _fused(notes: Sequence[_Note], order: list[int]) -> list[int]:
-    """The same with operations done at once that `_FUSED` knows, and with inputs from which something is subtracted at once."""
-    number = Counter(operand for index in order for operand in notes[index].operands)
-    gone = set()
-    for index in order:
-        note = notes[index]
-        if note.operation == "subtract" and notes[note.operands[0]].operation == "load":
-            loaded, base = note.operands
-            if number[loaded] == 1:
-                note.operation, note.operands, note.x = "differ", (base,), notes[loaded].x
-                gone.add(loaded)
-        for place in range(len(note.operands)):
-            before = notes[note.operands[place]]
-            known = _FUSED.get((before.operation, note.operation, place))
-            if known is not None and number[note.operands[place]] == 1:
-                gone.add(note.operands[place])
-                note.operation, note.x = known, note.x or before.x
-                note.operands = (*note.operands[:place], *before.operands, *note.operands[place + 1 :])
-    return [index for index in order if index not in gone]
+    notes = tile.notes
+    layout = laid_out(tuple((n.operation, n.operands, n.x if n.operation == "load" else 0.0) for n in notes))
+    steps = layout.steps()
+    for place, note in layout.numbers:
+        if notes[note].x or notes[note].y:
+            steps[place].x, steps[place].y = notes[note].x, notes[note].y
+    data = {}
+    for place, note in layout.places.items():
+        held = notes[note].data
+        if isinstance(held, np.ndarray):
+            steps[place].data = held.ctypes.data
+        if held is not None:
+            data[place] = (notes[note].operation, held)
+    step_of = {note: place for place, note in layout.places.items()}
+    return Program(steps, data, tuple(step_of[e] for e in ends))
 
 
 def loop(scan: Scan, compute: Callable[[Tile], Any]) -> Loop:

@@ -1163,7 +1163,7 @@ int geomerge_pruned(struct work *work, int64_t n, int64_t columns, int64_t some,
 
 /* -- recorded arithmetic ------------------------------------------------------------------------------------------ */
 
-/* What a method does to tiles, recorded operation by operation (methods/program.py, which has the same list) and done here to a
+/* What a method does to tiles, recorded operation by operation (methods/steps.py, which has the same list) and done here to a
  * chunk after the other, whose numbers stay in the first-level cache. */
 enum {
     LOAD,    /* the elements of input a */
@@ -1186,7 +1186,7 @@ enum {
     SUMS,    /* of a over blocks of x elements: `data` has the lanes, then the sums */
     BRACKET, /* counted and collected by the `struct bracket` at `data` */
     STORE,   /* the output */
-    /* What is often done one after the other (also in methods/program.py): */
+    /* What is often done one after the other (also in methods/steps.py): */
     ELECT,     /* the sign of a + x */
     AGREE,     /* a b, but at least x */
     DISTANCE,  /* |a - b| */
