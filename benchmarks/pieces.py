@@ -4,6 +4,7 @@
     python benchmarks/pieces.py workers      # TIES of the 0.5B models with 1 and 2 threads, and with 2 processes
     python benchmarks/pieces.py writes       # a gigabyte into the page cache by writes of several sizes, in turn
     python benchmarks/pieces.py loops        # the compiled loops alone over whole files, with two threads, beside cp
+    python benchmarks/pieces.py processes    # whole merges of 0.5B: with torch imported first, and without compiled loops
     python benchmarks/pieces.py pursuit 1000 # sums of 64 rows for 1,000 missing tokens, 50,000 shared tokens of width 896
 
 These are the figures that decided how the engine works; docs/benchmarks.md quotes them.
@@ -227,6 +228,36 @@ def pursuit(missing: int, shared: int = 50_000, width: int = 896, k: int = 64) -
     print(f"resident at most: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB")
 
 
+def processes(rounds: int = 5) -> None:
+    """What importing torch late and the compiled loops give a whole process, in turn."""
+    import run as bench
+
+    merge = "from geomerge.cli.app import main; raise SystemExit(main({words!r}))"
+    bench_runs = bench.Bench(rounds, None)
+    quiet, alone = bench.quiet(), [sys.executable, "-c", "import torch"]
+    for method in ("linear", "slerp", "ties"):
+        recipe = BENCH / f"{method}-0.5B.yml"
+        recipe.write_text(bench.recipe(method, "0.5B"))
+        words = ["merge", str(recipe), str(BENCH / "out"), "--quiet"]
+        ways = {
+            "as it is": ([sys.executable, "-c", merge.format(words=words)], quiet),
+            "torch imported first": ([sys.executable, "-c", "import torch; " + merge.format(words=words)], quiet),
+            "GEOMERGE_NATIVE=0": ([sys.executable, "-c", merge.format(words=words)], quiet | {"GEOMERGE_NATIVE": "0"}),
+            "import torch, and nothing else": (alone, quiet),
+        }
+        taken: dict[str, list[float]] = {way: [] for way in ways}
+        for _ in range(rounds):
+            for way, (command, environment) in ways.items():
+                bench_runs.clear()
+                bench_runs.warm("0.5B")
+                begun = time.perf_counter()
+                subprocess.run(command, env=environment, check=True, capture_output=True)
+                taken[way].append(time.perf_counter() - begun)
+        for way, seconds in taken.items():
+            print(f"{method:8s}{way:32s}{statistics.median(seconds):6.2f} s", flush=True)
+    bench_runs.clear()
+
+
 def _seconds(work: Callable[[], object]) -> float:
     begun = time.process_time()
     work()
@@ -260,6 +291,8 @@ if __name__ == "__main__":
         loops()
     elif sys.argv[1:] == ["writes"]:
         writes()
+    elif sys.argv[1:] == ["processes"]:
+        processes()
     elif sys.argv[1:] == ["workers"]:
         workers()
     else:

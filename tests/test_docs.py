@@ -162,6 +162,7 @@ def test_python_page_runs() -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text("utf-8"), re.DOTALL)
     functions = next(b for b in blocks if "gm.methods.linear" in b)
     own = next(b for b in blocks if "class Geometric" in b)
+    recorded = next(b for b in blocks if "class Cautious" in b)
     tensors = {name: torch.arange(6.0) * (i + 1) for i, name in enumerate(("base", "a", "b", "c"))}
     exec(functions, {"gm": geomerge, **tensors})
     before = dict(registry._registered)
@@ -171,6 +172,11 @@ def test_python_page_runs() -> None:
         exec(own, module.__dict__)
         merged = geomerge.methods.geometric([tensors["a"], tensors["b"]])
         assert torch.allclose(merged, (tensors["a"] + 0.5 * tensors["b"]) / 1.5)
+        exec(recorded, module.__dict__)
+        changed = [tensors["base"] + torch.tensor([1.0, -2.0, 3.0, 1.0, 0.0, 2.0]) * s for s in (1.0, 0.5)]
+        changed[1][3] = tensors["base"][3] - 1.0
+        merged = geomerge.methods.cautious(tensors["base"], changed)
+        assert torch.equal(merged, tensors["base"] + torch.tensor([0.5, -1.0, 1.5, 0.0, 0.0, 1.0]))
     finally:
         registry._registered.clear()
         registry._registered.update(before)

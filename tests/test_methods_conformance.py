@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from geomerge.methods import properties, registry, tile
+from geomerge.methods import native, properties, registry, tile
 from geomerge.methods.base import Elementwise, parameter
 from geomerge.methods.random import words
 from geomerge.methods.tile import Scan, Tile
 from geomerge.testing import CHECKS, Case, cases, check_properties_complete
-from geomerge.testing.conformance import check_not_finite, check_properties_hold, check_seed, check_tiles
+from geomerge.testing.conformance import check_loops, check_not_finite, check_properties_hold, check_seed, check_tiles
 
 
 @pytest.fixture(autouse=True)
@@ -93,12 +93,33 @@ class ForgetsTheBase(Faultless):
         return super().blend(tile, stats).mul_(1 + 2.0**-20)
 
 
+class HasTwoFaces(Faultless):
+    """What is recorded is not what torch does."""
+
+    recorded: ClassVar[bool] = True
+
+    def blend(self, tile: Tile, stats: None) -> Tensor:
+        return super().blend(tile, stats).mul_(1.0 + isinstance(tile, Tile))
+
+
+class CannotBeRecorded(Faultless):
+    """Claims what it does not keep."""
+
+    recorded: ClassVar[bool] = True
+
+    def blend(self, tile: Tile, stats: None) -> Tensor:
+        return super().blend(tile, stats).erf_()
+
+
 class OrdersDraws(Faultless):
     """Draws by the tile's place: right, so long as the words belong to elements."""
 
     def blend(self, tile: Tile, stats: None) -> Tensor:
         drawn = torch.from_numpy(words(tile, "test").astype(np.float64)).view(tile.base.shape)
         return super().blend(tile, stats).addcmul_(tile.inputs[1], drawn, value=2.0**-32)
+
+
+compiled = pytest.mark.skipif(not native.available(), reason="the compiled loops were not built (no C compiler?)")
 
 
 def case(method: type[Faultless], count: int = 2) -> Case:
@@ -120,6 +141,7 @@ def test_a_third_partys_method(check: Callable[[Case], None]) -> None:
         (DrawsFromTorch, check_seed, "same seed"),
         (ClaimsPermutation, check_properties_hold, "permutation"),
         (ForgetsTheBase, check_properties_hold, "base"),
+        pytest.param(HasTwoFaces, check_loops, "differs from torch", marks=compiled),
     ],
 )
 def test_the_suite_finds(method: type[Faultless], check: Callable[[Case], None], message: str) -> None:
@@ -140,3 +162,10 @@ def test_the_suite_finds_what_is_not_refused(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(Scan, "_finite", property(lambda self: True, lambda self, value: None), raising=False)
     with pytest.raises(AssertionError, match="went through"):
         check_not_finite(case(Faultless))
+
+
+@compiled
+def test_what_cannot_be_recorded_is_named() -> None:
+    """Instead of a slow way that nobody notices."""
+    with pytest.raises(AttributeError, match="'erf_' cannot be recorded"):
+        check_loops(case(CannotBeRecorded))

@@ -173,7 +173,7 @@ class TestRefused:
 
     def test_too_much_at_once(self) -> None:
         def many(tile: Recorded) -> Value:
-            kept = [tile.base + float(i) for i in range(60)]
+            kept = [tile.base + float(i) for i in range(200)]
             total = kept[-1].clone()
             for each in reversed(kept):
                 total.mul_(each)

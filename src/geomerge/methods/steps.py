@@ -39,7 +39,7 @@ _FUSED = {
 """What does an operation and the one that alone takes its result, as which operand; whether the number is the first one's."""
 
 CODE = {name: code for code, name in enumerate(OPERATIONS)}
-SPARE = 39
+SPARE = 159
 """The last of the registers, for what nobody asked for."""
 
 _ENDS = ("store", "sums", "bracket", "count")

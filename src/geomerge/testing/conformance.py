@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from geomerge.errors import NotFiniteError
-from geomerge.methods import properties, registry
+from geomerge.methods import native, properties, registry
 from geomerge.methods.base import Method
 from geomerge.testing.inputs import KINDS, merge, models
 
@@ -177,6 +177,16 @@ def check_seed(case: Case) -> None:
     assert repr(np.random.get_state()) == states[1], "NumPy's global generator was used"
 
 
+def check_loops(case: Case) -> None:
+    """Compiled loops, recorded or written for the method, give the very bits of torch, where they are used."""
+    for kind, dtype in itertools.product(KINDS, (torch.bfloat16, torch.float32)):
+        inputs = [m.to(dtype) for m in case.models((31, 67), kind)]
+        found = merge(case.made(), inputs, dtype=dtype)
+        with native.turned_off():
+            expected = merge(case.made(), inputs, dtype=dtype)
+        assert torch.equal(found, expected), f"{kind} models of {dtype}: the compiled loop differs from torch"
+
+
 def check_properties_hold(case: Case) -> None:
     """Each property that the class lists holds on every kind of models."""
     for name in sorted(case.method.properties):
@@ -204,6 +214,7 @@ CHECKS: tuple[Callable[[Case], None], ...] = (
     check_not_finite,
     check_tiles,
     check_seed,
+    check_loops,
     check_properties_hold,
 )
 

@@ -1027,78 +1027,78 @@ struct pruning {
     int32_t spared;        /* if this is 1 */
 };
 
-struct ranked { uint32_t key, index; };
-struct exact { double size; uint32_t index; };
+struct exact { double size; uint16_t index; };
 
 static int smaller(const void *left, const void *right) {
     const struct exact *a = left, *b = right;
-    return a->size != b->size ? (a->size > b->size) - (a->size < b->size) : (a->index > b->index) - (a->index < b->index);
+    return a->size != b->size ? (a->size > b->size) - (a->size < b->size) : a->index - b->index;
 }
 
-/* Orders n <= WINDOW elements by magnitude, equal ones by index: by 20 bits of it, digit by digit, and then what these left. There
- * is room for 16 n bytes at each place. */
-static const struct ranked *ascending(const double *d, int64_t n, struct ranked *one, struct ranked *other) {
-    enum { MANTISSA = 15, OCTAVES = 32, DIGIT = 10, MASK = (1 << DIGIT) - 1 };
-    uint64_t bits, most = 0;
+static inline int64_t pattern(double x) {
+    int64_t bits;
+    memcpy(&bits, &x, 8);
+    return bits & INT64_MAX;
+}
+
+/* Puts n <= WINDOW elements in the order of their magnitudes, equal ones by index: by the first bits in which these differ, and then
+ * mends what is left. */
+static void ascending(const double *restrict d, int64_t n, uint16_t *restrict digits, uint16_t *restrict order, struct exact *room) {
+    enum { MOST_BITS = 12, OCTAVES = 32 };
+    const int width = n < 2048 ? 10 : MOST_BITS;
+    int64_t most = 0, differ = 0;
+    for (int64_t i = 0; i < n; i++) most = most < pattern(d[i]) ? pattern(d[i]) : most;
+    int64_t floor = ((most >> 52) - OCTAVES + 1) * ((int64_t)1 << 52), top = most - floor;
     for (int64_t i = 0; i < n; i++) {
-        memcpy(&bits, d + i, 8);
-        bits = bits << 1 >> (53 - MANTISSA);
-        most = most < bits ? bits : most;
+        int64_t key = pattern(d[i]) - floor;
+        differ |= (key < 0 ? 0 : key) ^ top;
     }
-    int64_t floor = ((int64_t)(most >> MANTISSA) - OCTAVES + 1) * (1 << MANTISSA);
-    /* The first half is put down from each number's first place on, the second from its last one back: two that need not wait
-     * for each other. */
-    int32_t first[2][1 << DIGIT], last[2][1 << DIGIT];
+    const int shift = differ >> width ? 64 - __builtin_clzll((uint64_t)differ) - width : 0;
+    for (int64_t i = 0; i < n; i++) {
+        int64_t key = pattern(d[i]) - floor;
+        digits[i] = (uint16_t)((key < 0 ? 0 : key) >> shift & ((1 << width) - 1));
+    }
+    /* The first half is put down from each digit's first place on, the second from its last one back: two that need not wait for
+     * each other. */
+    int32_t first[1 << MOST_BITS], last[1 << MOST_BITS], sum = 0;
+    memset(first, 0, sizeof *first << width);
+    memset(last, 0, sizeof *last << width);
     const int64_t half = n / 2;
-    memset(first, 0, sizeof first);
-    memset(last, 0, sizeof last);
-    for (int64_t i = 0; i < n; i++) {
-        memcpy(&bits, d + i, 8);
-        int64_t key = (int64_t)(bits << 1 >> (53 - MANTISSA)) - floor;
-        key = key < 0 ? 0 : key;
-        one[i].key = (uint32_t)key, one[i].index = (uint32_t)i;
+    for (int64_t i = 0; i < half; i++) first[digits[i]]++, last[digits[i + half]]++;
+    if (n % 2) first[digits[n - 1]]++;
+    for (int k = 0; k < 1 << width; k++) {
+        int32_t number = first[k] + last[k];
+        first[k] = sum, sum += number, last[k] = sum;
     }
-    for (int64_t i = 0; i < half; i++) {
-        first[0][one[i].key & MASK]++, first[1][one[i].key >> DIGIT]++;
-        last[0][one[i + half].key & MASK]++, last[1][one[i + half].key >> DIGIT]++;
+    for (int64_t i = 0, j = n - 1; i <= j; i++, j--) {
+        order[first[digits[i]]++] = (uint16_t)i;
+        if (i < j) order[--last[digits[j]]] = (uint16_t)j;
     }
-    if (n % 2) first[0][one[n - 1].key & MASK]++, first[1][one[n - 1].key >> DIGIT]++;
-    for (int digit = 0; digit < 2; digit++) {
-        int32_t sum = 0;
-        for (int k = 0; k <= MASK; k++) {
-            int32_t number = first[digit][k] + last[digit][k];
-            first[digit][k] = sum, sum += number, last[digit][k] = sum;
-        }
-        for (int64_t i = 0, j = n - 1; i <= j; i++, j--) {
-            int32_t low = (int32_t)(one[i].key >> digit * DIGIT) & MASK, high = (int32_t)(one[j].key >> digit * DIGIT) & MASK;
-            other[first[digit][low]++] = one[i];
-            if (i < j) other[--last[digit][high]] = one[j];
-        }
-        struct ranked *swapped = one;
-        one = other, other = swapped;
-    }
-    int64_t left = 8 * n; /* moves, before something quicker is done */
+    int64_t left = 16 * n; /* moves, before something quicker is done */
+    double before = fabs(d[order[0]]);
     for (int64_t i = 1; i < n; i++) {
-        double size = fabs(d[one[i].index]);
-        if (fabs(d[one[i - 1].index]) <= size) continue;
-        struct ranked moved = one[i];
+        uint16_t moved = order[i];
+        double size = fabs(d[moved]);
+        if (before <= size) {
+            before = size;
+            continue;
+        }
         int64_t j = i;
-        for (; j && fabs(d[one[j - 1].index]) > size && left; j--, left--) one[j] = one[j - 1];
-        one[j] = moved;
+        for (; j && fabs(d[order[j - 1]]) > size && left; j--, left--) order[j] = order[j - 1];
+        order[j] = moved;
         if (left) continue;
-        struct exact *all = (struct exact *)other;
-        for (int64_t k = 0; k < n; k++) all[k] = (struct exact){fabs(d[k]), (uint32_t)k};
-        qsort(all, (size_t)n, sizeof *all, smaller);
-        for (int64_t k = 0; k < n; k++) one[k].index = all[k].index;
-        break;
+        for (int64_t k = 0; k < n; k++) room[k] = (struct exact){fabs(d[k]), (uint16_t)k};
+        qsort(room, (size_t)n, sizeof *room, smaller);
+        for (int64_t k = 0; k < n; k++) order[k] = room[k].index;
+        return;
     }
-    return one;
 }
 
-static void prune(const struct pruning *p, int64_t n, const uint32_t *words, double *restrict d, struct ranked *room) {
-    const struct ranked *order = ascending(d, n, room, room + 2 * n);
-    int32_t *restrict rank = (int32_t *)(order == room ? room + 2 * n : room);
-    for (int64_t i = 0; i < n; i++) rank[order[i].index] = (int32_t)i;
+/* `room` is for 16 bytes of each element. */
+static void prune(const struct pruning *p, int64_t n, const uint32_t *words, double *restrict d, struct exact *room) {
+    uint16_t digits[WINDOW], order[WINDOW];
+    ascending(d, n, digits, order, room);
+    uint16_t *restrict rank = digits;
+    for (int64_t i = 0; i < n; i++) rank[order[i]] = (uint16_t)i;
     for (int64_t i = 0; i < n; i++) d[i] *= (double)(int32_t)((uint64_t)((int64_t)words[i] - p->limits[rank[i]]) >> 63);
     if (p->shares)
         for (int64_t i = 0; i < n; i++) d[i] /= p->shares[rank[i]];
@@ -1115,8 +1115,8 @@ int geomerge_pruned(struct work *work, int64_t n, int64_t columns, int64_t some,
     const int count = work->count;
     const int64_t most = some * columns;
     double *all = (double *)room;
-    struct ranked *ranks = (struct ranked *)(all + count * most);
-    uint32_t *words = (uint32_t *)(ranks + 4 * columns);
+    struct exact *ranks = (struct exact *)(all + count * most);
+    uint32_t *words = (uint32_t *)(ranks + columns);
     for (int64_t at = 0; at < n; at += most) {
         int64_t size = least(most, n - at);
         if (!fetch(work, at, size, raw)) return -1;
@@ -1202,7 +1202,7 @@ struct step {
     void *data;
 };
 
-#define REGISTERS 40
+#define REGISTERS 160
 
 /* Element i of the result is an expression of elements i of the operands, in a register of its own; also beyond the m that are asked
  * for, where it does no harm: loops of known length are quicker. */
