@@ -96,6 +96,21 @@ def test_same_bytes_for_any_number_of_experts(method: str, count: int) -> None:
         same(lambda t=tensors: merge(ready, t, dtype=torch.bfloat16))  # type: ignore[misc]
 
 
+RECORDED = sorted(name for name, method in registry.all_methods().items() if getattr(method, "recorded", False))
+
+
+@compiled
+@pytest.mark.parametrize("method", RECORDED)
+def test_room_for_many_experts(method: str) -> None:
+    """As many as the loops take, all of whose intermediate results have a register; and one more, which torch merges."""
+    made = registry.get(method)
+    most = native.MOST - 1 if made.models[1] is None else made.models[1]
+    values = {key: value for key, value in VALUES.items() if key in made.parameters()}
+    for count in {most, *([most + 1] if made.models[1] is None else [])}:
+        tensors = stored(models(count + 1, (7, 53), "dense"), torch.bfloat16)
+        same(lambda c=count, t=tensors: merge(made.make(values, count=c), t, dtype=torch.bfloat16))  # type: ignore[misc]
+
+
 @compiled
 @pytest.mark.parametrize("method", ["della", "della_linear"])
 @pytest.mark.parametrize("shape", [(5, 9001), (801, 37), (33, 1), (700,)], ids=str)
