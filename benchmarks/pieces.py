@@ -232,17 +232,18 @@ def processes(rounds: int = 5) -> None:
     """What importing torch late and the compiled loops give a whole process, in turn."""
     import run as bench
 
-    merge = "from geomerge.cli.app import main; raise SystemExit(main({words!r}))"
+    first = "import sys, torch; sys.argv = {words!r}; from geomerge.cli.app import run; run()"
     bench_runs = bench.Bench(rounds, None)
     quiet, alone = bench.quiet(), [sys.executable, "-c", "import torch"]
     for method in ("linear", "slerp", "ties"):
         recipe = BENCH / f"{method}-0.5B.yml"
         recipe.write_text(bench.recipe(method, "0.5B"))
-        words = ["merge", str(recipe), str(BENCH / "out"), "--quiet"]
+        words = ["geomerge", "merge", str(recipe), str(BENCH / "out"), "--quiet"]
+        plain = [sys.executable, "-m", *words]
         ways = {
-            "as it is": ([sys.executable, "-c", merge.format(words=words)], quiet),
-            "torch imported first": ([sys.executable, "-c", "import torch; " + merge.format(words=words)], quiet),
-            "GEOMERGE_NATIVE=0": ([sys.executable, "-c", merge.format(words=words)], quiet | {"GEOMERGE_NATIVE": "0"}),
+            "as it is": (plain, quiet),
+            "torch imported first": ([sys.executable, "-c", first.format(words=words)], quiet),
+            "GEOMERGE_NATIVE=0": (plain, quiet | {"GEOMERGE_NATIVE": "0"}),
             "import torch, and nothing else": (alone, quiet),
         }
         taken: dict[str, list[float]] = {way: [] for way in ways}
