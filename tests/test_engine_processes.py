@@ -180,7 +180,7 @@ def test_a_survey_by_workers(method: str, counting: bool, tmp_path: Path, monkey
     """What workers find of the whole model is what threads find, by bracket and by counting; all bytes are told."""
     text = recipe(tmp_path, method, "").replace("dtype:", f"parameters: {{{SURVEYS[method]}}}\ndtype:")
     if counting:
-        monkeypatch.setattr("geomerge.methods.order._choose", lambda *a: None)
+        monkeypatch.setattr("geomerge.methods.order.choose", lambda *a: None)
     told: list[int] = []
 
     class Counter:

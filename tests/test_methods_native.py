@@ -162,14 +162,14 @@ VALUES: dict[str, Any] = {"density": 0.4, "epsilon": 0.1, "weight": 0.3, "t": 0.
 def called(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """The loops that were called."""
     names: set[str] = set()
-    library = native._loaded()
+    library = native.call.loaded()
 
     class Spy:
         def __getattr__(self, name: str) -> Any:
             names.add(name)
             return getattr(library, name)
 
-    monkeypatch.setattr(native, "_loaded", Spy)
+    monkeypatch.setattr(native.call, "loaded", Spy)
     return names
 
 
@@ -290,14 +290,14 @@ def test_a_stale_library_is_not_loaded(tmp_path: Path, monkeypatch: pytest.Monke
     source = tmp_path / "kernels.c"
     source.write_bytes(build.SOURCE.read_bytes() + b"\n")
     monkeypatch.setattr(build, "SOURCE", source)
-    assert native._load(build.LIBRARY) is None
+    assert native.call._load(build.LIBRARY) is None
     assert build.build(tmp_path / "fresh.so") is None
-    assert native._load(tmp_path / "fresh.so") is not None
+    assert native.call._load(tmp_path / "fresh.so") is not None
     source.write_text("int nothing;")
     assert build.build(tmp_path / "other.so") is None
     (tmp_path / "torn.so").write_bytes((tmp_path / "other.so").read_bytes()[:100])
     for name in ("fresh.so", "other.so", "torn.so", "none.so"):
-        assert native._load(tmp_path / name) is None
+        assert native.call._load(tmp_path / name) is None
 
 
 @compiled
@@ -305,9 +305,9 @@ def test_same_bytes_without_vector_instructions(tmp_path: Path, monkeypatch: pyt
     """What is written for one kind of processor does what is written for all."""
     monkeypatch.setattr(build, "_FLAGS", (*build._FLAGS, "-U__AVX2__", "-U__FMA__"))
     assert build.build(tmp_path / "plain.so") is None
-    plain = native._load(tmp_path / "plain.so")
+    plain = native.call._load(tmp_path / "plain.so")
     assert plain is not None
-    monkeypatch.setattr(native, "_loaded", lambda: plain)
+    monkeypatch.setattr(native.call, "loaded", lambda: plain)
     for method, kind in itertools.product(("ties", "dare_ties", "dare_linear", "slerp", "linear"), KINDS):
         made = registry.get(method)
         count = {"slerp": 1, "linear": 3}.get(method, 2)

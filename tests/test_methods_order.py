@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 import references as ref
 from geomerge.methods import order, tile
-from geomerge.methods.order import Selection, largest, nth_smallest
+from geomerge.methods.order import largest, nth_smallest
+from geomerge.methods.selection import Selection
 from geomerge.methods.tile import Scan, TensorSource, Tile
 
 Array = NDArray[np.float64]
@@ -99,13 +100,13 @@ def test_largest(name: str, k: int) -> None:
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many times the fallback by counting was taken, as the length of a list."""
     calls: list[int] = []
-    by_counting = order._by_counting
+    by_counting = order.by_counting
 
     def spy(scan: Scan, magnitudes: order.Magnitudes, which: int, count: int) -> Selection:
         calls.append(count)
         return by_counting(scan, magnitudes, which, count)
 
-    monkeypatch.setattr(order, "_by_counting", spy)
+    monkeypatch.setattr(order, "by_counting", spy)
     return calls
 
 

@@ -54,6 +54,8 @@ OPERATIONS: dict[str, Callable[[Any, Any, Any], Any]] = {
     "add with a factor": lambda a, b, c: a.add(b, alpha=0.3),
     "add a number": lambda a, b, c: a.add(0.3).add_(c),
     "subtract": lambda a, b, c: (a - b).sub_(0.7),
+    "zeros of both signs": lambda a, b, c: a.sub(0.0) / (a.add(0.0).abs() + 0.1) + a.clamp(max=-0.0),
+    "zero taken away": lambda a, b, c: a.sub(0.0),
     "multiply": lambda a, b, c: (a * b) * 0.3,
     "divide": lambda a, b, c: a / (b.square() + 0.1),
     "divide by a number": lambda a, b, c: a.div(0.3),

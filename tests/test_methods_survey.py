@@ -196,7 +196,7 @@ class TestOrderOverAModel:
         random = np.random.default_rng(seed)
         arrays = [random.standard_normal(n) if seed % 2 else random.integers(-4, 5, n) / 8 for n in (3000, 1, 777, 20)]
         if counting:
-            monkeypatch.setattr("geomerge.methods.order._choose", lambda *a: None)
+            monkeypatch.setattr("geomerge.methods.order.choose", lambda *a: None)
         ordered = np.sort(np.concatenate(arrays))
         ranks = [0, 1, 100, 1900, ordered.size - 2, ordered.size - 1]
         found = nth_smallest_of_all(self.walk(arrays), lambda tile: [tile.base] * len(ranks), ranks, signed=True)

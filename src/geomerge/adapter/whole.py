@@ -23,8 +23,9 @@ from geomerge.engine.adapter_names import base_names
 from geomerge.engine.stored import raw_source, stored_source
 from geomerge.errors import IncompatibleModels
 from geomerge.methods.base import Method
+from geomerge.methods.buffers import empty
 from geomerge.methods.kernel import prepare
-from geomerge.methods.tile import Scan, Source, empty
+from geomerge.methods.tile import Scan, Source
 
 
 class _Difference:

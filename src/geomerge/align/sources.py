@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from geomerge.methods.tile import Source, empty
+from geomerge.methods.buffers import empty
+from geomerge.methods.tile import Source
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -30,9 +30,10 @@ from geomerge.engine.sources import FileSource, read_into, staging
 from geomerge.errors import GeomergeError, NotFiniteError
 from geomerge.late import torch_alone, without_gradients
 from geomerge.methods import native
+from geomerge.methods.buffers import output
 from geomerge.methods.kernel import Prepared
 from geomerge.methods.native import in_memory
-from geomerge.methods.tile import SEGMENT, Loop, Segment, output
+from geomerge.methods.tile import SEGMENT, Loop, Segment
 
 _BUNDLE_ELEMENTS = 1 << 18
 _BUNDLE_TENSORS = 256

@@ -13,7 +13,8 @@ import torch
 
 from geomerge.align.sources import READ, BlockSource, Once
 from geomerge.checkpoint.change import Change
-from geomerge.methods.tile import Source, empty
+from geomerge.methods.buffers import empty
+from geomerge.methods.tile import Source
 
 if TYPE_CHECKING:
     from torch import Tensor

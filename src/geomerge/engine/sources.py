@@ -19,9 +19,10 @@ import torch
 
 from geomerge.checkpoint.dtypes import DTYPES, to_torch
 from geomerge.errors import RunError
+from geomerge.methods.buffers import empty
 from geomerge.methods.kernel import Prepared
 from geomerge.methods.native import CODES, Stored
-from geomerge.methods.tile import TensorSource, empty
+from geomerge.methods.tile import TensorSource
 from geomerge.tokens.rows import MEAN, OMP, PAD
 
 if TYPE_CHECKING:

@@ -18,8 +18,9 @@ from geomerge.errors import UsageError, did_you_mean
 from geomerge.methods.base import Method, parameter, per_model
 from geomerge.methods.kernel import Once, Open
 from geomerge.methods.linalg import one_thread, truncate
-from geomerge.methods.order import Selection, placed
+from geomerge.methods.order import placed
 from geomerge.methods.rest import is_matrix
+from geomerge.methods.selection import Selection
 from geomerge.methods.sparsify import Magnitude, MagPrune, Outliers, Random, Rescale, Sparsifier, measure
 from geomerge.methods.tile import Scan, Tile
 from geomerge.methods.walk import whole

@@ -129,10 +129,10 @@ def disjoint_merge(
             -1, *[1] * (deltas.dim() - 1)
         )
         scale = 1.0
-    votes = _added(signed)
+    votes = added(signed.unbind(0))
     elected = elected_sign(votes)
     agreeing = (signed * elected).clamp_(min=0.0)
-    total = _added(agreeing)
+    total = added(agreeing.unbind(0))
     disputed = np.empty(0, dtype=np.int64)
     if total.dtype == torch.float32 and not alike:
         disputed = _disputed(votes, total, len(deltas))
@@ -140,7 +140,7 @@ def disjoint_merge(
         total = agreeing.amax(0)
     elif normalize:
         shares = agreeing.sign_()
-        agreed = _added(shares) if alike else _added(shares, weights)
+        agreed = added(shares.unbind(0), None if alike else weights)
         # Where nothing agrees the sum is zero, and the divisor must not be.
         if alike or min(weights) > 0:
             agreed.clamp_(min=0.5 if alike else min(weights) / 2)
@@ -183,27 +183,19 @@ _TINY = {4: 2.0**-126, 8: 2.0**-1022}
 """The smallest normal number, by a number's bytes."""
 
 
-def added(parts: Sequence[Tensor]) -> Tensor:
-    """Their sum, in their order: a new tensor."""
-    total = parts[0].clone()
-    for part in parts[1:]:
-        total.add_(part)
-    return total
-
-
-def _added(rows: Tensor, weights: Sequence[float] | None = None) -> Tensor:
-    """Σ wₖ rowsₖ over the first dimension, in its order: a new tensor."""
-    first, *others = rows.unbind(0)
+def added(parts: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:
+    """Σ wₖ partsₖ, in their order: a new tensor."""
+    first, *others = parts
     if weights is None:
         if not others:
             return first.clone()
-        total = torch.add(first, others[0])
-        for row in others[1:]:
-            total.add_(row)
+        total = first + others[0]
+        for part in others[1:]:
+            total.add_(part)
         return total
     total = first * weights[0]
-    for w, row in zip(weights[1:], others, strict=True):
-        total.add_(row, alpha=w)
+    for w, part in zip(weights[1:], others, strict=True):
+        total.add_(part, alpha=w)
     return total
 
 

@@ -18,7 +18,8 @@ import torch
 
 from geomerge.errors import UsageError
 from geomerge.methods import native
-from geomerge.methods.tile import BLOCK, Scan, Segment, Tile, lane_sums, sums_of_blocks
+from geomerge.methods.sums import lane_sums, sums_of_blocks
+from geomerge.methods.tile import BLOCK, Scan, Segment, Tile
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -136,7 +137,7 @@ def _block_products(tiles: Iterator[Tile], k: int) -> list[list[float]]:
             if bool((statistics < 0).any()):
                 raise UsageError("the statistics hold a negative number", where=tile.scan.name)
             models = models * statistics.sum(0).sqrt_()
-        sums = [row for i in range(k) for row in sums_of_blocks(models[i:] * models[i])]
+        sums = [row for i in range(k) for row in sums_of_blocks(models[i:] * models[i], BLOCK)]
         found = [known + new for known, new in zip(found, sums, strict=True)] if found else sums
     return found
 

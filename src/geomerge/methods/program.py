@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
@@ -22,7 +23,7 @@ from geomerge.methods import native
 from geomerge.methods.steps import CODE, SPARE, Step, laid_out
 
 if TYPE_CHECKING:
-    from geomerge.methods.order import Selection
+    from geomerge.methods.selection import Selection
     from geomerge.methods.tile import Loop, Place, Scan, Tile
 
 _LANES = 256
@@ -204,7 +205,7 @@ class Recorded:
 
     def note(self, operation: str, operands: tuple[int, ...], x: float = 0.0, y: float = 0.0, data: Any = None) -> int:
         """Note an operation, or find that it was noted before; its number."""
-        key = (operation, operands, x, y)
+        key = (operation, operands, x, y, math.copysign(1.0, x))  # 0.0 and −0.0 are equal, and not the same
         if data is None and key in self._known:
             return self._known[key]
         self.notes.append(_Note(operation, operands, x, y, data))
@@ -301,7 +302,7 @@ def record(inputs: int, compute: Callable[[Tile], Any], end: str) -> Program:
     layout = laid_out(tuple((n.operation, n.operands, n.x if n.operation == "load" else 0.0) for n in notes))
     steps = layout.steps()
     for place, note in layout.numbers:
-        if notes[note].x or notes[note].y:
+        if notes[note].x or notes[note].y or math.copysign(1.0, notes[note].x) < 0:
             steps[place].x, steps[place].y = notes[note].x, notes[note].y
     data = {}
     for place, note in layout.places.items():

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 
 from geomerge.methods.native import Pruning, Thinning
-from geomerge.methods.order import Selection, largest, largest_of_all
+from geomerge.methods.order import largest, largest_of_all
 from geomerge.methods.random import bernoulli, drawing, drawing_words, keep_, limit_of
+from geomerge.methods.selection import Selection
 from geomerge.methods.tile import Place, Scan, Tile
 from geomerge.methods.walk import Walk
 

@@ -25,7 +25,7 @@ OPERATIONS = (
     *("below", "up_to", "same", "other", "above", "from", "replace", "thin", "count", "sums", "bracket", "store"),
     *("elect", "agree", "distance", "weight", "lighter", "outweighed", "plus_sign", "share", "exp", "tanh"),
 )
-"""As in `kernels.c`, which says what each does."""
+"""As in `native/program.h`, which says what each does."""
 
 _FUSED = {
     ("shift", "sign", 0): ("elect", True),
@@ -49,7 +49,7 @@ Structure = tuple[tuple[str, tuple[int, ...], float], ...]
 
 
 class Step(ctypes.Structure):
-    """One operation on registers: see `kernels.c`."""
+    """One operation on registers: see `native/program.h`."""
 
     _fields_ = (
         *((name, ctypes.c_int32) for name in ("operation", "to", "a", "b", "c", "unused")),

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -28,7 +27,9 @@ import torch
 from geomerge.checkpoint.dtypes import from_torch
 from geomerge.errors import NotFiniteError
 from geomerge.methods import native
+from geomerge.methods.buffers import buffer, empty
 from geomerge.methods.program import record
+from geomerge.methods.sums import lane_sums, sums_of_blocks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -318,7 +319,7 @@ class Scan:
         found = self._stored[slot]
         if found is not None:
             return found.at(start)
-        values = _buffer((self.level, slot), count, torch.float64, self.device)
+        values = buffer((self.level, slot), count, torch.float64, self.device)
         self.sources[slot].read(start, values)
         found = native.in_memory(values)
         assert found is not None
@@ -369,22 +370,22 @@ class Scan:
         size = len(self.sources) * min(self.tile + around, max(self.numel, 1))
         return empty(size, self.dtype, self.device)
 
-    def _read(self, start: int, count: int, buffer: Tensor | None = None) -> Tensor:
+    def _read(self, start: int, count: int, into: Tensor | None = None) -> Tensor:
         if self.thinning is None:
-            stack = self._fetch(start, count, buffer)
+            stack = self._fetch(start, count, into)
         else:
             rows = self.thinning.rows
             first, stop = start // rows * rows, min(-(-(start + count) // rows) * rows, self.numel)
             self.thinning.begin()
-            around = self._fetch(first, stop - first, buffer)
+            around = self._fetch(first, stop - first, into)
             self.thinning.thin_(around, first, self)
             stack = around[:, start - first : start - first + count]
         return stack if self.columns is None else stack.view(len(stack), -1, max(self.columns, 1))
 
-    def _fetch(self, start: int, count: int, buffer: Tensor | None) -> Tensor:
+    def _fetch(self, start: int, count: int, into: Tensor | None) -> Tensor:
         """The inputs' elements as they are: shape ``(K, count)``."""
         k = len(self.sources)
-        flat = _buffer(self.level, k * count, self.dtype, self.device) if buffer is None else buffer[: k * count]
+        flat = buffer(self.level, k * count, self.dtype, self.device) if into is None else into[: k * count]
         stack = flat.view(k, count)
         for source, out in zip(self.sources, stack.unbind(0), strict=True):
             source.read(start, out)
@@ -476,57 +477,4 @@ def block_sums(values: Tensor) -> list[float]:
     """Sums over the fixed blocks of a flat tile, or over each row of a tile with rows."""
     if values.dim() > 1:
         return lane_sums(values)
-    return sums_of_blocks(values.unsqueeze(0))[0]
-
-
-def sums_of_blocks(rows: Tensor) -> list[list[float]]:
-    """The sums of each row over its blocks, as `lane_sums` adds them."""
-    count, n = rows.shape
-    blocks = -(-n // BLOCK)
-    if n < blocks * BLOCK:
-        rows = torch.nn.functional.pad(rows, (0, blocks * BLOCK - n))
-    found = lane_sums(rows.view(count * blocks, BLOCK))
-    return [found[i * blocks : (i + 1) * blocks] for i in range(count)]
-
-
-_LANES = 256
-"""Sums that elements are added to in turn. Compiled loops do the same, so the order is fixed for both."""
-
-
-def lane_sums(rows: Tensor) -> list[float]:
-    """The sum of each row: of every 256th element in turn, then of those 256 sums in float64, half to half."""
-    if rows.shape[1] % _LANES or not rows.shape[1]:
-        rows = torch.nn.functional.pad(rows, (0, -rows.shape[1] % _LANES or _LANES))
-    cut = rows.reshape(len(rows), -1, _LANES)
-    # NumPy adds along the second axis from the last in order; a device need not have the same bits.
-    lanes = np.add.reduce(cut.numpy(), axis=1) if cut.device.type == "cpu" else cut.sum(1).cpu().numpy()
-    lanes = lanes.astype(np.float64)
-    while lanes.shape[-1] > 1:
-        half = lanes.shape[-1] // 2
-        lanes = lanes[..., :half] + lanes[..., half:]
-    sums: list[float] = lanes[..., 0].tolist()
-    return sums
-
-
-_local = threading.local()
-
-
-def empty(count: int, dtype: torch.dtype, device: torch.device | str = "cpu", *, pinned: bool = False) -> Tensor:
-    """A buffer that may be written both inside and outside of `torch.inference_mode`."""
-    with torch.inference_mode(False):
-        return torch.empty(count, dtype=dtype, device=device, pin_memory=pinned)
-
-
-def output(count: int, dtype: torch.dtype, level: int) -> Tensor:
-    """This thread's buffer for an output of compiled loops that has no place of its own."""
-    return _buffer((level, -1), count, dtype, "cpu")
-
-
-def _buffer(level: int | tuple[int, int], count: int, dtype: torch.dtype, device: str) -> Tensor:
-    """This thread's input buffer for a level: allocating anew for each tile would cost more than the sums."""
-    buffers: dict[tuple[int | tuple[int, int], torch.dtype, str], Tensor] = _local.__dict__.setdefault("buffers", {})
-    key = (level, dtype, device)
-    found = buffers.get(key)
-    if found is None or found.numel() < count:
-        found = buffers[key] = empty(count, dtype, device)
-    return found[:count]
+    return sums_of_blocks(values.unsqueeze(0), BLOCK)[0]

@@ -16,7 +16,8 @@ from geomerge.methods.functions import exp, log
 from geomerge.methods.order import nth_smallest
 from geomerge.methods.properties import BASE, IDENTICAL
 from geomerge.methods.registry import register
-from geomerge.methods.tile import Scan, Segment, Tile, lane_sums
+from geomerge.methods.sums import lane_sums
+from geomerge.methods.tile import Scan, Segment, Tile
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

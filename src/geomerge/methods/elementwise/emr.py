@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from geomerge.methods.base import Elementwise, parameter
-from geomerge.methods.combine import elected_sign
+from geomerge.methods.combine import added, elected_sign
 from geomerge.methods.properties import BASE, IDENTICAL, PERMUTATION, SCALE, SINGLE
 from geomerge.methods.registry import register
 from geomerge.methods.tile import Scan, Tile
@@ -23,10 +23,7 @@ def unified(deltas: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
     Returns:
         Sign and magnitude, shaped as the task vectors, which stay as they are.
     """
-    total = deltas[0].clone()
-    for delta in deltas[1:]:
-        total.add_(delta)
-    sign = elected_sign(total)
+    sign = elected_sign(added(deltas))
     most = (deltas[0] * sign).clamp_(min=0.0)
     for delta in deltas[1:]:
         most = most.maximum(delta * sign)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from geomerge.methods.base import Elementwise, parameter
+from geomerge.methods.combine import added
 from geomerge.methods.properties import BASE, PERMUTATION, SIGN
 from geomerge.methods.registry import register
 from geomerge.methods.tile import Scan, Tile
@@ -18,10 +19,7 @@ if TYPE_CHECKING:
 def _active(deltas: Sequence[Tensor], epsilon: float) -> tuple[list[Tensor], Tensor]:
     """For each expert 1.0 where |δ| > ε, and how many experts are active at each position."""
     masks = [d.hardshrink(epsilon).ne_(0.0) for d in deltas]
-    number = masks[0].clone()
-    for m in masks[1:]:
-        number.add_(m)
-    return masks, number
+    return masks, added(masks)
 
 
 @register
@@ -48,9 +46,7 @@ dtype: bfloat16
     def blend(self, tile: Tile, stats: None) -> Tensor:
         deltas = tile.task_vectors()
         _, number = _active(deltas, self.epsilon)
-        total = deltas[0].hardshrink(self.epsilon)
-        for d in deltas[1:]:
-            total.add_(d.hardshrink(self.epsilon))
+        total = added([d.hardshrink(self.epsilon) for d in deltas])
         return tile.base.addcdiv_(total, number.clamp_(min=1.0))
 
 

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from geomerge.methods.base import Elementwise, parameter
-from geomerge.methods.combine import elected_sign
-from geomerge.methods.order import Selection, largest
+from geomerge.methods.combine import added, elected_sign
+from geomerge.methods.order import largest
 from geomerge.methods.properties import BASE, IDENTICAL, PERMUTATION, SCALE, SINGLE
 from geomerge.methods.registry import register
+from geomerge.methods.selection import Selection
 from geomerge.methods.tile import Scan, Tile
 
 if TYPE_CHECKING:
@@ -98,17 +99,10 @@ dtype: bfloat16
         deltas = tile.task_vectors()
         if not self.select_only_for_weights:
             self._select(deltas, tile, selection, "blend")
-        elected = deltas[0].clone()
-        for d in deltas[1:]:
-            elected.add_(d)
-        elected = elected_sign(elected)
+        elected = elected_sign(added(deltas))
         agreeing = [d.mul_(elected).clamp_(min=0.0) for d in deltas]
-        total = agreeing[0] * weights[0]
-        for c, d in zip(weights[1:], agreeing[1:], strict=True):
-            total.add_(d, alpha=c)
-        divisor = agreeing[0].sign_().mul_(weights[0])
-        for c, d in zip(weights[1:], agreeing[1:], strict=True):
-            divisor.add_(d.sign_(), alpha=c)
+        total = added(agreeing, weights)
+        divisor = added([d.sign_() for d in agreeing], weights)
         if self.divisor_floor:
             divisor.clamp_(min=self.divisor_floor)
         divisor.add_((divisor == 0.0).to(divisor.dtype))

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from geomerge.methods.base import Elementwise, parameter, per_model
 from geomerge.methods.combine import added, elected_sign
-from geomerge.methods.order import Selection
 from geomerge.methods.properties import BASE, PERMUTATION, SCALE, SIGN, SINGLE
 from geomerge.methods.registry import register
+from geomerge.methods.selection import Selection
 from geomerge.methods.sparsify import Magnitude
 from geomerge.methods.tile import Scan, Tile
 from geomerge.methods.walk import Walk

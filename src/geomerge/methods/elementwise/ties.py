@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 
 from geomerge.methods.base import parameter
 from geomerge.methods.elementwise.task_vectors import TaskVectors
-from geomerge.methods.order import Selection
 from geomerge.methods.properties import BASE, IDENTICAL, PERMUTATION, SCALE, SINGLE
 from geomerge.methods.registry import register
+from geomerge.methods.selection import Selection
 from geomerge.methods.sparsify import Everything, Magnitude, Sparsifier
 from geomerge.methods.walk import Walk
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from geomerge.methods import gram
 from geomerge.methods.base import Elementwise, parameter
+from geomerge.methods.combine import added
 from geomerge.methods.functions import exp
 from geomerge.methods.gram import Gram
 from geomerge.methods.properties import BASE, PERMUTATION, SCALE, SIGN, SINGLE
@@ -129,9 +130,7 @@ dtype: bfloat16
         for size in sizes[1:]:
             largest = largest.maximum(size)
         powers = [exp(size - largest) for size in sizes]
-        total = powers[0].clone()
-        for power in powers[1:]:
-            total.add_(power)
+        total = added(powers)
         for power, size, average, delta in zip(powers, sizes, averages, deltas, strict=True):
             above = size.gt(self.above_average_ratio * average)
             tile.base.addcmul_(delta, (power / total).masked_fill(above, self.score_calibration))

@@ -20,7 +20,7 @@ from geomerge.methods.walk import Walk, whole
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from geomerge.methods.order import Selection
+    from geomerge.methods.selection import Selection
 
 
 @register

@@ -6,215 +6,17 @@ memory or in files, and write the result where it is to be.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import functools
-import os
-import platform
-import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any
 
 import numpy as np
-import torch
 
-from geomerge.checkpoint.dtypes import from_torch
-from geomerge.methods.native.build import LIBRARY, fingerprint
+from geomerge.methods.native import call
+from geomerge.methods.native.call import CODES, MOST, Inputs, Stored, available, in_memory, takes, turned_off
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-
-CODES = {"BF16": 0, "F16": 1, "F32": 2, "F64": 3}
-"""The dtypes that the loops read and write, by safetensors name."""
-
-_SIZES = (2, 2, 4, 8)
-_WINDOW, _BATCH, _APART = 1 << 15, 1 << 17, 576
-"""As in `kernels.c`."""
-
-MOST = 32
-"""Inputs that they take at once."""
-
-_off = 0
-
-
-@functools.cache
-def _library() -> ctypes.CDLL | None:
-    if os.environ.get("GEOMERGE_NATIVE") == "0" or not LIBRARY.exists() or sys.byteorder != "little":
-        return None
-    # The loops fuse multiplication and addition where torch does, and torch does on processors that can.
-    if platform.machine() in ("x86_64", "AMD64") and not _fuses():
-        return None
-    return _load(LIBRARY)
-
-
-def _fuses() -> bool:
-    """Whether an x86 processor has AVX2 and fused multiplication and addition."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return torch.backends.cpu.get_cpu_capability().startswith("AVX")
-    return " avx2" in flags and " fma" in flags
-
-
-def _load(path: Path) -> ctypes.CDLL | None:
-    """The library, or `None` where it cannot be loaded or was made of another `kernels.c` than the one beside this file."""
-    try:
-        library = ctypes.CDLL(str(path))
-        made_of = ctypes.c_char * (len(fingerprint()) + 1)
-        return library if made_of.in_dll(library, "geomerge_source").value.decode() == fingerprint() else None
-    except (OSError, ValueError):
-        return None
-
-
-def available() -> bool:
-    """Whether the compiled loops are used."""
-    return not _off and _library() is not None
-
-
-@contextlib.contextmanager
-def turned_off() -> Iterator[None]:
-    """Within, torch does all."""
-    global _off  # noqa: PLW0603 - a switch of the process, as the variable is
-    _off += 1
-    try:
-        yield
-    finally:
-        _off -= 1
-
-
-def takes(dtypes: Sequence[str]) -> bool:
-    """Whether the loops are there and can work on inputs (or outputs) of these dtypes."""
-    return len(dtypes) <= MOST and all(d in CODES for d in dtypes) and available()
-
-
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """Where elements lie: in memory, or in an open file.
-
-    Attributes:
-        code: Their dtype, from `CODES`.
-        memory: The address of the first, if they are in memory.
-        file, offset: Else a descriptor, and where in the file the first lies.
-        keeps: What must live as long.
-        failed: Raises the error that tells the user that the file could not be read or written. It gets `errno`, or 0 if the
-            file ended early.
-    """
-
-    code: int
-    memory: int = 0
-    file: int = -1
-    offset: int = 0
-    keeps: object = None
-    failed: Callable[[int], NoReturn] | None = None
-
-    def at(self, start: int) -> Stored:
-        """The same from another element on."""
-        skipped = start * _SIZES[self.code]
-        memory, offset = (self.memory + skipped, 0) if self.memory else (0, self.offset + skipped)
-        return Stored(self.code, memory, self.file, offset, self.keeps, self.failed)
-
-    def refuse(self, error: int) -> NoReturn:
-        """Raise what `failed` does."""
-        if self.failed is not None:
-            self.failed(error)
-        raise OSError(error, os.strerror(error))
-
-
-def in_memory(tensor: Tensor) -> Stored | None:
-    """Where a flat, contiguous tensor of the CPU lies, if the loops know its dtype."""
-    code = CODES.get(from_torch(tensor.dtype))
-    if code is None or tensor.device.type != "cpu":
-        return None
-    return Stored(code, memory=tensor.data_ptr() or _NOWHERE, keeps=tensor)
-
-
-_NOWHERE = 64
-"""For the address of no elements, which is not looked at."""
-
-
-class _Place(ctypes.Structure):
-    _fields_ = (
-        ("memory", ctypes.c_void_p),
-        ("offset", ctypes.c_int64),
-        ("file", ctypes.c_int32),
-        ("dtype", ctypes.c_int32),
-    )
-
-
-def _place(stored: Stored) -> _Place:
-    return _Place(stored.memory or None, stored.offset, stored.file, stored.code)
-
-
-class _Work(ctypes.Structure):
-    _fields_ = (
-        ("inputs", ctypes.c_void_p),
-        ("room", ctypes.c_void_p),
-        ("beginning", ctypes.c_void_p),
-        ("first", ctypes.c_int64),
-        ("count", ctypes.c_int32),
-        ("failed", ctypes.c_int32),
-        ("error", ctypes.c_int32),
-    )
-
-
-class Inputs:
-    """The same elements of several inputs.
-
-    Args:
-        stored: Where those of each begin.
-        numel: How many.
-    """
-
-    def __init__(self, stored: Sequence[Stored], numel: int) -> None:
-        self.stored, self.numel = stored, numel
-        self.count = len(stored)
-        self._places = (_Place * self.count)(*map(_place, stored))
-
-    def call(self, name: str, *arguments: Any, out: Stored | None = None, beginning: np.ndarray | None = None) -> bool:
-        """Call a loop of this name with these inputs, and the output as its last argument.
-
-        Returns:
-            Whether all numbers that it looked at are finite.
-        """
-        room = sum(_SIZES[s.code] * _WINDOW + _APART for s in self.stored if not s.memory)
-        room = _room(room if out is None or out.memory else room + _SIZES[out.code] * _BATCH).ctypes.data
-        first = None if beginning is None else beginning.ctypes.data
-        work = _Work(
-            ctypes.addressof(self._places), room, first, 0 if beginning is None else len(beginning), self.count
-        )
-        place = () if out is None else (ctypes.byref(_place(out)),)
-        done: int = getattr(_loaded(), f"geomerge_{name}")(ctypes.byref(work), *arguments, *place)
-        if done < 0:
-            place_of = self.stored[work.failed] if work.failed >= 0 else out
-            assert place_of is not None
-            place_of.refuse(work.error)
-        return bool(done)
-
-
-_local = threading.local()
-
-
-def _room(nbytes: int, use: str = "windows") -> np.ndarray:
-    """So many bytes of this thread's buffer for a use: its pages need not be got and cleared again and again."""
-    found: np.ndarray | None = getattr(_local, use, None)
-    if found is None or found.size < nbytes:
-        found = np.empty(nbytes, dtype=np.uint8)
-        setattr(_local, use, found)
-    return found[:nbytes]
-
-
-def _loaded() -> ctypes.CDLL:
-    library = _library()
-    assert library is not None
-    return library
-
-
-def _doubles(values: Sequence[float]) -> ctypes.Array[ctypes.c_double]:
-    return (ctypes.c_double * len(values))(*values)
+__all__ = ["CODES", "MOST", "Inputs", "Stored", "available", "in_memory", "takes", "turned_off"]
 
 
 def load(stored: Stored, count: int) -> np.ndarray:
@@ -253,7 +55,7 @@ def span(inputs: Inputs, coefficients: Sequence[float], out: Stored, beginning: 
         out: Where the sum goes.
         beginning: Takes the first elements of the sum before they are rounded.
     """
-    return inputs.call("span", ctypes.c_int64(inputs.numel), _doubles(coefficients), out=out, beginning=beginning)
+    return inputs.call("span", ctypes.c_int64(inputs.numel), call.doubles(coefficients), out=out, beginning=beginning)
 
 
 def gram(inputs: Inputs, block: int, *, single: bool) -> np.ndarray:
@@ -265,7 +67,7 @@ def gram(inputs: Inputs, block: int, *, single: bool) -> np.ndarray:
     return found
 
 
-ROW = _WINDOW
+ROW = call.WINDOW
 """Elements of the longest rows (or blocks) whose sums they make."""
 
 
@@ -311,7 +113,7 @@ class Brackets:
     ) -> None:
         # The loops store eight at a time.
         dtype = np.dtype(np.float32 if single else np.float64)
-        self._found = _room(len(bounds) * (size + 8) * dtype.itemsize, "found").view(dtype).reshape(len(bounds), -1)
+        self._found = call.room(len(bounds) * (size + 8) * dtype.itemsize, "found").view(dtype).reshape(len(bounds), -1)
         of = [0] * len(bounds) if experts is None else experts
         rows = [row.ctypes.data for row in self._found]
         self.array = (_Bracket * len(bounds))(
@@ -332,7 +134,7 @@ def bracket(magnitudes: np.ndarray, bounds: Bounds) -> Counted:
     """Count and collect magnitudes."""
     single = magnitudes.dtype == np.float32
     asked = Brackets([bounds], magnitudes.size, single=single)
-    function = _loaded().geomerge_bracket_float if single else _loaded().geomerge_bracket_double
+    function = call.loaded().geomerge_bracket_float if single else call.loaded().geomerge_bracket_double
     function(ctypes.c_void_p(magnitudes.ctypes.data), ctypes.c_int64(magnitudes.size), asked.array)
     return asked.counted()[0]
 
@@ -367,7 +169,7 @@ def survey(
 
 
 class Thinning(ctypes.Structure):
-    """What remains of one task vector: see `kernels.c`."""
+    """What remains of one task vector: see `task_vectors.h`."""
 
     _fields_ = (
         ("keep", ctypes.c_double),
@@ -445,8 +247,8 @@ def task_vectors(
     """θ₀ + the combination of the thinned task vectors, rounded; whether all inputs are finite (looked at if `check`)."""
     return inputs.call(
         "task_vectors_float" if single else "task_vectors_double",
-        ctypes.c_int64(inputs.numel), thinned, ctypes.byref(rule.packed(limit)), _doubles(rule.coefficients),
-        _doubles(rule.weights), ctypes.c_int(check), out=out, beginning=beginning,
+        ctypes.c_int64(inputs.numel), thinned, ctypes.byref(rule.packed(limit)), call.doubles(rule.coefficients),
+        call.doubles(rule.weights), ctypes.c_int(check), out=out, beginning=beginning,
     )  # fmt: skip
 
 
@@ -480,7 +282,7 @@ def program(
 
 
 class Pruning(ctypes.Structure):
-    """Which elements of a row survive, by their ranks: see `kernels.c`."""
+    """Which elements of a row survive, by their ranks: see `pruned.h`."""
 
     _fields_ = (
         ("shares", ctypes.c_void_p),
@@ -511,10 +313,10 @@ def pruned(
     """
     some = max(_TOGETHER // columns, 1)
     experts = inputs.count - 1
-    scratch = _room(some * columns * (8 * inputs.count + 4 * experts) + 32 * columns, "scratch")
+    scratch = call.room(some * columns * (8 * inputs.count + 4 * experts) + 32 * columns, "scratch")
     return inputs.call(
         "pruned", ctypes.c_int64(inputs.numel), ctypes.c_int64(columns), ctypes.c_int64(some), thinned, prunings,
-        ctypes.byref(rule.packed()), _doubles(rule.coefficients), _doubles(rule.weights),
+        ctypes.byref(rule.packed()), call.doubles(rule.coefficients), call.doubles(rule.weights),
         ctypes.c_void_p(scratch.ctypes.data), ctypes.c_int(check), out=out, beginning=beginning,
     )  # fmt: skip
 
@@ -526,7 +328,7 @@ _TOGETHER = 1 << 13
 def divergences(inputs: Inputs, columns: int, floor: float, *, check: bool) -> tuple[bool, np.ndarray]:
     """Σ p ln(p/q) of each row of at most `ROW` columns, where p and q are the second and first input's softmax plus `floor`."""
     found = np.empty(inputs.numel // columns)
-    room = ctypes.c_void_p(_room(16 * columns, "scratch").ctypes.data)
+    room = ctypes.c_void_p(call.room(16 * columns, "scratch").ctypes.data)
     return inputs.call(
         "divergences", ctypes.c_int64(len(found)), ctypes.c_int64(columns), ctypes.c_double(floor), room,
         ctypes.c_int(check), ctypes.c_void_p(found.ctypes.data),

@@ -1,4 +1,5 @@
-"""Compiles `kernels.c`: run by the wheel's build (hatch_build.py), or by hand with ``python -m geomerge.methods.native.build``.
+"""Compiles `kernels.c`, which takes in the headers beside it: run by the wheel's build (hatch_build.py), or by hand with
+``python -m geomerge.methods.native.build``.
 
 Needs nothing but the standard library and a C compiler (``$CC``, or else ``cc``). Without one there is no library, and torch
 does all.
@@ -15,6 +16,7 @@ import sys
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("kernels.c")
+HEADERS = SOURCE.parent
 LIBRARY = Path(__file__).with_name("kernels.so")
 
 _FLAGS = ("-std=c11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
@@ -25,8 +27,9 @@ _LEVEL = {"x86_64": ("-march=x86-64-v3",), "AMD64": ("-march=x86-64-v3",)}
 
 
 def fingerprint() -> str:
-    """Of the source: what a library must say of itself to be loaded."""
-    return hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]
+    """Of the sources: what a library must say of itself to be loaded."""
+    sources = [SOURCE, *sorted(HEADERS.glob("*.h"))]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
 
 
 def build(target: Path = LIBRARY) -> str | None:
@@ -44,7 +47,7 @@ def build(target: Path = LIBRARY) -> str | None:
     fresh = target.with_name(f"{target.name}.{os.getpid()}")
     level = _LEVEL.get(platform.machine(), ())
     source = f'-DGEOMERGE_SOURCE="{fingerprint()}"'
-    command = [compiler, *_FLAGS, *level, source, "-o", str(fresh), str(SOURCE), "-lm"]
+    command = [compiler, *_FLAGS, *level, source, f"-I{HEADERS}", "-o", str(fresh), str(SOURCE), "-lm"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         fresh.unlink(missing_ok=True)

@@ -1,0 +1,163 @@
+"""Bounds around a threshold: what lies above and between them is counted and collected, and the threshold chosen from that.
+
+A sample gives bounds that very probably hold the k-th largest value; one pass over all values narrows that down to a few. Where
+the bounds missed it, values are counted by 16 bits of their patterns at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from geomerge.methods import native
+from geomerge.methods.selection import Selection
+from geomerge.methods.tile import Tile
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    Floats = NDArray[np.float64]
+
+Over = Callable[[Callable[[Iterator[Tile]], Any]], list[Any]]
+"""Runs a function on the tiles of every segment."""
+
+Magnitudes = Callable[[Tile], Sequence["Tensor"]]
+"""Computes the magnitudes (float64, not negative) to be ranked, one tensor for each selection."""
+
+
+class Bracket:
+    """What one segment knows of one bracket: how many values lie above it, and which lie in it.
+
+    Task vectors of bfloat16 models live on a coarse grid: one value may make up a tenth of a tensor. Such a `common` value
+    is counted apart, so that what is collected stays little.
+    """
+
+    def __init__(self, low: float, high: float, common: float) -> None:
+        self.low, self.high = low, high
+        self.common = common
+        self.above = 0
+        self.equal = 0
+        self.overflow = False
+        self.values: Floats = np.empty(0)
+        self.counts: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+        self._pending: list[Floats] = []
+
+    def add(self, magnitudes: Floats) -> None:
+        """Take in one tile."""
+        if native.available():
+            self.take(*native.bracket(magnitudes, (self.low, self.high, self.common)))
+            return
+        not_above = magnitudes <= self.high
+        self.above += magnitudes.size - int(np.count_nonzero(not_above))
+        if not math.isnan(self.common):
+            equal = magnitudes == self.common
+            self.equal += int(np.count_nonzero(equal))
+            if self.low == self.high == self.common:
+                return  # nothing else can lie between
+        inside = np.logical_xor(not_above, magnitudes < self.low, out=not_above)
+        if not math.isnan(self.common):
+            np.logical_and(inside, np.logical_not(equal, out=equal), out=inside)
+        found = magnitudes[np.flatnonzero(inside)]
+        self._pending.append(found)
+
+    def take(self, above: int, equal: int, inside: Floats) -> None:
+        """Take in what was counted and collected elsewhere."""
+        self.above, self.equal = self.above + above, self.equal + equal
+        self._pending.append(inside)
+
+    def fold(self) -> None:
+        """Distinct values in order, and their numbers, in place of the values themselves."""
+        values = np.sort(np.concatenate(self._pending or [self.values[:0]]))
+        starts = (
+            np.flatnonzero(np.concatenate([[True], values[1:] != values[:-1]])) if values.size else np.empty(0, int)
+        )
+        self.values, self.counts = values[starts], np.diff(starts, append=values.size)
+        if self.equal:
+            at = int(np.searchsorted(self.values, self.common))
+            self.values = np.concatenate([self.values[:at], [values.dtype.type(self.common)], self.values[at:]])
+            self.counts = np.concatenate([self.counts[:at], [self.equal], self.counts[at:]])
+        self._pending = []
+
+
+def bounds_of(values: Floats, k: int, n: int, floor: float) -> native.Bounds:
+    """Bounds from a sample, for the k-th largest of n values; no value lies below `floor`."""
+    size = len(values)
+    centre = size * (1 - k / n)
+    spread = 4 * math.sqrt(size * (k / n) * (1 - k / n)) + 16
+    low, high = int(centre - spread), int(centre + spread)
+    first, last = max(low, 0), min(high, size - 1)
+    values.partition(first)  # one place after the other: both at once take seven times as long
+    if last > first:
+        values[first + 1 :].partition(last - first - 1)
+    inner, number = np.unique(values[first : last + 1], return_counts=True)
+    common = float(inner[number.argmax()]) if inner.size and number.max() > size // 256 else math.nan
+    return float(values[low]) if low > 0 else floor, float(values[high]) if high < size else math.inf, common
+
+
+def choose(segments: list[Bracket], count: int) -> Selection | None:
+    """The selection, or `None` when the threshold does not lie in the bracket."""
+    above = sum(s.above for s in segments)
+    if any(s.overflow for s in segments) or above >= count:
+        return None
+    values = np.concatenate([s.values for s in segments])
+    number = np.concatenate([s.counts for s in segments])
+    order = np.argsort(values, kind="stable")  # which merges the segments' runs
+    reached = above + np.cumsum(number[order[::-1]])
+    at = int(np.searchsorted(reached, count))
+    if at >= values.size:
+        return None
+    threshold = float(values[order[values.size - 1 - at]])
+    greater = above + int(number[values > threshold].sum())
+    return Selection(threshold, count - greater, tuple(_equal(s, threshold) for s in segments))
+
+
+def _equal(segment: Bracket, value: float) -> int:
+    at = int(np.searchsorted(segment.values, value))
+    return int(segment.counts[at]) if at < segment.values.size and segment.values[at] == value else 0
+
+
+def by_counting(over: Over, magnitudes: Magnitudes, which: int, count: int, *, signed: bool = False) -> Selection:
+    """The same answer from four passes that count 16 bits of the magnitudes' patterns each, and one that counts equals."""
+    prefix, greater = 0, 0
+    for shift in (48, 32, 16, 0):
+
+        def count_bits(tiles: Iterator[Tile], shift: int = shift, prefix: int = prefix) -> tuple[Any, Any]:
+            total = np.zeros(1 << 16, dtype=np.int64)
+            for tile in tiles:
+                bits = _ordered_bits(magnitudes(tile)[which].reshape(-1).cpu().numpy(), signed=signed)
+                if shift < 48:
+                    bits = bits[bits >> np.uint64(shift + 16) == prefix]
+                total += np.bincount((bits >> np.uint64(shift) & np.uint64(0xFFFF)).astype(np.int64), minlength=1 << 16)
+            there = np.flatnonzero(total)
+            return there, total[there]
+
+        total = np.zeros(1 << 16, dtype=np.int64)
+        for there, counts in over(count_bits):
+            total[there] += counts
+        reached = greater + np.cumsum(total[::-1])
+        at = int(np.searchsorted(reached, count))
+        greater = int(reached[at - 1]) if at else greater
+        prefix = prefix << 16 | (0xFFFF - at)
+    if signed:
+        prefix = prefix ^ _SIGN if prefix & _SIGN else prefix ^ (2**64 - 1)
+    threshold = float(np.array(prefix, dtype=np.uint64).view(np.float64))
+
+    def equal(tiles: Iterator[Tile]) -> int:
+        return sum(int(np.count_nonzero(magnitudes(t)[which].reshape(-1).cpu().numpy() == threshold)) for t in tiles)
+
+    return Selection(threshold, count - greater, tuple(over(equal)))
+
+
+_SIGN = 1 << 63
+
+
+def _ordered_bits(values: Floats, *, signed: bool) -> NDArray[np.uint64]:
+    """Patterns that are in the order of the values."""
+    bits = (values.astype(np.float64) + 0.0).view(np.uint64)
+    if not signed:
+        return bits
+    return np.where(bits >> np.uint64(63) == 1, ~bits, bits | np.uint64(_SIGN))

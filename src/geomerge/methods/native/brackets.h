@@ -1,0 +1,155 @@
+/* Magnitudes around a threshold, counted and collected (methods/order.py). */
+
+#pragma once
+
+/* What is asked of one expert's magnitudes, or of magnitudes that are given, and what was found so far. */
+struct bracket {
+    double low, high;  /* those in [low, high] are collected ... */
+    double common;     /* ... but for those that equal this (NaN: none), which are counted */
+    int64_t above;     /* how many lie above `high` */
+    int64_t equal;     /* how many equal `common` */
+    int64_t collected;
+    void *found;       /* T, with room for all */
+    int32_t expert;
+};
+
+#ifdef __AVX2__
+#include <immintrin.h>
+
+/* For each mask of eight lanes the lanes that are set, first ones first. */
+static int32_t lanes_of[256][8] __attribute__((aligned(32)));
+
+/* The same of four lanes, each of two words. */
+static int32_t pairs_of[16][8] __attribute__((aligned(32)));
+
+__attribute__((constructor)) static void fill_lanes(void) {
+    for (int mask = 0; mask < 256; mask++)
+        for (int lane = 0, at = 0; lane < 8; lane++)
+            if (mask >> lane & 1) lanes_of[mask][at++] = lane;
+    for (int mask = 0; mask < 16; mask++)
+        for (int lane = 0, at = 0; lane < 4; lane++)
+            if (mask >> lane & 1) pairs_of[mask][at++] = 2 * lane, pairs_of[mask][at++] = 2 * lane + 1;
+}
+
+/* As `bracket_double`, for a whole number of fours; `found` has room for four more. */
+static void bracket_fours(struct bracket *b, const double *restrict x, int64_t m) {
+    const __m256d low = _mm256_set1_pd(b->low), high = _mm256_set1_pd(b->high), common = _mm256_set1_pd(b->common);
+    __m256i over = _mm256_setzero_si256(), same = over;
+    double *found = (double *)b->found + b->collected;
+    for (int64_t i = 0; i < m; i += 4) {
+        __m256d y = _mm256_loadu_pd(x + i);
+        __m256d above = _mm256_cmp_pd(y, high, _CMP_NLE_UQ), equal = _mm256_cmp_pd(y, common, _CMP_EQ_OQ);
+        __m256d inside = _mm256_andnot_pd(_mm256_or_pd(above, equal), _mm256_cmp_pd(y, low, _CMP_GE_OQ));
+        over = _mm256_sub_epi64(over, _mm256_castpd_si256(above));
+        same = _mm256_sub_epi64(same, _mm256_castpd_si256(equal));
+        int mask = _mm256_movemask_pd(inside);
+        __m256i lanes = _mm256_load_si256((const __m256i *)pairs_of[mask]);
+        _mm256_storeu_ps((float *)found, _mm256_permutevar8x32_ps(_mm256_castpd_ps(y), lanes));
+        found += __builtin_popcount((unsigned)mask);
+    }
+    int64_t counts[8];
+    _mm256_storeu_si256((__m256i *)counts, over);
+    _mm256_storeu_si256((__m256i *)(counts + 4), same);
+    for (int i = 0; i < 4; i++) b->above += counts[i], b->equal += counts[4 + i];
+    b->collected = found - (double *)b->found;
+}
+
+/* As `bracket_float` of |x - base|, for a whole number of eights; `found` has room for eight more. */
+static void bracket_bf16(struct bracket *b, const uint16_t *restrict x, const float *restrict base, int64_t m) {
+    const __m256 low = _mm256_set1_ps((float)b->low), high = _mm256_set1_ps((float)b->high);
+    const __m256 common = _mm256_set1_ps((float)b->common), sign = _mm256_set1_ps(-0.0f);
+    __m256i over = _mm256_setzero_si256(), same = over;
+    float *found = (float *)b->found + b->collected;
+    for (int64_t i = 0; i < m; i += 8) {
+        __m256i wide = _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(x + i))), 16);
+        __m256 y = _mm256_andnot_ps(sign, _mm256_sub_ps(_mm256_castsi256_ps(wide), _mm256_loadu_ps(base + i)));
+        __m256 above = _mm256_cmp_ps(y, high, _CMP_NLE_UQ), equal = _mm256_cmp_ps(y, common, _CMP_EQ_OQ);
+        __m256 inside = _mm256_andnot_ps(_mm256_or_ps(above, equal), _mm256_cmp_ps(y, low, _CMP_GE_OQ));
+        over = _mm256_sub_epi32(over, _mm256_castps_si256(above));
+        same = _mm256_sub_epi32(same, _mm256_castps_si256(equal));
+        int mask = _mm256_movemask_ps(inside);
+        __m256i lanes = _mm256_load_si256((const __m256i *)lanes_of[mask]);
+        _mm256_storeu_ps(found, _mm256_permutevar8x32_ps(y, lanes));
+        found += __builtin_popcount((unsigned)mask);
+    }
+    int32_t counts[16];
+    _mm256_storeu_si256((__m256i *)counts, over);
+    _mm256_storeu_si256((__m256i *)(counts + 8), same);
+    for (int i = 0; i < 8; i++) b->above += counts[i], b->equal += counts[8 + i];
+    b->collected = found - (float *)b->found;
+}
+#define QUICK 1
+#else
+#define QUICK 0
+#define bracket_bf16(b, x, base, m) (void)0
+#define bracket_fours(b, x, m) (void)0
+#endif
+
+#define BRACKET(T)                                                                                    \
+    static void bracket_##T(struct bracket *b, const T *restrict y, int64_t m) {                      \
+        if (QUICK && sizeof(T) == 8 && m % 4 == 0) {                                                  \
+            bracket_fours(b, (const double *)y, m);                                                   \
+            return;                                                                                   \
+        }                                                                                             \
+        const T low = (T)b->low, high = (T)b->high, common = (T)b->common;                            \
+        int32_t over = 0, same = 0, number = (int32_t)m;                                              \
+        uint8_t inside[CHUNK];                                                                        \
+        if (m < CHUNK) memset(inside, 0, CHUNK);                                                      \
+        for (int32_t i = 0; i < number; i++) {                                                        \
+            over += !(y[i] <= high);                                                                  \
+            same += y[i] == common;                                                                   \
+            inside[i] = (y[i] <= high) & (y[i] >= low) & (y[i] != common);                            \
+        }                                                                                             \
+        b->above += over, b->equal += same;                                                           \
+        T *restrict found = (T *)b->found;                                                            \
+        int64_t at = b->collected;                                                                    \
+        for (int32_t j = 0; j < number; j += 8) { /* mostly none of eight */                          \
+            uint64_t some;                                                                            \
+            memcpy(&some, inside + j, 8);                                                             \
+            if (some)                                                                                 \
+                for (int32_t i = j; i < j + 8; i++)                                                   \
+                    if (inside[i]) found[at++] = y[i];                                                \
+        }                                                                                             \
+        b->collected = at;                                                                            \
+    }                                                                                                 \
+                                                                                                      \
+    /* Takes in n magnitudes. */                                                                      \
+    void geomerge_bracket_##T(const T *x, int64_t n, struct bracket *b) {                             \
+        for (int64_t s = 0; s < n; s += CHUNK) bracket_##T(b, x + s, least(CHUNK, n - s));            \
+    }
+
+/* Takes in |theta_k - theta_0| at n elements from each of `starts` on; the brackets are in the order of their experts k. Inputs:
+ * the base and the experts. Returns whether all are finite (looked at only if `check`). */
+#define SURVEY(T, abs)                                                                                \
+    int geomerge_survey_##T(struct work *work, int64_t pieces, const int64_t *starts, int64_t n, int brackets, \
+                            struct bracket *b, int check) {                                           \
+        T base[CHUNK], d[CHUNK], bad = 0;                                                             \
+        const void *raw[MOST];                                                                        \
+        const struct place *in = work->inputs;                                                        \
+        for (int64_t p = 0; p < pieces; p++)                                                          \
+            for (int64_t at = 0; at < n; at += WINDOW) {                                              \
+                int64_t size = least(WINDOW, n - at);                                                 \
+                if (!fetch(work, starts[p] + at, size, raw)) return -1;                               \
+                for (int64_t s = 0; s < size; s += CHUNK) {                                           \
+                    int64_t m = least(CHUNK, size - s);                                               \
+                    load_##T(raw[0], in[0].dtype, s, m, base);                                        \
+                    if (check) bad += odd_##T(raw[0], in[0].dtype, s, m, base);                       \
+                    int j = 0;                                                                        \
+                    for (int k = 0; k + 1 < work->count; k++) {                                       \
+                        if (QUICK && sizeof(T) == 4 && in[k + 1].dtype == BF16 && m % 8 == 0) {       \
+                            if (check) bad += odd_##T(raw[k + 1], BF16, s, m, 0);                     \
+                            for (; j < brackets && b[j].expert == k; j++)                             \
+                                bracket_bf16(b + j, (const uint16_t *)raw[k + 1] + s, (const float *)base, m); \
+                            continue;                                                                 \
+                        }                                                                             \
+                        load_##T(raw[k + 1], in[k + 1].dtype, s, m, d);                               \
+                        if (check) bad += odd_##T(raw[k + 1], in[k + 1].dtype, s, m, d);              \
+                        EACH(m) d[i] = abs(d[i] - base[i]);                                           \
+                        for (; j < brackets && b[j].expert == k; j++) bracket_##T(b + j, d, m);       \
+                    }                                                                                 \
+                }                                                                                     \
+            }                                                                                         \
+        return bad == 0;                                                                              \
+    }
+
+BRACKET(float) BRACKET(double) SURVEY(float, fabsf) SURVEY(double, fabs)

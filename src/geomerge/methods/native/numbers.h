@@ -1,0 +1,107 @@
+/* Numbers as they are stored and as they are computed with; whether they are finite; sums of lanes. */
+
+#pragma once
+
+static inline float from_bf16(uint16_t bits) {
+    uint32_t wide = (uint32_t)bits << 16;
+    float value;
+    memcpy(&value, &wide, 4);
+    return value;
+}
+
+static inline uint16_t to_bf16(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+    return value != value ? 0x7FC0 : (uint16_t)rounded;
+}
+
+#define EACH(n) for (int64_t i = 0; i < (n); i++)
+
+/* At most CHUNK elements of a raw buffer as T. */
+#define LOAD(T)                                                                                     \
+    static inline void load_##T(const void *raw, int dtype, int64_t start, int64_t n, T *restrict out) { \
+        if (dtype == BF16) {                                                                        \
+            const uint16_t *x = (const uint16_t *)raw + start;                                      \
+            EACH(n) out[i] = (T)from_bf16(x[i]);                                                    \
+        } else if (dtype == F16) {                                                                  \
+            const _Float16 *x = (const _Float16 *)raw + start;                                      \
+            float wide[CHUNK]; /* compilers do not widen in two steps at once */                    \
+            EACH(n) wide[i] = (float)x[i];                                                          \
+            EACH(n) out[i] = (T)wide[i];                                                            \
+        } else if (dtype == F32) {                                                                  \
+            const float *x = (const float *)raw + start;                                            \
+            EACH(n) out[i] = (T)x[i];                                                               \
+        } else {                                                                                    \
+            const double *x = (const double *)raw + start;                                          \
+            EACH(n) out[i] = (T)x[i];                                                               \
+        }                                                                                           \
+    }
+
+/* T rounded into a raw buffer; to 16 bits by way of float32, as torch does. */
+#define STORE(T)                                                                                    \
+    static inline void store_##T(const T *restrict values, int dtype, int64_t start, int64_t n, void *raw) { \
+        if (dtype == BF16) {                                                                        \
+            uint16_t *x = (uint16_t *)raw + start;                                                  \
+            EACH(n) x[i] = to_bf16((float)values[i]);                                               \
+        } else if (dtype == F16) {                                                                  \
+            _Float16 *x = (_Float16 *)raw + start;                                                  \
+            EACH(n) x[i] = (_Float16)(float)values[i];                                              \
+        } else if (dtype == F32) {                                                                  \
+            float *x = (float *)raw + start;                                                        \
+            EACH(n) x[i] = (float)values[i];                                                        \
+        } else {                                                                                    \
+            double *x = (double *)raw + start;                                                      \
+            EACH(n) x[i] = (double)values[i];                                                       \
+        }                                                                                           \
+    }
+
+/* 0 when all are finite, else NaN or more. */
+#define DAMAGE(T)                                             \
+    static inline T damage_##T(const T *restrict x, int64_t n) { \
+        T lanes[32] = {0};                                    \
+        int64_t i = 0;                                        \
+        for (; i + 32 <= n; i += 32)                          \
+            for (int j = 0; j < 32; j++) lanes[j] += x[i + j] * (T)0; \
+        for (; i < n; i++) lanes[0] += x[i] * (T)0;           \
+        T sum = 0;                                            \
+        for (int j = 0; j < 32; j++) sum += lanes[j];         \
+        return sum;                                           \
+    }
+
+/* Sixteen numbers of 16 bits at once, in terms that every compiler has. */
+typedef int16_t shorts __attribute__((vector_size(32)));
+
+static inline int odd_bits(const uint16_t *x, int64_t n) {
+    shorts odd = {0};
+    int16_t any = 0;
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+        shorts bits;
+        memcpy(&bits, x + i, sizeof bits);
+        odd |= (bits & 0x7F80) == 0x7F80;
+    }
+    for (int lane = 0; lane < 16; lane++) any |= odd[lane];
+    for (; i < n; i++) any |= (x[i] & 0x7F80) == 0x7F80;
+    return any != 0;
+}
+
+/* 0 when all of some raw numbers are finite; from their bits where that is quicker. */
+#define SOUND(T)                                                                                     \
+    static inline T odd_##T(const void *raw, int dtype, int64_t start, int64_t n, const T *restrict x) { \
+        if (dtype != BF16) return damage_##T(x, n);                                                  \
+        return odd_bits((const uint16_t *)raw + start, n);                                           \
+    }
+
+#define FUSED static inline __attribute__((always_inline)) void /* into its callers, with their constants */
+
+LOAD(float) LOAD(double) STORE(float) STORE(double) DAMAGE(float) DAMAGE(double) SOUND(float) SOUND(double)
+
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* The sum of CHUNK lanes, half to half. */
+static double halved(double *lanes) {
+    for (int half = CHUNK / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
+    return lanes[0];
+}

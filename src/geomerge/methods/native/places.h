@@ -1,0 +1,160 @@
+/* Where inputs and the output lie, how they are read and written a window at a time, and the loops that do no more than that. */
+
+#pragma once
+
+#define WINDOW (1 << 15)
+#define BATCH (1 << 17) /* elements that are written together */
+#define APART 576 /* between the windows of two inputs, lest they compete for the same lines of the cache */
+
+/* Where elements lie: from `memory` on, or (if that is 0) from byte `offset` of an open file on. */
+struct place {
+    char *memory;
+    int64_t offset;
+    int32_t file, dtype;
+};
+
+/* The inputs of one call. */
+struct work {
+    const struct place *inputs;
+    char *room;        /* for a window of each input and of the output */
+    double *beginning; /* here go the first `first` elements of the result before they are rounded (0: nowhere) */
+    int64_t first;
+    int32_t count;
+    int32_t failed; /* after -1: which input could not be read, -1 for the output, ... */
+    int32_t error;  /* ... and errno, 0 when a file ended early */
+};
+
+static const int64_t sizes[] = {2, 2, 4, 8};
+
+/* Elements [at, at + n) of all inputs: pointers to them in `raw`. */
+static int fetch(struct work *work, int64_t at, int64_t n, const void **raw) {
+    char *room = work->room;
+    for (int k = 0; k < work->count; k++) {
+        const struct place *in = work->inputs + k;
+        int64_t size = sizes[in->dtype];
+        if (in->memory) {
+            raw[k] = in->memory + at * size;
+            continue;
+        }
+        raw[k] = room;
+        int64_t left = n * size, from = in->offset + at * size;
+        char *to = room;
+        while (left) {
+            ssize_t got = pread(in->file, to, (size_t)left, (off_t)from);
+            if (got < 0 && errno == EINTR) continue;
+            if (got <= 0) {
+                work->failed = k;
+                work->error = got ? errno : 0;
+                return 0;
+            }
+            left -= got, from += got, to += got;
+        }
+        room += WINDOW * size + APART;
+    }
+    return 1;
+}
+
+/* Where a window of the output is to be put together ... */
+static char *window_of(struct work *work, const struct place *out, int64_t at) {
+    if (out->memory) return out->memory + at * sizes[out->dtype];
+    char *room = work->room + at % BATCH * sizes[out->dtype];
+    for (int k = 0; k < work->count; k++)
+        if (!work->inputs[k].memory) room += WINDOW * sizes[work->inputs[k].dtype] + APART;
+    return room;
+}
+
+/* n elements from `from` on to their place in the output's file. */
+static int put(struct work *work, const struct place *out, const char *from, int64_t at, int64_t n) {
+    int64_t left = n * sizes[out->dtype], to = out->offset + at * sizes[out->dtype];
+    while (left) {
+        ssize_t got = pwrite(out->file, from, (size_t)left, (off_t)to);
+        if (got < 0 && errno == EINTR) continue;
+        if (got <= 0) {
+            work->failed = -1;
+            work->error = got ? errno : EIO;
+            return 0;
+        }
+        left -= got, to += got, from += got;
+    }
+    return 1;
+}
+
+/* ... and from where it goes to its file, with those before it of the same batch; `n` is all of the output, `stop` how far it is. */
+static int deliver(struct work *work, const struct place *out, int64_t stop, int64_t n) {
+    if (out->memory || (stop % BATCH && stop < n)) return 1;
+    int64_t at = (stop - 1) / BATCH * BATCH;
+    return put(work, out, window_of(work, out, at), at, stop - at);
+}
+
+/* A piece [at, at + n) of a result before it is rounded, as far as that was asked for. */
+#define TELL(T)                                                                              \
+    static inline void tell_##T(struct work *work, int64_t at, int64_t n, const T *values) { \
+        for (int64_t i = 0; i < n && at + i < work->first; i++) work->beginning[at + i] = (double)values[i]; \
+    }
+
+TELL(float) TELL(double)
+
+/* The elements of the only input as doubles. */
+int geomerge_load(struct work *work, int64_t n, double *out) {
+    const void *raw[1];
+    for (int64_t at = 0; at < n; at += WINDOW) {
+        int64_t m = least(WINDOW, n - at);
+        if (!fetch(work, at, m, raw)) return -1;
+        for (int64_t s = 0; s < m; s += CHUNK) load_double(raw[0], work->inputs[0].dtype, s, least(CHUNK, m - s), out + at + s);
+    }
+    return 1;
+}
+
+/* Whether all inputs are finite. */
+int geomerge_finite(struct work *work, int64_t n) {
+    double bad = 0, x[CHUNK];
+    const void *raw[MOST];
+    for (int64_t at = 0; at < n; at += WINDOW) {
+        int64_t m = least(WINDOW, n - at);
+        if (!fetch(work, at, m, raw)) return -1;
+        for (int k = 0; k < work->count; k++)
+            for (int64_t s = 0; s < m; s += CHUNK) {
+                int64_t some = least(CHUNK, m - s);
+                if (work->inputs[k].dtype != BF16) load_double(raw[k], work->inputs[k].dtype, s, some, x);
+                bad += odd_double(raw[k], work->inputs[k].dtype, s, some, x);
+            }
+    }
+    return bad == 0;
+}
+
+/* Of n <= WINDOW merged elements: minus those of the only input, and what rounding to a dtype adds to them. */
+int geomerge_change(struct work *work, int64_t n, const double *merged, int dtype, double *change, double *error) {
+    double x[CHUNK], room[CHUNK];
+    const void *raw[1];
+    if (!fetch(work, 0, n, raw)) return -1;
+    for (int64_t s = 0; s < n; s += CHUNK) {
+        int64_t m = least(CHUNK, n - s);
+        load_double(raw[0], work->inputs[0].dtype, s, m, x);
+        EACH(m) change[s + i] = merged[s + i] - x[i];
+        store_double(merged + s, dtype, 0, m, room);
+        load_double(room, dtype, 0, m, x);
+        EACH(m) error[s + i] = x[i] - merged[s + i];
+    }
+    return 1;
+}
+
+/* Copies the only input, which has the output's dtype. Whether all of it is finite; `unbounded`: infinity is. */
+int geomerge_copy(struct work *work, int64_t n, int unbounded, const struct place *out) {
+    double bad = 0;
+    double x[CHUNK];
+    int dtype = work->inputs[0].dtype;
+    for (int64_t at = 0; at < n; at += WINDOW) {
+        int64_t m = least(WINDOW, n - at);
+        const void *raw[1];
+        if (!fetch(work, at, m, raw)) return -1;
+        for (int64_t s = 0; s < m; s += CHUNK) {
+            int64_t some = least(CHUNK, m - s);
+            load_double(raw[0], dtype, s, some, x);
+            if (unbounded) EACH(some) x[i] = x[i] == x[i] ? 0.0 : x[i];
+            bad += damage_double(x, some);
+        }
+        memcpy(window_of(work, out, at), raw[0], (size_t)(m * sizes[dtype]));
+        if (!deliver(work, out, at + m, n)) return -1;
+    }
+    return bad == 0;
+}
