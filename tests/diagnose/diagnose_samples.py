@@ -14,8 +14,7 @@ from torch import Tensor
 
 import tiny
 from geomerge.checkpoint import from_state_dict
-from geomerge.cli.app import app, main
-from geomerge.cli.diagnose import diagnose as verb
+from geomerge.cli.app import main
 from geomerge.diagnose import Diagnosis, diagnose
 
 TENSORS = ("model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.o_proj.weight")
@@ -34,8 +33,6 @@ class Program:
 
     def __init__(self, captured: pytest.CaptureFixture[str]) -> None:
         self._captured = captured
-        if all(command.callback is not verb for command in app.registered_commands):
-            app.command()(verb)
 
     def __call__(self, *words: object) -> Ran:
         self._captured.readouterr()

@@ -8,8 +8,6 @@ import pytest
 from evaluate_models import save_image_classifier, save_language_model
 
 from cli_samples import Program
-from geomerge.cli.app import app
-from geomerge.cli.evaluate import evaluate
 
 
 @pytest.fixture(scope="session")
@@ -37,6 +35,4 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def program(capsys: pytest.CaptureFixture[str]) -> Program:
     """The program."""
-    if all(command.callback is not evaluate for command in app.registered_commands):
-        app.command()(evaluate)
     return Program(capsys)

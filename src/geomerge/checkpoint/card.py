@@ -40,66 +40,6 @@ class Parent:
     base: bool = False
 
 
-_TEMPLATE = """\
----
-{%- if hub_ids %}
-base_model:
-{%- for id in hub_ids %}
-- {{ id | yaml }}
-{%- endfor %}
-{%- endif %}
-base_model_relation: merge
-library_name: {{ library | yaml }}
-{%- if licence %}
-license: {{ licence | yaml }}
-{%- endif %}
-tags:
-{%- for tag in tags %}
-- {{ tag | yaml }}
-{%- endfor %}
----
-# {{ name | md }}
-
-A merge of {{ parents | length }} model{{ "" if parents | length == 1 else "s" }} with the method \
-**{{ title | md }}** (`{{ method }}`), made by \
-[geomerge](https://github.com/geomerge/geomerge) {{ version }}.{% if paper %} {{ paper | md }}.{% endif %}
-
-## Parents
-
-| model | role | revision | licence | fingerprint |
-|---|---|---|---|---|
-{%- for p in parents %}
-| {{ (p.hub_id or p.name) | md }} \
-| {{ "base" if p.base else "" }} \
-| {{ ("`" ~ p.revision[:12] ~ "`") if p.revision else "" }} \
-| {{ (p.licence or "not stated") | md }} \
-| `{{ p.fingerprint[:16] }}` |
-{%- endfor %}
-
-## Recipe
-
-{{ fence }}yaml
-{{ recipe }}
-{{ fence }}
-
-To make it again, save the recipe as `recipe.yml` and run
-
-```
-{{ command }}
-```
-
-`geomerge.json` beside this file records the versions, the inputs' hashes, the seed and what was done to every tensor.
-
-## Licence
-
-{{ licence_note | md }}
-{%- for warning in warnings %}
-
-> **Note.** {{ warning | md }}
-{%- endfor %}
-"""
-
-
 def model_card(
     *,
     name: str,
@@ -130,30 +70,70 @@ def model_card(
     Returns:
         Markdown with a YAML front matter. ``base_model`` lists hub ids only, never a local path.
     """
-    import jinja2
-
-    environment = jinja2.Environment(autoescape=False, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-    environment.filters["yaml"] = _yaml
-    environment.filters["md"] = _markdown
     licence, note = combine_licences({p.name: p.licence for p in parents})
     longest = max((len(run) for run in re.findall(r"`+", recipe)), default=0)
-    return environment.from_string(_TEMPLATE).render(
-        name=name,
-        method=_code(method),
-        title=title or method,
-        paper=paper,
-        parents=parents,
-        hub_ids=list(dict.fromkeys(p.hub_id for p in parents if p.hub_id)),
-        library=library,
-        licence=licence,
-        licence_note=note,
-        tags=list(dict.fromkeys(["merge", "geomerge", method])),
-        recipe=recipe.strip("\n"),
-        fence="`" * max(3, longest + 1),
-        version=version,
-        command=_code(command),
-        warnings=list(warnings),
+    fence = "`" * max(3, longest + 1)
+    hub_ids = list(dict.fromkeys(p.hub_id for p in parents if p.hub_id))
+    front = [
+        *(["base_model:", *(f"- {_yaml(each)}" for each in hub_ids)] if hub_ids else []),
+        "base_model_relation: merge",
+        f"library_name: {_yaml(library)}",
+        *([f"license: {_yaml(licence)}"] if licence else []),
+        "tags:",
+        *(f"- {_yaml(tag)}" for tag in dict.fromkeys(["merge", "geomerge", method])),
+    ]
+    models = "model" if len(parents) == 1 else "models"
+    source = f" {_markdown(paper)}." if paper else ""
+    return "\n".join(
+        [
+            "---",
+            *front,
+            "---",
+            f"# {_markdown(name)}",
+            "",
+            f"A merge of {len(parents)} {models} with the method **{_markdown(title or method)}** (`{_code(method)}`), "
+            f"made by [geomerge](https://github.com/geomerge/geomerge) {version}.{source}",
+            "",
+            "## Parents",
+            "",
+            "| model | role | revision | licence | fingerprint |",
+            "|---|---|---|---|---|",
+            *map(_row, parents),
+            "",
+            "## Recipe",
+            "",
+            f"{fence}yaml",
+            recipe.strip("\n"),
+            fence,
+            "",
+            "To make it again, save the recipe as `recipe.yml` and run",
+            "",
+            "```",
+            _code(command),
+            "```",
+            "",
+            "`geomerge.json` beside this file records the versions, the inputs' hashes, the seed and what was done to "
+            "every tensor.",
+            "",
+            "## Licence",
+            "",
+            _markdown(note),
+            *(line for warning in warnings for line in ("", f"> **Note.** {_markdown(warning)}")),
+            "",
+        ]
     )
+
+
+def _row(parent: Parent) -> str:
+    """A parent's line in the table."""
+    cells = (
+        _markdown(parent.hub_id or parent.name),
+        "base" if parent.base else "",
+        f"`{parent.revision[:12]}`" if parent.revision else "",
+        _markdown(parent.licence or "not stated"),
+        f"`{parent.fingerprint[:16]}`",
+    )
+    return f"| {' | '.join(cells)} |"
 
 
 def combine_licences(licences: Mapping[str, str | None]) -> tuple[str | None, str]:

@@ -8,6 +8,7 @@ imported at the top of any file of this package.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import os
 import sys
@@ -19,31 +20,35 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
-from geomerge.cli.adapter import adapter_app
-from geomerge.cli.compress import compress, extract
 from geomerge.cli.console import Stopped, complain, show_warnings
-from geomerge.cli.continual import continue_
-from geomerge.cli.demo import demo
-from geomerge.cli.diagnose import diagnose
-from geomerge.cli.evaluate import evaluate
-from geomerge.cli.export import export
-from geomerge.cli.finalize import finalize
-from geomerge.cli.inspect import inspect
-from geomerge.cli.lab import lab_app
-from geomerge.cli.merge import merge
-from geomerge.cli.methods import methods
-from geomerge.cli.moe import moe
-from geomerge.cli.plan import plan
-from geomerge.cli.report import report
-from geomerge.cli.schema import schema
-from geomerge.cli.search import search
-from geomerge.cli.soup import soup
-from geomerge.cli.tokens import tokens
-from geomerge.cli.transplant import transplant
 from geomerge.errors import GeomergeError
 from geomerge.late import put_off
 from geomerge.version import __version__
 
+VERBS = {
+    "merge": "merge:merge",
+    "moe": "moe:moe",
+    "transplant": "transplant:transplant",
+    "finalize": "finalize:finalize",
+    "plan": "plan:plan",
+    "diagnose": "diagnose:diagnose",
+    "tokens": "tokens:tokens",
+    "evaluate": "evaluate:evaluate",
+    "report": "report:report",
+    "search": "search:search",
+    "soup": "soup:soup",
+    "compress": "compress:compress",
+    "extract": "compress:extract",
+    "export": "export:export",
+    "inspect": "inspect:inspect",
+    "methods": "methods:methods",
+    "schema": "schema:schema",
+    "demo": "demo:demo",
+    "continue": "continual:continue_",
+    "adapter": "adapter:adapter_app",
+    "lab": "lab:lab_app",
+}
+"""Each verb in the order of the help, and where its function (or its own program of verbs) is: ``file:name`` in this package."""
 DEBUG = "--debug"
 
 
@@ -57,23 +62,12 @@ class _Verbs(TyperGroup):
             raise Stopped("nothing was changed") from None
 
 
-app = typer.Typer(
-    cls=_Verbs,
-    rich_markup_mode=None,
-    add_completion=False,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
-
 def _version(asked: bool) -> None:
     if asked:
         typer.echo(f"geomerge {__version__}")
         raise typer.Exit
 
 
-@app.callback()
 def geomerge(
     version: Annotated[  # noqa: ARG001 - its callback does the work
         bool, typer.Option("--version", help="Show the version and exit.", callback=_version, is_eager=True)
@@ -89,30 +83,28 @@ def geomerge(
     show_warnings()
 
 
-for verb in (
-    merge,
-    moe,
-    transplant,
-    finalize,
-    plan,
-    diagnose,
-    tokens,
-    evaluate,
-    report,
-    search,
-    soup,
-    compress,
-    extract,
-    export,
-    inspect,
-    methods,
-    schema,
-    demo,
-):
-    app.command()(verb)
-app.command("continue")(continue_)
-app.add_typer(adapter_app, name="adapter")
-app.add_typer(lab_app, name="lab")
+def program(words: Sequence[str] = ()) -> typer.Typer:
+    """The program with the one verb that a command line begins with, or with all where it begins with something else.
+
+    So a run reads and builds one verb, not twenty: that is a tenth of a second.
+    """
+    app = typer.Typer(
+        cls=_Verbs,
+        rich_markup_mode=None,
+        add_completion=False,
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(geomerge)
+    for verb in words[:1] if VERBS.keys() & words[:1] else VERBS:
+        file, name = VERBS[verb].split(":")
+        found = getattr(importlib.import_module(f"geomerge.cli.{file}"), name)
+        if isinstance(found, typer.Typer):
+            app.add_typer(found, name=verb)
+        else:
+            app.command(verb)(found)
+    return app
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -125,13 +117,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    debug = DEBUG in given
+    words = [word for word in given if word != DEBUG]
+    debug = len(words) < len(given)
     for stream in (sys.stdout, sys.stderr):
         # θ on a terminal that knows only ASCII is to be shown as an escape, not to end the run.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        get_command(app).main(args=[word for word in given if word != DEBUG], prog_name="geomerge")
+        get_command(program(words)).main(args=words, prog_name="geomerge")
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except Stopped as stopped:
