@@ -91,8 +91,10 @@ def model_card(
             "---",
             f"# {_markdown(name)}",
             "",
-            f"A merge of {len(parents)} {models} with the method **{_markdown(title or method)}** (`{_code(method)}`), "
-            f"made by [geomerge](https://github.com/geomerge/geomerge) {version}.{source}",
+            (
+                f"A merge of {len(parents)} {models} with the method **{_markdown(title or method)}** (`{_code(method)}`), "
+                f"made by [geomerge](https://github.com/geomerge/geomerge) {version}.{source}"
+            ),
             "",
             "## Parents",
             "",
@@ -112,8 +114,10 @@ def model_card(
             _code(command),
             "```",
             "",
-            "`geomerge.json` beside this file records the versions, the inputs' hashes, the seed and what was done to "
-            "every tensor.",
+            (
+                "`geomerge.json` beside this file records the versions, the inputs' hashes, the seed and what was done to "
+                "every tensor."
+            ),
             "",
             "## Licence",
             "",

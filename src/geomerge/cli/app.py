@@ -48,7 +48,7 @@ VERBS = {
     "adapter": "adapter:adapter_app",
     "lab": "lab:lab_app",
 }
-"""Each verb in the order of the help, and where its function (or its own program of verbs) is: ``file:name`` in this package."""
+"""In the order of the help: a verb, and where its function (or its own program of verbs) is, ``file:name`` in this package."""
 DEBUG = "--debug"
 
 
