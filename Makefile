@@ -25,7 +25,7 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 env: $(STAMP)
 
 # Output goes to a log; when something fails its end is shown.
-$(STAMP): pyproject.toml constraints.txt hatch_build.py $(wildcard src/geomerge/methods/native/*.[ch]) src/geomerge/methods/native/build.py
+$(STAMP): pyproject.toml constraints.txt hatch_build.py $(wildcard src/geomerge/methods/native/*.[ch]) src/geomerge/methods/native/groups.txt src/geomerge/methods/native/build.py
 	@test -n "$(PYTHON)" || { echo "geomerge needs Python 3.11 or newer with the venv module (Debian: python3-venv)" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (log: $(LOG))"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,8 +14,12 @@ from torch import Tensor
 
 from geomerge.methods import native, order, program, steps
 from geomerge.methods.functions import exp, log, tanh
+from geomerge.methods.native.build import GROUPS
 from geomerge.methods.program import Recorded, Value
 from geomerge.methods.tile import Scan, TensorSource, Tile
+from geomerge.testing.conformance import cases
+from geomerge.testing.inputs import merge
+from recorded_groups import recorded
 
 compiled = pytest.mark.skipif(not native.available(), reason="the compiled loops were not built (no C compiler?)")
 
@@ -81,7 +86,6 @@ OPERATIONS: dict[str, Callable[[Any, Any, Any], Any]] = {
     "exponential": lambda a, b, c: exp(a) + exp(b * 1e-6),
     "tangent": lambda a, b, c: tanh(a) + tanh(b * 1e-6),
     "one register twice": lambda a, b, c: (a + a).mul_(a).clone().add_(b),
-    # What is done at once:
     "elected": lambda a, b, c: (a + b).add_(2.0**-1022).sign_(),
     "agreeing": lambda a, b, c: (a * b).clamp_(min=0.0),
     "agreeing, at least": lambda a, b, c: (a * b).clamp_(min=0.1),
@@ -195,7 +199,44 @@ def test_notes_what_is_needed_once() -> None:
 
     found = program.record(2, compute, "sums")  # type: ignore[arg-type]
     names = [steps.OPERATIONS[step.operation] for step in found.steps]
-    assert names == ["load", "differ", "multiply", "sums", "sums"]
+    assert names == ["load", "load", "subtract", "multiply", "sums", "sums"]
+
+
+def test_what_can_be_done_together_follows_each_other() -> None:
+    """Operations on chunks as a whole come when nothing else is left to do; groups say what they read and what is kept."""
+
+    def compute(tile: Recorded) -> list[Value]:
+        (delta,) = tile.task_vectors()
+        steep = (delta * 2.0).tanh()
+        return [steep * delta.abs(), delta]
+
+    notes: list[steps.Structure] = []
+    with mock.patch.object(program, "laid_out", lambda found: notes.append(found) or steps.laid_out(found)):
+        program.record(2, compute, "sums")  # type: ignore[arg-type]
+    order = steps.ordered(notes[0])
+    names = [notes[0][index][0] for index in order]
+    assert names == ["load", "load", "subtract", "scale", "size", "tanh", "sums", "multiply", "sums"]
+    assert steps.groups(notes[0], order) == [(2, "subtract(r0,r1) scale(0) size(0) > 0 1 2")]
+
+
+def test_what_methods_record_is_compiled_as_groups() -> None:
+    """The list is that of the methods as they are; if not, ``python tests/recorded_groups.py`` writes it again."""
+    if native.available():
+        assert GROUPS.read_text().splitlines() == recorded()
+
+
+@compiled
+def test_groups_have_the_bits_of_single_steps() -> None:
+    """Each method's blend with its groups and without, as for more experts than there are groups for."""
+    for name in ("pcb", "sce", "widen", "consensus"):
+        (case, *_) = cases(name, counts=(3,))
+        inputs = case.models((31, 67))
+        found = merge(case.made(), inputs)
+        steps.laid_out.cache_clear()
+        with mock.patch.object(steps, "_known", dict):
+            alone = merge(case.made(), inputs)
+        steps.laid_out.cache_clear()
+        assert torch.equal(found, alone), name
 
 
 class TestFunctions:

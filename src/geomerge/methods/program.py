@@ -84,7 +84,7 @@ class Value:
     def add(self, other: Value | float, *, alpha: float = 1.0) -> Value:
         if not isinstance(other, Value):
             return self._noted("shift", x=float(other) * alpha)
-        return self._noted("add", other) if alpha == 1.0 else self._noted("plus", other, x=float(alpha))
+        return self._noted("plus", other, x=float(alpha))
 
     def sub(self, other: Value | float) -> Value:
         return self._noted("subtract", other) if isinstance(other, Value) else self._noted("shift", x=-float(other))
@@ -299,19 +299,19 @@ def record(inputs: int, compute: Callable[[Tile], Any], end: str) -> Program:
     found = compute(cast("Tile", tile))
     ends = [tile.note(end, (value._at,), data=end) for value in ([found] if isinstance(found, Value) else found)]
     notes = tile.notes
-    layout = laid_out(tuple((n.operation, n.operands, n.x if n.operation == "load" else 0.0) for n in notes))
+    layout = laid_out(tuple((n.operation, n.operands, int(n.x) if n.operation == "load" else 0) for n in notes))
     steps = layout.steps()
-    for place, note in layout.numbers:
-        if notes[note].x or notes[note].y or math.copysign(1.0, notes[note].x) < 0:
-            steps[place].x, steps[place].y = notes[note].x, notes[note].y
     data = {}
-    for place, note in layout.places.items():
-        held = notes[note].data
+    for step, note in zip(steps, (notes[index] for index in layout.notes), strict=True):
+        if note.operation != "load" and (note.x or note.y or math.copysign(1.0, note.x) < 0):
+            step.x, step.y = note.x, note.y
+    for place, index in enumerate(layout.notes):
+        held = notes[index].data
         if isinstance(held, np.ndarray):
             steps[place].data = held.ctypes.data
         if held is not None:
-            data[place] = (notes[note].operation, held)
-    step_of = {note: place for place, note in layout.places.items()}
+            data[place] = (notes[index].operation, held)
+    step_of = {index: place for place, index in enumerate(layout.notes)}
     return Program(steps, data, tuple(step_of[e] for e in ends))
 
 

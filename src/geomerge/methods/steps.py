@@ -1,42 +1,34 @@
-"""From noted operations to the steps of a compiled loop: which are needed, which done at once, where results are kept."""
+"""From noted operations to the steps of a compiled loop: which are needed, in what order, where their results are kept."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
-from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 
-OPERATIONS = (
-    *("load", "differ", "table", "add", "subtract", "multiply", "divide", "larger", "shift", "scale", "over", "plus"),
+from geomerge.methods.native.build import GROUPS
+
+_ALONE = ("load", "table", "tanh", "thin", "count", "sums", "bracket", "store")
+_TOGETHER = (
     *(
+        "subtract",
+        "multiply",
+        "divide",
+        "larger",
+        "shift",
+        "scale",
+        "share",
+        "over",
+        "plus",
         "plus_product",
         "plus_quotient",
-        "size",
-        "sign",
-        "floor",
-        "clamp",
-        "shrink",
-        "less",
-        "least",
-        "equal",
-        "different",
     ),
-    *("below", "up_to", "same", "other", "above", "from", "replace", "thin", "count", "sums", "bracket", "store"),
-    *("elect", "agree", "distance", "weight", "lighter", "outweighed", "plus_sign", "share", "exp", "tanh"),
+    *("size", "sign", "exp", "floor", "clamp", "shrink", "replace", "less", "least", "equal", "different"),
+    *("below", "up_to", "same", "other", "above", "from"),
 )
-"""As in `native/program.h`, which says what each does."""
-
-_FUSED = {
-    ("shift", "sign", 0): ("elect", True),
-    ("multiply", "floor", 0): ("agree", False),
-    ("subtract", "size", 0): ("distance", False),
-    ("size", "scale", 0): ("weight", False),
-    ("weight", "less", 0): ("lighter", True),
-    ("size", "lighter", 1): ("outweighed", False),
-    ("sign", "plus", 1): ("plus_sign", False),
-}
-"""What does an operation and the one that alone takes its result, as which operand; whether the number is the first one's."""
+OPERATIONS = (*_ALONE, *_TOGETHER)
+"""As in `native/program.h`, which says what each does: first those that work on a chunk as a whole."""
 
 CODE = {name: code for code, name in enumerate(OPERATIONS)}
 SPARE = 159
@@ -44,7 +36,7 @@ SPARE = 159
 
 _ENDS = ("store", "sums", "bracket", "count")
 
-Structure = tuple[tuple[str, tuple[int, ...], float], ...]
+Structure = tuple[tuple[str, tuple[int, ...], int], ...]
 """Of noted operations without their numbers and data: name, operands (numbers of earlier notes), and of a load the input."""
 
 
@@ -52,7 +44,7 @@ class Step(ctypes.Structure):
     """One operation on registers: see `native/program.h`."""
 
     _fields_ = (
-        *((name, ctypes.c_int32) for name in ("operation", "to", "a", "b", "c", "unused")),
+        *((name, ctypes.c_int32) for name in ("operation", "to", "a", "b", "c", "group")),
         ("x", ctypes.c_double),
         ("y", ctypes.c_double),
         ("data", ctypes.c_void_p),
@@ -65,25 +57,15 @@ class Layout:
 
     Attributes:
         template: Their bytes.
-        places: The steps' notes, by place.
-        numbers: Of the steps that may have numbers the place, and the note that has them.
+        notes: The note that each comes from.
     """
 
     template: bytes
-    places: dict[int, int]
-    numbers: tuple[tuple[int, int], ...]
+    notes: tuple[int, ...]
 
     def steps(self) -> ctypes.Array[Step]:
         """The steps, to be filled in."""
-        return (Step * len(self.places)).from_buffer_copy(self.template)
-
-
-@dataclass
-class _Operation:
-    name: str
-    operands: tuple[int, ...]
-    x: float
-    numbers: int
+        return (Step * len(self.notes)).from_buffer_copy(self.template)
 
 
 @functools.lru_cache(maxsize=512)
@@ -93,44 +75,81 @@ def laid_out(structure: Structure) -> Layout:
     Raises:
         TypeError: There are more intermediate results at once than registers.
     """
-    needed: set[int] = set()
-    for index in range(len(structure) - 1, -1, -1):
-        if index in needed or structure[index][0] in _ENDS:
-            needed |= {index, *structure[index][1]}
-    notes = {index: _Operation(*structure[index], index) for index in sorted(needed)}
-    _fuse(notes)
-    last = {operand: index for index, note in notes.items() for operand in note.operands}
+    order = ordered(structure)
+    last = {operand: place for place, index in enumerate(order) for operand in structure[index][1]}
     free = list(range(SPARE - 1, -1, -1))
     register: dict[int, int] = {}
-    steps = (Step * len(notes))()
-    for place, (index, note) in enumerate(notes.items()):
+    steps = (Step * len(order))()
+    for place, index in enumerate(order):
+        name, operands, given = structure[index]
         if not free:
             raise TypeError(f"more than {SPARE} intermediate results at once cannot be recorded")
         # Never the register of an operand: each is free only after its last use.
         to = register[index] = free.pop()
-        a, b, c = (*(register[o] for o in note.operands), to, to, to)[:3]
-        if note.name in ("load", "differ"):
-            a, b = int(note.x), a
-        steps[place] = Step(CODE[note.name], to, a, b, c)
-        free += [register.pop(o) for o in {index, *note.operands} if last.get(o, index) == index]
-    places = dict(enumerate(notes))
-    numbers = tuple((p, notes[i].numbers) for p, i in places.items() if notes[i].name not in ("load", "differ"))
-    return Layout(bytes(steps), places, numbers)
+        a, b, c = (given, 0, 0) if name == "load" else (*(register[o] for o in operands), to, to, to)[:3]
+        steps[place] = Step(CODE[name], to, a, b, c)
+        free += [register.pop(o) for o in {index, *operands} if last.get(o, place) == place]
+    known = _known()
+    for place, text in groups(structure, order):
+        steps[place].group = known.get(text, 0)
+    return Layout(bytes(steps), tuple(order))
 
 
-def _fuse(notes: dict[int, _Operation]) -> None:
-    """Do at once what `_FUSED` knows, and load inputs from which something is subtracted together with that."""
-    uses = Counter(operand for note in notes.values() for operand in note.operands)
-    for index in list(notes):
-        note = notes[index]
-        if note.name == "subtract" and notes[note.operands[0]].name == "load" and uses[note.operands[0]] == 1:
-            loaded, base = note.operands
-            note.name, note.operands, note.x = "differ", (base,), notes.pop(loaded).x
-        for place, operand in enumerate(note.operands):
-            known = _FUSED.get((notes[operand].name, note.name, place))
-            if known is not None and uses[operand] == 1:
-                before = notes.pop(operand)
-                note.name, first = known
-                note.numbers = before.numbers if first else note.numbers
-                note.operands = (*note.operands[:place], *before.operands, *note.operands[place + 1 :])
-                break
+def ordered(structure: Structure) -> list[int]:
+    """The notes that something depends on: as many as can follow each other of those that can be done together."""
+    needed: set[int] = set()
+    for index in range(len(structure) - 1, -1, -1):
+        if index in needed or structure[index][0] in _ENDS:
+            needed |= {index, *structure[index][1]}
+    waiting, order, done = sorted(needed), [], set[int]()
+    together = False
+    while waiting:
+        left = []
+        for index in waiting:
+            name, operands, _ = structure[index]
+            if (name in _TOGETHER) is together and done.issuperset(operands):
+                order.append(index)
+                done.add(index)
+            else:
+                left.append(index)
+        waiting, together = left, not together
+    return order
+
+
+def groups(structure: Structure, order: list[int]) -> list[tuple[int, str]]:
+    """The groups of steps that can be done together: the place of the first, and what they do.
+
+    A group reads ``subtract(r0,r1) scale(0) > 1``: operands are registers (r0 is the first that it reads) or earlier results of
+    the group (from 0), and what is needed after it comes last.
+    """
+    users: dict[int, list[int]] = {}
+    for place, index in enumerate(order):
+        for operand in structure[index][1]:
+            users.setdefault(operand, []).append(place)
+    found, start = [], 0
+    while start < len(order):
+        stop = start
+        while stop < len(order) and structure[order[stop]][0] in _TOGETHER:
+            stop += 1
+        if stop > start + 1:
+            found.append(
+                (start, _written(structure, order[start:stop], {o for o, p in users.items() if max(p) >= stop}))
+            )
+        start = max(stop, start + 1)
+    return found
+
+
+def _written(structure: Structure, group: list[int], kept: Collection[int]) -> str:
+    names = {index: str(number) for number, index in enumerate(group)}
+    words = []
+    for index in group:
+        name, operands, _ = structure[index]
+        read = [names.setdefault(o, f"r{len(names) - len(group)}") for o in operands]
+        words.append(f"{name}({','.join(read)})")
+    return f"{' '.join(words)} > {' '.join(names[index] for index in group if index in kept)}"
+
+
+@functools.cache
+def _known() -> dict[str, int]:
+    """The groups that are compiled: their numbers."""
+    return {text: number for number, text in enumerate(GROUPS.read_text().splitlines(), 1)}

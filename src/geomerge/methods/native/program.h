@@ -3,72 +3,94 @@
 #pragma once
 
 /* What a method does to tiles, recorded operation by operation (methods/steps.py, which has the same list) and done here to a
- * chunk after the other, whose numbers stay in the first-level cache. */
+ * chunk after the other, whose numbers stay in the first-level cache. First those that work on a chunk as a whole: */
 enum {
     LOAD,    /* the elements of input a */
-    DIFFER,  /* the elements of input a, minus b */
     TABLE,   /* x elements of `data` in turn, each for y elements that follow each other */
-    ADD, SUBTRACT, MULTIPLY, DIVIDE, LARGER,
-    SHIFT,   /* a + x */
-    SCALE,   /* a * x */
-    OVER,    /* x / a */
-    PLUS,    /* a + x b */
-    PLUS_PRODUCT, PLUS_QUOTIENT, /* a + (x b) c, a + (x b) / c */
-    SIZE, SIGN,
-    FLOOR, CLAMP, /* at least x, at most y */
-    SHRINK,  /* 0 where |a| <= x */
-    LESS, LEAST, EQUAL, DIFFERENT, /* 1 where a < b, a <= b ..., else 0 */
-    BELOW, UP_TO, SAME, OTHER, ABOVE, FROM, /* ... where a < x, a <= x, a == x, a != x, a > x, a >= x */
-    REPLACE, /* x where b is not 0, else a */
+    TANH,    /* as in methods/functions.py */
     THIN,    /* as `struct thinning` at `data` says */
     COUNT,   /* the sum of a, into an integer at `data` */
     SUMS,    /* of a over blocks of x elements: `data` has the lanes, then the sums */
     BRACKET, /* counted and collected by the `struct bracket` at `data` */
     STORE,   /* the output */
-    /* What is often done one after the other (also in methods/steps.py): */
-    ELECT,     /* the sign of a + x */
-    AGREE,     /* a b, but at least x */
-    DISTANCE,  /* |a - b| */
-    WEIGHT,    /* |a| x */
-    LIGHTER, OUTWEIGHED, /* 1 where |a| x < b, < |b|, else 0 */
-    PLUS_SIGN, /* a + x sign(b) */
-    SHARE, EXP, TANH, /* a / x, and as in methods/functions.py */
+    ALONE,   /* as many as these */
 };
 
+/* Then those whose result's element i is an expression of the operands' elements i: a, b, c, and of the numbers x, y. */
+#define OPERATIONS(DO)                                 \
+    DO(SUBTRACT, a - b)                                \
+    DO(MULTIPLY, a * b)                                \
+    DO(DIVIDE, a / b)                                  \
+    DO(LARGER, a > b ? a : b)                          \
+    DO(SHIFT, a + x)                                   \
+    DO(SCALE, a * x)                                   \
+    DO(SHARE, a / x)                                   \
+    DO(OVER, x / a)                                    \
+    DO(PLUS, fma(b, x, a))                             \
+    DO(PLUS_PRODUCT, fma(x * b, c, a))                 \
+    DO(PLUS_QUOTIENT, a + x * b / c)                   \
+    DO(SIZE, fabs(a))                                  \
+    DO(SIGN, TRUE(a > 0) - TRUE(a < 0))                \
+    DO(EXP, exp_of(a))                                 \
+    DO(FLOOR, a < x ? x : a)                           \
+    DO(CLAMP, (a < x ? x : a) > y ? y : a < x ? x : a) \
+    DO(SHRINK, a >= -x && a <= x ? 0.0 : a)            \
+    DO(REPLACE, b != 0 ? x : a)                        \
+    DO(LESS, TRUE(a < b))                              \
+    DO(LEAST, TRUE(a <= b))                            \
+    DO(EQUAL, TRUE(a == b))                            \
+    DO(DIFFERENT, TRUE(a != b))                        \
+    DO(BELOW, TRUE(a < x))                             \
+    DO(UP_TO, TRUE(a <= x))                            \
+    DO(SAME, TRUE(a == x))                             \
+    DO(OTHER, TRUE(a != x))                            \
+    DO(ABOVE, TRUE(a > x))                             \
+    DO(FROM, TRUE(a >= x))
+
+#define TRUE(condition) ((condition) ? 1.0 : 0.0)
+#define NAMED(name, ...) name,
+enum { BEFORE = ALONE - 1, OPERATIONS(NAMED) };
+
+#define DONE(name, ...) \
+    static inline double name##_OF(double a, double b, double c, double x, double y) { return (void)b, (void)c, (void)x, (void)y, __VA_ARGS__; }
+OPERATIONS(DONE)
+
 struct step {
-    int32_t operation, to, a, b, c, unused;
+    int32_t operation, to, a, b, c;
+    int32_t group; /* this step and those that follow are the group of that number; 0: it stands alone */
     double x, y;
     void *data;
 };
 
 #define REGISTERS 160
 
-/* Element i of the result is an expression of elements i of the operands, in a register of its own; also beyond the m that are asked
- * for, where it does no harm: loops of known length are quicker. */
-#define MAP(expression)                                    \
-    _Pragma("GCC unroll 4") for (int i = 0; i < CHUNK; i++) o[i] = (expression); \
-    break
+/* Registers may be one and the same, but element i depends on elements i only. All of a chunk is computed, also beyond the elements
+ * that are asked for, where it does no harm: loops of known length are quicker. */
+#ifdef __clang__
+#define ALIKE _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define ALIKE _Pragma("GCC ivdep")
+#endif
 
-#define TRUE(condition) ((condition) ? 1.0 : 0.0)
+/* Steps that common methods do one after the other are compiled into one loop, which keeps what lies between in the processor's
+ * registers. build.py makes them of groups.txt: each takes the group's first step. */
+typedef void group(double (*registers)[CHUNK], const struct step *steps);
+#include "groups.h"
 
 /* Does all steps to the elements [at, at + m), which lie from `s` on in `raw`; `first` is the place of element 0 in the tensor. */
 static void do_steps(struct work *work, const struct step *steps, int count, const void *const *raw, int64_t s, int64_t m, int64_t at,
                      int64_t n, int64_t first, const struct place *out, char *to, double (*registers)[CHUNK]) {
     for (const struct step *each = steps; each < steps + count; each++) {
+        if (each->group) {
+            groups[each->group](registers, each);
+            each += lengths[each->group] - 1;
+            continue;
+        }
         double *restrict o = registers[each->to];
         const double *restrict a = registers[each->a], *restrict b = registers[each->b], *restrict c = registers[each->c];
         const double x = each->x, y = each->y;
         switch (each->operation) {
         case LOAD: load_double(raw[each->a], work->inputs[each->a].dtype, s, m, o); break;
-        case DIFFER:
-            if (work->inputs[each->a].dtype == BF16) {
-                const uint16_t *bits = (const uint16_t *)raw[each->a] + s;
-                EACH(m) o[i] = (double)from_bf16(bits[i]) - b[i];
-                break;
-            }
-            load_double(raw[each->a], work->inputs[each->a].dtype, s, m, o);
-            EACH(m) o[i] -= b[i];
-            break;
         case TABLE: {
             const double *table = each->data;
             int64_t length = (int64_t)x, run = (int64_t)y, place = first + at;
@@ -85,50 +107,13 @@ static void do_steps(struct work *work, const struct step *steps, int count, con
                 for (int64_t stop = least(m, i + left); i < stop; i++) o[i] = table[k];
             break;
         }
-        case ADD: MAP(a[i] + b[i]);
-        case SUBTRACT: MAP(a[i] - b[i]);
-        case MULTIPLY: MAP(a[i] * b[i]);
-        case DIVIDE: MAP(a[i] / b[i]);
-        case LARGER: MAP(a[i] > b[i] ? a[i] : b[i]);
-        case SHIFT: MAP(a[i] + x);
-        case SCALE: MAP(a[i] * x);
-        case OVER: MAP(x / a[i]);
-        case PLUS: MAP(fma(b[i], x, a[i]));
-        case PLUS_PRODUCT:
-            if (x == 1) { MAP(fma(b[i], c[i], a[i])); }
-            MAP(fma(x * b[i], c[i], a[i]));
-        case PLUS_QUOTIENT: MAP(a[i] + x * b[i] / c[i]);
-        case SIZE: MAP(fabs(a[i]));
-        case SIGN: MAP(TRUE(a[i] > 0) - TRUE(a[i] < 0));
-        case FLOOR: MAP(a[i] < x ? x : a[i]);
-        case CLAMP: MAP((a[i] < x ? x : a[i]) > y ? y : a[i] < x ? x : a[i]);
-        case SHRINK: MAP(a[i] >= -x && a[i] <= x ? 0.0 : a[i]);
-        case LESS: MAP(TRUE(a[i] < b[i]));
-        case LEAST: MAP(TRUE(a[i] <= b[i]));
-        case EQUAL: MAP(TRUE(a[i] == b[i]));
-        case DIFFERENT: MAP(TRUE(a[i] != b[i]));
-        case BELOW: MAP(TRUE(a[i] < x));
-        case UP_TO: MAP(TRUE(a[i] <= x));
-        case SAME: MAP(TRUE(a[i] == x));
-        case OTHER: MAP(TRUE(a[i] != x));
-        case ABOVE: MAP(TRUE(a[i] > x));
-        case FROM: MAP(TRUE(a[i] >= x));
-        case ELECT: MAP(TRUE(a[i] + x > 0) - TRUE(a[i] + x < 0));
-        case AGREE: MAP(a[i] * b[i] < x ? x : a[i] * b[i]);
-        case DISTANCE: MAP(fabs(a[i] - b[i]));
-        case WEIGHT: MAP(fabs(a[i]) * x);
-        case LIGHTER: MAP(TRUE(fabs(a[i]) * x < b[i]));
-        case OUTWEIGHED: MAP(TRUE(fabs(a[i]) * x < fabs(b[i])));
-        case PLUS_SIGN: MAP(fma(TRUE(b[i] > 0) - TRUE(b[i] < 0), x, a[i]));
-        case SHARE: MAP(a[i] / x);
-        case EXP: MAP(exp_of(a[i]));
         case TANH: tanh_of(a, o); break;
-        case REPLACE: MAP(b[i] != 0 ? x : a[i]);
         case THIN: {
             struct thinning *thin = each->data;
             if (thin->equal != thin->equal && thin->drop == INFINITY) {
                 const double keep = thin->keep;
-                MAP(a[i] >= -keep && a[i] <= keep ? 0.0 : a[i]);
+                for (int i = 0; i < CHUNK; i++) o[i] = SHRINK_OF(a[i], 0, 0, keep, 0);
+                break;
             }
             memcpy(o, a, sizeof *o * m);
             thin_double(thin, m, 0, o);
@@ -159,6 +144,11 @@ static void do_steps(struct work *work, const struct step *steps, int count, con
             if (work->first > at) tell_double(work, at, m, a);
             store_double(a, out->dtype, s, m, to);
             break;
+#define CASE(name, ...)                                                                            \
+    case name:                                                                                     \
+        _Pragma("GCC unroll 4") for (int i = 0; i < CHUNK; i++) o[i] = name##_OF(a[i], b[i], c[i], x, y); \
+        break;
+            OPERATIONS(CASE)
         }
     }
 }

@@ -22,22 +22,23 @@ static inline int64_t pattern(double x) {
     return bits & INT64_MAX;
 }
 
-/* Puts n <= WINDOW elements in the order of their magnitudes, equal ones by index: by the first bits in which these differ, and then
- * mends what is left. */
+/* Puts n <= WINDOW elements in the order of their magnitudes, equal ones by index: first by some bits of these, from a sixteenth of
+ * their mean on over eight octaves (what lies beyond counts as the end), and then it mends what is left. */
 static void ascending(const double *restrict d, int64_t n, uint16_t *restrict digits, uint16_t *restrict order, struct exact *room) {
-    enum { MOST_BITS = 12, OCTAVES = 32 };
+    enum { MOST_BITS = 12, OCTAVES = 8, BELOW_MEAN = 4 };
     const int width = n < 2048 ? 10 : MOST_BITS;
-    int64_t most = 0, differ = 0;
-    for (int64_t i = 0; i < n; i++) most = most < pattern(d[i]) ? pattern(d[i]) : most;
-    int64_t floor = ((most >> 52) - OCTAVES + 1) * ((int64_t)1 << 52), top = most - floor;
+    double lanes[8] = {0}, sum_of = 0;
+    int64_t whole = n / 8 * 8;
+    for (int64_t i = 0; i < whole; i += 8)
+        for (int j = 0; j < 8; j++) lanes[j] += fabs(d[i + j]);
+    for (int j = 0; j < 8; j++) sum_of += lanes[j];
+    for (int64_t i = whole; i < n; i++) sum_of += fabs(d[i]);
+    const int64_t floor = ((pattern(sum_of / (double)n) >> 52) - BELOW_MEAN) * ((int64_t)1 << 52);
+    const int64_t most = (int64_t)OCTAVES << 52;
+    const int shift = 55 - width;
     for (int64_t i = 0; i < n; i++) {
         int64_t key = pattern(d[i]) - floor;
-        differ |= (key < 0 ? 0 : key) ^ top;
-    }
-    const int shift = differ >> width ? 64 - __builtin_clzll((uint64_t)differ) - width : 0;
-    for (int64_t i = 0; i < n; i++) {
-        int64_t key = pattern(d[i]) - floor;
-        digits[i] = (uint16_t)((key < 0 ? 0 : key) >> shift & ((1 << width) - 1));
+        digits[i] = (uint16_t)((key < 0 ? 0 : key >= most ? most - 1 : key) >> shift);
     }
     /* The first half is put down from each digit's first place on, the second from its last one back: two that need not wait for
      * each other. */
