@@ -60,6 +60,10 @@ struct combination {
     double limit;      /* a sum this much smaller than its summands is made again in double */
 };
 
+/* Parts of the generators' numbers. */
+typedef uint16_t half_word __attribute__((may_alias));
+typedef uint32_t word __attribute__((may_alias));
+
 #define THIN(T, abs)                                                                                  \
     static void thin_##T(struct thinning *t, int64_t m, const uint64_t *numbers, T *restrict d) {     \
         if (t->keep >= 0) {                                                                           \
@@ -103,13 +107,11 @@ struct combination {
         }                                                                                             \
         if (t->width) {                                                                               \
             if (t->width == 16) {                                                                     \
-                uint16_t w[CHUNK];                                                                    \
-                memcpy(w, numbers, sizeof w);                                                         \
+                const half_word *w = (const half_word *)numbers;                                      \
                 int32_t limit = (int32_t)t->limit;                                                    \
                 EACH(m) d[i] *= (T)(w[i] < limit);                                                    \
             } else {                                                                                  \
-                uint32_t w[CHUNK];                                                                    \
-                memcpy(w, numbers, sizeof w);                                                         \
+                const word *w = (const word *)numbers;                                                \
                 uint32_t limit = t->limit;                                                            \
                 EACH(m) d[i] *= (T)(w[i] < limit);                                                    \
             }                                                                                         \
@@ -327,9 +329,8 @@ static int fuse(int t, const struct combination *rule, struct thinning *thin, co
     }
     for (int k = 0; random && k < t; k++) {
         const int32_t limit = thin[k].width ? (int32_t)thin[k].limit : 1 << 16;
-        uint16_t words[CHUNK] = {0};
-        if (thin[k].width) memcpy(words, numbers[k], sizeof words);
-        for (int i = 0; i < CHUNK; i++) drawn[k * CHUNK + i] = (float)(words[i] < limit);
+        const half_word *drawn_words = (const half_word *)numbers[thin[k].width ? k : 0];
+        for (int i = 0; i < CHUNK; i++) drawn[k * CHUNK + i] = (float)(drawn_words[i] < limit);
     }
     int any = 1;
     if (t == 1) { FUSED_FOR(1) }
