@@ -4,6 +4,7 @@
     python benchmarks/pieces.py workers      # TIES of the 0.5B models with 1 and 2 threads, and with 2 processes
     python benchmarks/pieces.py writes       # a gigabyte into the page cache by writes of several sizes, in turn
     python benchmarks/pieces.py loops        # the compiled loops alone over whole files, with two threads, beside cp
+    python benchmarks/pieces.py groups       # recorded methods with operations compiled together, and one after the other
     python benchmarks/pieces.py processes    # whole merges of 0.5B: with torch imported first, and without compiled loops
     python benchmarks/pieces.py pursuit 1000 # sums of 64 rows for 1,000 missing tokens, 50,000 shared tokens of width 896
 
@@ -12,6 +13,7 @@ These are the figures that decided how the engine works; docs/benchmarks.md quot
 
 from __future__ import annotations
 
+import functools
 import math
 import mmap
 import os
@@ -208,6 +210,49 @@ def loops(rounds: int = 5) -> None:
         )
 
 
+def groups(numel: int = 1 << 20, rounds: int = 15) -> None:
+    """What compiling recorded operations together gives: the loop that makes the output, in memory, on one core."""
+    from unittest import mock
+
+    from geomerge.methods import registry, steps
+    from geomerge.methods.kernel import Prepared, prepare
+    from geomerge.methods.tile import Scan, TensorSource
+
+    torch.set_num_threads(1)
+    base = (torch.randn(numel) * 0.02).bfloat16()
+    experts = [(base.float() + torch.randn(numel) * 0.002).bfloat16() for _ in range(3)]
+    out = native.in_memory(torch.empty(numel, dtype=torch.bfloat16))
+    assert out is not None
+
+    def prepared(name: str, parameters: dict[str, object], known: bool) -> Prepared:
+        steps.laid_out.cache_clear()
+        method = registry.get(name).make(parameters, count=3)
+        sources = [TensorSource(x.view(-1, 1024)) for x in (base, *experts)]
+
+        def opened(**options: object) -> Scan:
+            return Scan(sources, (numel // 1024, 1024), name="x", **options)  # type: ignore[arg-type]
+
+        with mock.patch.object(steps, "_known", steps._known if known else dict):
+            return prepare(method, opened, (numel // 1024, 1024), 1.0, "BF16")
+
+    print(f"{'ns an element':18s}{'together':>10s}{'one by one':>12s}{'times':>7s}")
+    for name, parameters in (
+        *(
+            (name, {})
+            for name in ("tall_mask", "ram", "emr", "consensus", "ramplus_tl", "sce", "widen", "consensus_ties")
+        ),
+        ("pcb", {"scope": "tensor"}),
+    ):
+        best = {}
+        for known in (True, False):
+            made = prepared(name, parameters, known)
+            loop = made.loop("BF16")
+            assert loop is not None
+            place = next(made.scan.places(made.scan.segments[0]))
+            best[known] = min(_seconds(functools.partial(loop, place, out, None)) for _ in range(rounds)) / numel * 1e9
+        print(f"{name:18s}{best[True]:10.2f}{best[False]:12.2f}{best[False] / best[True]:7.2f}", flush=True)
+
+
 def pursuit(missing: int, shared: int = 50_000, width: int = 896, k: int = 64) -> None:
     """The sparse sums of `geomerge transplant`: seconds, and the least that their products take."""
     from geomerge.align.pursuit import pursue
@@ -292,6 +337,8 @@ if __name__ == "__main__":
         loops()
     elif sys.argv[1:] == ["writes"]:
         writes()
+    elif sys.argv[1:] == ["groups"]:
+        groups()
     elif sys.argv[1:] == ["processes"]:
         processes()
     elif sys.argv[1:] == ["workers"]:

@@ -19,6 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import geomerge as gm
+from cli_samples import write_models, write_recipe
+from geomerge.cli.app import main
 from geomerge.errors import NotFiniteError
 from geomerge.methods import gram, native, registry, tile
 from geomerge.methods.native import build
@@ -284,9 +286,35 @@ def test_can_be_turned_off() -> None:
     assert done.stdout.strip() == "False"
 
 
+def test_a_merge_says_why_it_is_slow(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
+) -> None:
+    """And what to do, where there is something to do; with the loops it says nothing."""
+    request.addfinalizer(native.call._found.cache_clear)
+    write_models(tmp_path)
+    recipe = write_recipe(tmp_path)
+
+    def told(out: str) -> str:
+        native.call._found.cache_clear()
+        assert main(["merge", str(recipe), str(tmp_path / out)]) == 0
+        return " ".join(capsys.readouterr().out.split())
+
+    if native.available():
+        assert "slow" not in told("first")
+        monkeypatch.setattr(native.call, "fingerprint", lambda: "0" * 16)
+        assert "of another version than the package; build them: " in told("second")
+    monkeypatch.setattr(native.call, "LIBRARY", tmp_path / "none.so")
+    assert "they were not built with the package; with a C compiler here, build them: " in told("third")
+    monkeypatch.setenv("GEOMERGE_NATIVE", "0")
+    assert "GEOMERGE_NATIVE is 0" in told("fourth")
+
+
 @compiled
 def test_a_stale_library_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor one without a fingerprint, nor what is no library; torch does all then, and nothing is said."""
+    """Nor one without a fingerprint, nor what is no library; torch does all then."""
     source = tmp_path / "kernels.c"
     source.write_bytes(build.SOURCE.read_bytes() + b"\n")
     monkeypatch.setattr(build, "SOURCE", source)

@@ -227,6 +227,7 @@ def show_report(plan: Plan, report: Report, progress: Silent, shard: str | None 
     """Tell the user what a run did."""
     from geomerge.cli.console import amount, clean, count, duration, facts, heading, show
     from geomerge.cli.plan_page import rounding
+    from geomerge.methods import native
 
     speed = f"{amount(report.nbytes)} in {duration(report.seconds)} ({amount(_rate(report, progress))}/s)"
     where = clean(report.out)
@@ -246,6 +247,8 @@ def show_report(plan: Plan, report: Report, progress: Silent, shard: str | None 
     if report.codes:
         rows.append(("codes", _codes(report)))
     rows += [("note", clean(note)) for note in report.notes]
+    if native.missing() is not None:
+        rows.append(("slow", f"without compiled loops a merge takes two to five times as long: {native.missing()}"))
     show(facts(rows))
     if report.codes:
         show(heading("codes"), _codes_table(report))

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from geomerge.methods.native import call
-from geomerge.methods.native.call import CODES, MOST, Inputs, Stored, available, in_memory, takes, turned_off
+from geomerge.methods.native.call import CODES, MOST, Inputs, Stored, available, in_memory, missing, takes, turned_off
 
-__all__ = ["CODES", "MOST", "Inputs", "Stored", "available", "in_memory", "takes", "turned_off"]
+__all__ = ["CODES", "MOST", "Inputs", "Stored", "available", "in_memory", "missing", "takes", "turned_off"]
 
 
 def load(stored: Stored, count: int) -> np.ndarray:

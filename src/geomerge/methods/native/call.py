@@ -38,13 +38,29 @@ _off = 0
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | None:
-    if os.environ.get("GEOMERGE_NATIVE") == "0" or not LIBRARY.exists() or sys.byteorder != "little":
-        return None
+def _found() -> tuple[ctypes.CDLL | None, str | None]:
+    """The library, or why there is none."""
+    if os.environ.get("GEOMERGE_NATIVE") == "0":
+        return None, "the variable GEOMERGE_NATIVE is 0"
+    if sys.byteorder != "little":
+        return None, "this processor's numbers begin with their last byte"
     # The loops fuse multiplication and addition where torch does, and torch does on processors that can.
     if platform.machine() in ("x86_64", "AMD64") and not _fuses():
-        return None
-    return _load(LIBRARY)
+        return None, "this processor has no AVX2"
+    build = f"build them: {sys.executable} -m geomerge.methods.native.build"
+    if not LIBRARY.exists():
+        return None, f"they were not built with the package; with a C compiler here, {build}"
+    library = _load(LIBRARY)
+    return library, None if library is not None else f"they are of another version than the package; {build}"
+
+
+def _library() -> ctypes.CDLL | None:
+    return _found()[0]
+
+
+def missing() -> str | None:
+    """Why the compiled loops are not used, and what to do about it; `None` where they are."""
+    return _found()[1]
 
 
 def _fuses() -> bool:
