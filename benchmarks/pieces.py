@@ -4,6 +4,7 @@
     python benchmarks/pieces.py workers      # TIES of the 0.5B models with 1 and 2 threads, and with 2 processes
     python benchmarks/pieces.py writes       # a gigabyte into the page cache by writes of several sizes, in turn
     python benchmarks/pieces.py loops        # the compiled loops alone over whole files, with two threads, beside cp
+    python benchmarks/pieces.py copies       # into and out of the page cache, by where the target lies beside the source
     python benchmarks/pieces.py groups       # recorded methods with operations compiled together, and one after the other
     python benchmarks/pieces.py processes    # whole merges of 0.5B: with torch imported first, and without compiled loops
     python benchmarks/pieces.py pursuit 1000 # sums of 64 rows for 1,000 missing tokens, 50,000 shared tokens of width 896
@@ -143,6 +144,28 @@ def writes(nbytes: int = 1 << 30, rounds: int = 7) -> None:
             f"writes of {size >> 10:5d} KiB, {where:17s} least {min(seconds):.2f} s, median {statistics.median(seconds):.2f} s",
             flush=True,
         )
+
+
+def copies(nbytes: int = 1 << 26, window: int = 1 << 16, rounds: int = 5) -> None:
+    """Reads and writes whose target begins so many bytes after the source, both taken within their pages of 4 KiB."""
+    room = memoryview(mmap.mmap(-1, window + 8192))
+    path = BENCH / "copies.bin"
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+    os.posix_fallocate(descriptor, 0, nbytes)
+    places = range(2048, nbytes - window, window)
+
+    def timed(copy: Callable[..., int], first: int) -> float:
+        part = [room[first : first + window]]
+        copy(descriptor, part, 2048)
+        return min(_seconds(lambda: [copy(descriptor, part, place) for place in places]) for _ in range(rounds))
+
+    moved = len(places) * window / 1e9
+    print("bytes after the source  read GB/s  write GB/s")
+    for after in (-64, -32, -16, 0, 8, 16, 24, 32, 48, 64, 576):
+        read, write = timed(os.preadv, 2048 + after), timed(os.pwritev, 2048 - after)
+        print(f"{after:22d}{moved / read:11.2f}{moved / write:12.2f}", flush=True)
+    os.close(descriptor)
+    path.unlink()
 
 
 def loops(rounds: int = 5) -> None:
@@ -337,6 +360,8 @@ if __name__ == "__main__":
         loops()
     elif sys.argv[1:] == ["writes"]:
         writes()
+    elif sys.argv[1:] == ["copies"]:
+        copies()
     elif sys.argv[1:] == ["groups"]:
         groups()
     elif sys.argv[1:] == ["processes"]:

@@ -286,6 +286,23 @@ def test_can_be_turned_off() -> None:
     assert done.stdout.strip() == "False"
 
 
+@compiled
+def test_windows_move_where_copies_would_be_slow(tmp_path: Path) -> None:
+    """Wherever a file's bytes lie beside the windows in memory, what is read and written is the same."""
+    values = np.random.default_rng(0).integers(0, 0x7F00, 70_000).astype(np.uint16)
+    beginning = native.call.room(1).ctypes.data
+    for apart in range(-40, 42, 2):
+        source, target = tmp_path / "source", tmp_path / "target"
+        at, to = (beginning - apart) % 4096, (beginning + 2 * native.call.WINDOW + 576 + apart) % 4096
+        source.write_bytes(bytes(at) + values.tobytes())
+        target.write_bytes(bytes(to))
+        with source.open("rb") as reads, target.open("r+b") as writes:
+            stored = native.Stored(native.CODES["BF16"], file=reads.fileno(), offset=at)
+            out = native.Stored(native.CODES["BF16"], file=writes.fileno(), offset=to)
+            assert native.span(native.Inputs([stored], values.size), [1.0], out)
+        assert target.read_bytes()[to:] == values.tobytes()
+
+
 def test_a_merge_says_why_it_is_slow(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -193,7 +193,7 @@ class Inputs:
             Whether all numbers that it looked at are finite.
         """
         nbytes = sum(_SIZES[s.code] * WINDOW + _APART for s in self.stored if not s.memory)
-        windows = room(nbytes if out is None or out.memory else nbytes + _SIZES[out.code] * _BATCH)
+        windows = room(nbytes if out is None or out.memory else nbytes + _SIZES[out.code] * _BATCH + _APART)
         first = None if beginning is None else beginning.ctypes.data
         work = _Work(
             ctypes.addressof(self._places),
