@@ -28,7 +28,8 @@ def _variants(method: type[Method]) -> Iterator[dict[str, Any]]:
                 yield {name: choice}
 
 
-def _cases() -> Iterator[Case]:
+def recorded_cases() -> Iterator[Case]:
+    """The methods that are recorded, for two to four experts (or the one that they take)."""
     for name, method in registry.all_methods().items():
         if issubclass(method, Elementwise) and method.recorded:
             counts = [n for n in COUNTS if n > 1 or method.models[1] == 1]
@@ -46,7 +47,7 @@ def recorded() -> list[str]:
         return laid_out(structure)
 
     with mock.patch.object(program, "laid_out", spy):
-        for case in _cases():
+        for case in recorded_cases():
             merge(case.made(), case.models((31, 67)))
     return sorted(found)
 

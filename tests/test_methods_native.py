@@ -290,7 +290,7 @@ def test_can_be_turned_off() -> None:
 def test_windows_move_where_copies_would_be_slow(tmp_path: Path) -> None:
     """Wherever a file's bytes lie beside the windows in memory, what is read and written is the same."""
     values = np.random.default_rng(0).integers(0, 0x7F00, 70_000).astype(np.uint16)
-    beginning = native.call.room(1).ctypes.data
+    beginning = native.call.room(1 << 20).ctypes.data  # more than is needed, so that it stays
     for apart in range(-40, 42, 2):
         source, target = tmp_path / "source", tmp_path / "target"
         at, to = (beginning - apart) % 4096, (beginning + 2 * native.call.WINDOW + 576 + apart) % 4096

@@ -17,9 +17,8 @@ from geomerge.methods.functions import exp, log, tanh
 from geomerge.methods.native.build import GROUPS
 from geomerge.methods.program import Recorded, Value
 from geomerge.methods.tile import Scan, TensorSource, Tile
-from geomerge.testing.conformance import cases
 from geomerge.testing.inputs import merge
-from recorded_groups import recorded
+from recorded_groups import recorded, recorded_cases
 
 compiled = pytest.mark.skipif(not native.available(), reason="the compiled loops were not built (no C compiler?)")
 
@@ -219,24 +218,25 @@ def test_what_can_be_done_together_follows_each_other() -> None:
     assert steps.groups(notes[0], order) == [(2, "subtract(r0,r1) scale(0) size(0) > 0 1 2")]
 
 
+@compiled
 def test_what_methods_record_is_compiled_as_groups() -> None:
     """The list is that of the methods as they are; if not, ``python tests/recorded_groups.py`` writes it again."""
-    if native.available():
-        assert GROUPS.read_text().splitlines() == recorded()
+    assert GROUPS.read_text().splitlines() == recorded()
 
 
 @compiled
-def test_groups_have_the_bits_of_single_steps() -> None:
-    """Each method's blend with its groups and without, as for more experts than there are groups for."""
-    for name in ("pcb", "sce", "widen", "consensus"):
-        (case, *_) = cases(name, counts=(3,))
+def test_groups_have_the_bits_of_single_steps_and_of_torch() -> None:
+    """All that is on the list; one by one is how it goes for more experts than there are groups for."""
+    for case in recorded_cases():
         inputs = case.models((31, 67))
+        steps.laid_out.cache_clear()
         found = merge(case.made(), inputs)
+        with native.turned_off():
+            assert torch.equal(found, merge(case.made(), inputs)), case
         steps.laid_out.cache_clear()
         with mock.patch.object(steps, "_known", dict):
-            alone = merge(case.made(), inputs)
-        steps.laid_out.cache_clear()
-        assert torch.equal(found, alone), name
+            assert torch.equal(found, merge(case.made(), inputs)), case
+    steps.laid_out.cache_clear()
 
 
 class TestFunctions:

@@ -10,7 +10,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from diagnose_samples import Program
+
+from cli_samples import Program
 
 
 @pytest.fixture

@@ -5,39 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 import tiny
 from geomerge.checkpoint import from_state_dict
-from geomerge.cli.app import main
 from geomerge.diagnose import Diagnosis, diagnose
 
 TENSORS = ("model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.o_proj.weight")
-
-
-class Ran(NamedTuple):
-    """What a run of the program gave."""
-
-    code: int
-    out: str
-    err: str
-
-
-class Program:
-    """Runs the program in this process, its output captured."""
-
-    def __init__(self, captured: pytest.CaptureFixture[str]) -> None:
-        self._captured = captured
-
-    def __call__(self, *words: object) -> Ran:
-        self._captured.readouterr()
-        code = main([str(word) for word in words])
-        return Ran(code, *self._captured.readouterr())
 
 
 def in_memory(models: Mapping[str, Mapping[str, Tensor]], *, base: str | None = None, **options: Any) -> Diagnosis:

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diagnose_samples import Program, rotated, vocabulary
+from diagnose_samples import rotated, vocabulary
 
+from cli_samples import Program
 from geomerge.diagnose import Thresholds, diagnose
 from geomerge.diagnose.cka import Moments, layer_similarity, read_probe
 from geomerge.diagnose.rotation import debiased_cka

@@ -7,10 +7,11 @@ import math
 from pathlib import Path
 
 import pytest
-from diagnose_samples import Program, damage, vocabulary
+from diagnose_samples import damage, vocabulary
 
 import geomerge as gm
 import tiny
+from cli_samples import Program
 from geomerge.diagnose import Thresholds, diagnose
 
 BIG = Thresholds(small=1e-9, one=2e-9, two=3e-9, three=1)

@@ -248,7 +248,7 @@ def show_report(plan: Plan, report: Report, progress: Silent, shard: str | None 
         rows.append(("codes", _codes(report)))
     rows += [("note", clean(note)) for note in report.notes]
     if native.missing() is not None:
-        rows.append(("slow", f"without compiled loops a merge takes two to five times as long: {native.missing()}"))
+        rows.append(("slow", f"without compiled loops most merges take two to five times as long: {native.missing()}"))
     show(facts(rows))
     if report.codes:
         show(heading("codes"), _codes_table(report))

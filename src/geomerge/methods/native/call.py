@@ -75,9 +75,9 @@ def _fuses() -> bool:
 def _load(path: Path) -> ctypes.CDLL | None:
     """The library, or `None` where it cannot be loaded or was made of other sources than those beside this file."""
     try:
-        library = ctypes.CDLL(str(path))
-        made_of = ctypes.c_char * (len(fingerprint()) + 1)
-        return library if made_of.in_dll(library, "geomerge_source").value.decode() == fingerprint() else None
+        library, sources = ctypes.CDLL(str(path)), fingerprint()
+        made_of = ctypes.c_char * (len(sources) + 1)
+        return library if made_of.in_dll(library, "geomerge_source").value.decode() == sources else None
     except (OSError, ValueError):
         return None
 

@@ -51,8 +51,11 @@ enum {
 #define NAMED(name, ...) name,
 enum { BEFORE = ALONE - 1, OPERATIONS(NAMED) };
 
-#define DONE(name, ...) \
-    static inline double name##_OF(double a, double b, double c, double x, double y) { return (void)b, (void)c, (void)x, (void)y, __VA_ARGS__; }
+#define DONE(name, ...)                                                                \
+    static inline double name##_OF(double a, double b, double c, double x, double y) { \
+        (void)b, (void)c, (void)x, (void)y;                                            \
+        return __VA_ARGS__;                                                            \
+    }
 OPERATIONS(DONE)
 
 struct step {
