@@ -28,7 +28,7 @@ def test_one_file(tmp_path: Path) -> None:
     layout = plan_layout([("b", "BF16", (2, 3)), ("a", "F32", ()), ("e", "F32", (0, 4))], metadata={"by": "geomerge"})
     [file] = layout.files
     assert (file.name, layout.nbytes, layout.index()) == ("model.safetensors", 16, None)
-    assert len(file.header) % 8 == 0
+    assert len(file.header) % 4096 == 0
     assert layout.place["b"] == (0, len(file.header), 12)
     assert layout.place["a"] == (0, len(file.header) + 12, 4)
     assert layout.place["e"] == (0, len(file.header) + 16, 0)
@@ -90,10 +90,10 @@ def test_names_beyond_ascii_and_quotes(tmp_path: Path) -> None:
 
 def test_header_stays_below_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Very many tensors open a new shard before the header becomes too long to be read."""
-    monkeypatch.setattr("geomerge.checkpoint.layout.HEADER_LIMIT", 2000)
+    monkeypatch.setattr("geomerge.checkpoint.layout.HEADER_LIMIT", 6000)
     layout = plan_layout([(f"t{i}", "F32", (1,)) for i in range(30)])
     assert len(layout.files) > 1
-    assert all(len(file.header) < 2000 for file in layout.files)
+    assert all(len(file.header) < 6000 for file in layout.files)
 
 
 def test_layout_refuses_nonsense() -> None:

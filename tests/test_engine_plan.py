@@ -13,6 +13,7 @@ from ruamel.yaml import YAML
 import geomerge as gm
 import tiny
 from geomerge.engine.estimate import estimate
+from geomerge.engine.manifest import as_text
 from geomerge.engine.plan import Plan
 from geomerge.engine.planner import make_plan
 from geomerge.engine.run import run_in_memory
@@ -370,6 +371,35 @@ def test_manifest(family: dict[str, tiny.Tensors], tmp_path: Path) -> None:
     assert any("int8_mask" in note for note in record["notes"])
     assert str(tmp_path) not in json.dumps(record)
     assert Path("out/geomerge.yml").read_text() == recipe.read_text()
+
+
+def test_manifest_has_a_line_for_each_tensor() -> None:
+    """Two manifests can be compared line by line, and one of 100,000 tensors be read."""
+    content = {
+        "geomerge": "1",
+        "loss": None,
+        "notes": [],
+        "methods": [{"name": "linear", "parameters": {"weight": [0.5, 0.5]}}],
+        "tensors": {'naïve "name"': {"rule": "merge", "method": 0}, "b": {"rule": "copy"}},
+        "left_out": {},
+    }
+    text = as_text(content)
+    assert json.loads(text) == content
+    assert text.splitlines() == [
+        "{",
+        '  "geomerge": "1",',
+        '  "loss": null,',
+        '  "notes": [],',
+        '  "methods": [',
+        '    {"name": "linear", "parameters": {"weight": [0.5, 0.5]}}',
+        "  ],",
+        '  "tensors": {',
+        '    "naïve \\"name\\"": {"rule": "merge", "method": 0},',
+        '    "b": {"rule": "copy"}',
+        "  },",
+        '  "left_out": {}',
+        "}",
+    ]
 
 
 def test_manifest_tells_coefficients(family: dict[str, tiny.Tensors]) -> None:

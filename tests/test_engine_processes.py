@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import pickle
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="wo
 @pytest.fixture
 def forking(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fork whatever the size of the work and the number of the test runner's threads."""
-    monkeypatch.setattr(run, "suitable", lambda nodes, threads: True)
+    monkeypatch.setattr(run, "suitable", lambda elements, threads: True)
     monkeypatch.setattr(execute, "_BUNDLE_ELEMENTS", 1 << 8)
 
 
@@ -50,7 +50,7 @@ def test_same_bytes_as_threads(method: str, tmp_path: Path, monkeypatch: pytest.
     text = recipe(tmp_path, method, "weight: 0.5, density: 0.6")
     monkeypatch.setattr(processes, "LARGE", 500)
     gm.merge(text, tmp_path / "forked", threads=3)
-    monkeypatch.setattr(run, "suitable", lambda nodes, threads: False)
+    monkeypatch.setattr(run, "suitable", lambda elements, threads: False)
     gm.merge(text, tmp_path / "threaded", threads=2)
     names = sorted(p.name for p in (tmp_path / "threaded").iterdir())
     assert names == sorted(p.name for p in (tmp_path / "forked").iterdir())
@@ -128,7 +128,7 @@ import sys, time
 import geomerge as gm
 from geomerge.engine import execute, run
 
-run.suitable = lambda nodes, threads: True
+run.suitable = lambda elements, threads: True
 execute._BUNDLE_ELEMENTS = 1 << 8
 make = execute.Work.make
 
@@ -198,7 +198,7 @@ def test_a_survey_by_workers(method: str, counting: bool, tmp_path: Path, monkey
     gm.merge(text, tmp_path / "forked", threads=3, progress=Counter())
     assert len(crews) >= gm.plan(text).nodes[0].method.surveys  # type: ignore[union-attr]
     assert sum(told) == 0
-    monkeypatch.setattr(run, "suitable", lambda nodes, threads: False)
+    monkeypatch.setattr(run, "suitable", lambda elements, threads: False)
     gm.merge(text, tmp_path / "threaded", threads=2)
     assert tiny.same(tiny.read(tmp_path / "forked"), tiny.read(tmp_path / "threaded"))
 
@@ -221,15 +221,48 @@ def test_no_forks_for_what_compiled_loops_do(monkeypatch: pytest.MonkeyPatch, tm
     """A fork has to be worth it for what torch makes: nothing of TIES and DELLA with the loops, all without."""
     asked: list[int] = []
 
-    def suitable(nodes: Sequence[object], threads: int | None) -> bool:
-        asked.append(len(nodes))
+    def suitable(elements: int, threads: int | None) -> bool:
+        asked.append(elements)
         return False
 
     monkeypatch.setattr(run, "suitable", suitable)
+    monkeypatch.setattr(processes, "TINY", -1)
     ties, della = recipe(tmp_path), recipe(tmp_path, "della")
     gm.merge(ties, tmp_path / "compiled")
     gm.merge(della, tmp_path / "della")
     with native.turned_off():
         gm.merge(ties, tmp_path / "torch")
-    assert asked[:2] == [0, 0]
-    assert asked[2] == len(tiny.llama_shapes(tiny.LLAMA))
+    assert asked == [0, 0, sum(math.prod(shape) for shape in tiny.llama_shapes(tiny.LLAMA).values())]
+
+
+FORKS_FOR_TINY_TENSORS = """
+import sys
+from geomerge.late import loaded, put_off
+put_off("torch")
+from geomerge.cli.app import main
+from geomerge.engine import processes
+processes.WORTH = int(sys.argv[1]) * processes.TINY
+in_workers, forks = processes.in_workers, []
+processes.in_workers = lambda *a, **k: forks.append(1) or in_workers(*a, **k)
+print(main(["merge", *sys.argv[2:], "--threads", "2", "--quiet"]), len(forks), loaded("torch"))
+"""
+
+
+@pytest.mark.skipif(not native.available(), reason="the compiled loops were not built")
+def test_forks_for_very_many_tiny_tensors(tmp_path: Path) -> None:
+    """They cost the interpreter's time, so two interpreters make them; nobody needs torch."""
+    (tmp_path / "recipe.yml").write_text(recipe(tmp_path))
+    count = len(tiny.llama_shapes(tiny.LLAMA))
+    for worth, forks in ((count, 1), (count + 1, 0)):
+        command = [
+            sys.executable,
+            "-c",
+            FORKS_FOR_TINY_TENSORS,
+            str(worth),
+            tmp_path / "recipe.yml",
+            tmp_path / str(forks),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert done.stdout.splitlines()[-1] == f"0 {forks} False"
+    assert tiny.same(tiny.read(tmp_path / "0"), tiny.read(tmp_path / "1"))
+    assert (tmp_path / "0/geomerge.json").read_bytes() == (tmp_path / "1/geomerge.json").read_bytes()

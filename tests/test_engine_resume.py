@@ -28,7 +28,7 @@ from geomerge.checkpoint.writer import JOURNAL
 from geomerge.engine import execute, run
 
 recipe, out, kills = sys.argv[1], sys.argv[2], int(sys.argv[3])
-run.suitable = lambda nodes, threads: sys.argv[4] == "processes"
+run.suitable = lambda elements, threads: sys.argv[4] == "processes"
 make = execute.Work.make
 
 def slow(self, node, *rest):

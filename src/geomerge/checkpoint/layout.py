@@ -19,6 +19,9 @@ from geomerge.checkpoint.header import HEADER_LIMIT
 from geomerge.errors import UsageError
 
 DEFAULT_SHARD_SIZE = 5_000_000_000
+_PAGE = 1 << 12
+"""Where the tensors begin is a multiple of it: the system writes and reads whole pages in less time."""
+
 MODEL = "model"
 """How weight files are called, before any number and suffix."""
 
@@ -144,13 +147,13 @@ _Sized = tuple[str, str, tuple[int, ...], int]
 
 def _split(tensors: Sequence[tuple[str, str, tuple[int, ...]]], shard_size: int) -> list[list[_Sized]]:
     shards: list[list[_Sized]] = [[]]
-    data = header = 0
+    data, header = 0, _PAGE  # of which the padding is a part
     for name, dtype, shape in tensors:
         nbytes = prod(shape) * DTYPES[dtype].itemsize
         entry = 6 * len(name) + _ENTRY_BYTES
         if shards[-1] and (data + nbytes > shard_size or header + entry > HEADER_LIMIT):
             shards.append([])
-            data = header = 0
+            data, header = 0, _PAGE
         shards[-1].append((name, dtype, shape, nbytes))
         data += nbytes
         header += entry
@@ -173,7 +176,7 @@ def _header(shard: list[_Sized], metadata: Mapping[str, str]) -> tuple[bytes, in
         entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": (position, position + nbytes)}
         position += nbytes
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % _PAGE)
     return len(text).to_bytes(8, "little") + text, 8 + len(text) + position
 
 

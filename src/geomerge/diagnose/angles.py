@@ -24,7 +24,7 @@ from geomerge.diagnose.parents import Parents
 from geomerge.engine.build import Builder
 from geomerge.engine.execute import Facts, Threads, Work
 from geomerge.engine.plan import Node
-from geomerge.engine.processes import Processes, suitable
+from geomerge.engine.processes import Processes, interpreted, suitable
 from geomerge.engine.run import Progress
 from geomerge.engine.sources import FileSource, HeldSource
 from geomerge.errors import NotFiniteError
@@ -239,8 +239,10 @@ def survey(
     in_memory = any(c.memory for c in parents.inputs)
     # Compiled loops leave the interpreter's lock to the other threads; what task vectors share is torch's.
     loops = native.available() and not (work.based and len(parents.inputs) > 2)
-    executor = Processes if not in_memory and not loops and suitable(nodes, threads) else Threads
-    executor(work, threads).run(nodes, done)
+    slow = sum(interpreted(node, loops=loops) for _, node in nodes)
+    forks = not in_memory and suitable(slow, threads)
+    executor = Processes(work, threads, with_torch=not loops) if forks else Threads(work, threads)
+    executor.run(nodes, done)
     if progress is not None:
         progress.finish()
     ordered = [(node.name, facts[i]) for i, node in nodes]

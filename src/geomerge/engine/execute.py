@@ -41,7 +41,7 @@ LARGE = 1 << 24
 """Tensors of more elements are made by all threads together, segment by segment."""
 
 _COPY = 1 << 20
-_TINY = 1 << 13
+TINY = 1 << 13
 """Tensors up to this size are all made by one thread: their cost is the interpreter's, which threads would only fight for."""
 _SAMPLED = 1 << 14
 """Smaller tensors are left out of the estimate of the rounding loss."""
@@ -269,8 +269,8 @@ class Threads:
         heavy = sorted((item for item in nodes if weight[item[0]]), key=lambda item: -weight[item[0]])
         light = [item for item in nodes if not weight[item[0]]]
         large = sorted((item for item in light if item[1].numel > LARGE), key=lambda item: -item[1].numel)
-        small = sorted((item for item in light if _TINY < item[1].numel <= LARGE), key=lambda item: -item[1].numel)
-        tiny = [item for item in light if item[1].numel <= _TINY]
+        small = sorted((item for item in light if TINY < item[1].numel <= LARGE), key=lambda item: -item[1].numel)
+        tiny = [item for item in light if item[1].numel <= TINY]
         room = Room(ROOM)
         keep_freed_memory()
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="geomerge")

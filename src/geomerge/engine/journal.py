@@ -22,6 +22,7 @@ from geomerge.errors import UsageError
 COMPLETE = "complete"
 """The key of a concluded journal's last line."""
 
+_dense = json.JSONEncoder(separators=(",", ":")).encode
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -109,7 +110,7 @@ class Journal:
         self.complete = True
 
     def _write(self, lines: list[dict[str, Any]]) -> None:
-        text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines).encode()
+        text = "".join(_dense(line) + "\n" for line in lines).encode()
         with self._lock:
             try:
                 while text:

@@ -5,6 +5,7 @@ It holds no date and no path, so the same command writes the same bytes, and a r
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Mapping
 from importlib import metadata
@@ -16,6 +17,20 @@ from geomerge.engine.plan import InputModel, Plan
 from geomerge.methods.base import Elementwise, Method
 from geomerge.methods.chain import Step
 from geomerge.version import __version__
+
+
+def as_text(content: Mapping[str, Any]) -> str:
+    """A manifest as JSON, with one line for each entry of its lists and tables."""
+    dense = json.JSONEncoder(ensure_ascii=False).encode
+
+    def laid_out(value: Any) -> str:
+        if isinstance(value, Mapping) and value:
+            return "{\n    " + ",\n    ".join(f"{dense(str(k))}: {dense(v)}" for k, v in value.items()) + "\n  }"
+        if isinstance(value, list) and value:
+            return "[\n    " + ",\n    ".join(map(dense, value)) + "\n  ]"
+        return dense(value)
+
+    return "{\n  " + ",\n  ".join(f"{dense(key)}: {laid_out(value)}" for key, value in content.items()) + "\n}\n"
 
 
 def manifest(plan: Plan, facts: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:

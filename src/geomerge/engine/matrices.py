@@ -55,6 +55,8 @@ def whole_matrices(plan: Plan, node: Node) -> int:
         found = 8 * node.numel * (count + node.method.workspace(count))
     if is_matrix(node.shape) and any(step.whole for step in node.chain):
         found += 8 * node.numel * (len(node.operands) + 14)
+    if all(o.node < 0 and o.rows < 0 for o in node.operands):
+        return found
     return found + sum(whole_matrices(plan, plan.nodes[i]) for i in _stages(plan, node))
 
 

@@ -4,8 +4,9 @@ Threads of one interpreter pass its lock to each other after every operation on 
 and wake it again: two threads then do a TIES merge little faster than one. Forked workers share nothing but the open files;
 they write their tensors into the output themselves and send back what the manifest shall say.
 
-Used when what torch computes is large (compiled loops leave the lock to the other threads, and so does copying), and only from
-a process that has no other threads: forking among threads is not safe.
+Used when what torch computes is large (compiled loops leave the lock to the other threads, and so does copying) or tiny tensors
+are very many (those cost the interpreter's time, whoever computes them), and only from a process that has no other threads:
+forking among threads is not safe.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
-from geomerge.engine.execute import LARGE, Facts, Threads, Work, bundles, cores
+from geomerge.engine.execute import LARGE, TINY, Facts, Threads, Work, bundles, cores
 from geomerge.engine.memory import keep_freed_memory
 from geomerge.engine.plan import Node
 from geomerge.errors import RunError
@@ -41,11 +42,22 @@ Piece = TypeVar("Piece")
 Made = TypeVar("Made")
 
 
-def suitable(nodes: Sequence[tuple[int, Node]], threads: int | None) -> bool:
-    """Whether this process may fork, and whether that is worth it for nodes at which threads would wait for each other."""
+def interpreted(node: Node, *, loops: bool) -> int:
+    """The elements of a node for which the interpreter's lock is held.
+
+    A tiny tensor costs the same whatever its size, and whether or not compiled loops make it.
+    """
+    if node.numel <= TINY:
+        return TINY
+    return 0 if loops else node.numel
+
+
+def suitable(elements: int, threads: int | None) -> bool:
+    """Whether this process may fork, and whether that is worth it for so many elements of which threads would wait for each
+    other."""
     # Python's locks between processes live in /dev/shm.
     alone = sys.platform.startswith("linux") and threading.active_count() == 1 and os.access("/dev/shm", os.W_OK)
-    return alone and (threads or cores()) > 1 and sum(node.numel for _, node in nodes) >= WORTH
+    return alone and (threads or cores()) > 1 and elements >= WORTH
 
 
 class Processes:
@@ -54,11 +66,13 @@ class Processes:
     Args:
         work: Makes single nodes, in the workers.
         workers: How many; by default one for each core that the process may use.
+        with_torch: Whether the work needs torch, which is then loaded once, before there are workers.
     """
 
-    def __init__(self, work: Work, workers: int | None = None) -> None:
+    def __init__(self, work: Work, workers: int | None = None, *, with_torch: bool = True) -> None:
         self.work = work
         self.workers = workers or cores()
+        self.with_torch = with_torch
 
     def run(self, nodes: Sequence[tuple[int, Node]], done: Done, begin: Callable[[], None] = lambda: None) -> None:
         """See `geomerge.engine.execute.Executor`.
@@ -92,7 +106,16 @@ class Processes:
         queue = list(bundles(sorted(nodes, key=lambda item: -item[1].numel)))
         advance = self.work.advance
         try:
-            in_workers(queue, make, done, workers=self.workers, advance=advance, enter=enter, meanwhile=meanwhile)
+            in_workers(
+                queue,
+                make,
+                done,
+                workers=self.workers,
+                advance=advance,
+                enter=enter,
+                meanwhile=meanwhile,
+                with_torch=self.with_torch,
+            )
         except BaseException:
             self.work.stop.set()
             raise
@@ -107,6 +130,7 @@ def in_workers(
     advance: Callable[[int], None] = lambda nbytes: None,
     enter: Callable[[Callable[[int], None]], None] = lambda report: None,
     meanwhile: Callable[[], None] = lambda: None,
+    with_torch: bool = True,
 ) -> None:
     """Do pieces of work in forked workers, which take turns at them in order.
 
@@ -118,6 +142,7 @@ def in_workers(
         advance: Told, here, of the bytes that workers report.
         enter: Called in each worker with what takes its reports of bytes.
         meanwhile: Done here, by threads if need be, once the workers exist; they begin when it is over.
+        with_torch: Load torch here, once, before there are workers.
 
     Raises:
         RunError: A worker died; or whatever error a worker met. All workers are ended then.
@@ -126,7 +151,8 @@ def in_workers(
     turn = context.Value("q", 0)
     gate = context.Event()
     keep_freed_memory()
-    load("torch")  # once, here
+    if with_torch:
+        load("torch")
     pipes: list[Connection] = []
     processes = []
     try:

@@ -25,10 +25,10 @@ from geomerge.engine.adapted import adapt
 from geomerge.engine.build import Builder
 from geomerge.engine.execute import Executor, Threads, Work
 from geomerge.engine.journal import Journal
-from geomerge.engine.manifest import manifest, notes, total_loss
+from geomerge.engine.manifest import as_text, manifest, notes, total_loss
 from geomerge.engine.matrices import whole_matrices
 from geomerge.engine.plan import InputModel, Node, Plan
-from geomerge.engine.processes import Processes, suitable
+from geomerge.engine.processes import Processes, interpreted, suitable
 from geomerge.engine.sinks import FileSink, MemorySink
 from geomerge.engine.survey import survey_bytes, surveyed
 from geomerge.errors import ModelError, RunError, UsageError, did_you_mean
@@ -352,7 +352,8 @@ def _open_input(model: InputModel, *, allow_pickle: bool) -> Checkpoint:
 def _choice(builder: Builder, nodes: Sequence[tuple[int, Node]], threads: int | None) -> Callable[[Work], Executor]:
     """Processes where they are safe and worth it, else threads."""
     forks = _may_fork(builder, nodes, threads)
-    return lambda work: Processes(work, threads) if forks else Threads(work, threads)
+    with_torch = not all(_by_loops(builder, node) for _, node in nodes)
+    return lambda work: Processes(work, threads, with_torch=with_torch) if forks else Threads(work, threads)
 
 
 def _may_fork(builder: Builder, nodes: Sequence[tuple[int, Node]], threads: int | None) -> bool:
@@ -361,7 +362,7 @@ def _may_fork(builder: Builder, nodes: Sequence[tuple[int, Node]], threads: int 
     # Sparse sums are found once, by whoever needs them first; each process would find them again.
     whole = whole or any(r.plan.pursued for r in builder.plan.rows)
     memory = any(c.memory for c in builder.inputs)
-    slow = [item for item in nodes if not _by_loops(builder, item[1])]
+    slow = sum(interpreted(node, loops=_by_loops(builder, node)) for _, node in nodes)
     return builder.device == "cpu" and not whole and not memory and suitable(slow, threads)
 
 
@@ -434,7 +435,7 @@ def write_side_files(plan: Plan, output: OutputDirectory, facts: Mapping[int, Ma
     """Everything beside the weights: the models' files, the recipe, the manifest, the model card."""
     write_model_files(plan, output)
     output.write_text(RECIPE_NAME, plan.recipe)
-    output.write_json(MANIFEST_NAME, manifest(plan, facts))
+    output.write_text(MANIFEST_NAME, as_text(manifest(plan, facts)))
     output.write_text("README.md", _card(plan, output.out.name, notes(plan, facts)))
 
 

@@ -113,20 +113,22 @@ def prepare(
             columns = torch.from_numpy(np.ascontiguousarray(table.T)).to(scan.device)
             return Prepared(scan, functools.partial(_combine_columns, columns))
         scan = open_scan(check=not method.needs_gram)
-        k = len(scan.sources)
-        if not isinstance(measured, gram.Gram):
-            measured = measure_gram(open_scan) if method.needs_gram else gram.Gram(np.full((k, k), np.nan))
+        if method.needs_gram and not isinstance(measured, gram.Gram):
+            measured = measure_gram(open_scan)
         try:
-            vector = np.asarray(method.coefficients(measured), dtype=np.float64)
+            if isinstance(measured, gram.Gram):
+                coefficients = _coefficients(method, measured, scale)
+            else:
+                coefficients = _unmeasured(method, len(scan.sources), scale)
         except UsageError as error:
             raise UsageError(error.what, where=scan.name, hint=error.hint) from None
-        coefficients = tuple(_scaled(vector, scale).tolist())
         combine = _combine_differences if _cancels(coefficients) else _combine
         if scan.thinning is not None:
             combine = _combine_thinned
         elif not method.needs_gram and all(coefficients):
             # What is not finite in an input shows in the output: one look instead of one for each input.
-            scan, combine = open_scan(check=False), functools.partial(_looked_at, combine)
+            scan.look_later()
+            combine = functools.partial(_looked_at, combine)
         plain = combine is not _combine_differences and scan.thinning is None and any(coefficients)
         summed = functools.partial(_fused_sum, coefficients) if plain else None
         return Prepared(scan, functools.partial(combine, coefficients), coefficients, fused=summed)
@@ -271,8 +273,18 @@ def measure_gram(open_scan: Open) -> gram.Gram:
     return gram.measure(open_scan(), "tensor")
 
 
+def _coefficients(method: Span, measured: gram.Gram, scale: float) -> tuple[float, ...]:
+    return tuple(_scaled(np.asarray(method.coefficients(measured), dtype=np.float64), scale).tolist())
+
+
+@functools.lru_cache(maxsize=256)
+def _unmeasured(method: Span, count: int, scale: float) -> tuple[float, ...]:
+    """The coefficients of a method that measures nothing: the same for all tensors with its parameters."""
+    return _coefficients(method, gram.Gram(np.full((count, count), np.nan)), scale)
+
+
 def _numel(shape: tuple[int, ...]) -> int:
-    return int(np.prod(shape, dtype=np.int64))
+    return math.prod(shape)
 
 
 def _scaled(coefficients: Any, scale: float) -> Any:

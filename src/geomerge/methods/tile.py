@@ -301,6 +301,10 @@ class Scan:
         """Whether inputs that are not finite are still to be refused."""
         return not self._finite
 
+    def look_later(self) -> None:
+        """Whoever reads the tiles will look at what becomes of them (see `look_again`)."""
+        self._finite = self.thinning is None
+
     def places(self, segment: Segment) -> Iterator[Place]:
         """Where the pieces of one segment lie that compiled loops read, in order."""
         carry: dict[Any, Any] = {}

@@ -313,11 +313,11 @@ def pruned(
     """
     some = max(_TOGETHER // columns, 1)
     experts = inputs.count - 1
-    scratch = call.room(some * columns * (8 * inputs.count + 4 * experts) + 32 * columns, "scratch")
+    scratch = call.address(some * columns * (8 * inputs.count + 4 * experts) + 32 * columns, "scratch")
     return inputs.call(
         "pruned", ctypes.c_int64(inputs.numel), ctypes.c_int64(columns), ctypes.c_int64(some), thinned, prunings,
         ctypes.byref(rule.packed()), call.doubles(rule.coefficients), call.doubles(rule.weights),
-        ctypes.c_void_p(scratch.ctypes.data), ctypes.c_int(check), out=out, beginning=beginning,
+        ctypes.c_void_p(scratch), ctypes.c_int(check), out=out, beginning=beginning,
     )  # fmt: skip
 
 
@@ -328,7 +328,7 @@ _TOGETHER = 1 << 13
 def divergences(inputs: Inputs, columns: int, floor: float, *, check: bool) -> tuple[bool, np.ndarray]:
     """Σ p ln(p/q) of each row of at most `ROW` columns, where p and q are the second and first input's softmax plus `floor`."""
     found = np.empty(inputs.numel // columns)
-    room = ctypes.c_void_p(call.room(16 * columns, "scratch").ctypes.data)
+    room = ctypes.c_void_p(call.address(16 * columns, "scratch"))
     return inputs.call(
         "divergences", ctypes.c_int64(len(found)), ctypes.c_int64(columns), ctypes.c_double(floor), room,
         ctypes.c_int(check), ctypes.c_void_p(found.ctypes.data),

@@ -193,11 +193,11 @@ class Inputs:
             Whether all numbers that it looked at are finite.
         """
         nbytes = sum(_SIZES[s.code] * WINDOW + _APART for s in self.stored if not s.memory)
-        windows = room(nbytes if out is None or out.memory else nbytes + _SIZES[out.code] * _BATCH + _APART)
+        windows = address(nbytes if out is None or out.memory else nbytes + _SIZES[out.code] * _BATCH + _APART)
         first = None if beginning is None else beginning.ctypes.data
         work = _Work(
             ctypes.addressof(self._places),
-            windows.ctypes.data,
+            windows,
             first,
             0 if beginning is None else len(beginning),
             self.count,
@@ -216,11 +216,21 @@ _local = threading.local()
 
 def room(nbytes: int, use: str = "windows") -> np.ndarray:
     """So many bytes of this thread's buffer for a use: its pages need not be got and cleared again and again."""
-    found: np.ndarray | None = getattr(_local, use, None)
-    if found is None or found.size < nbytes:
-        found = np.empty(nbytes, dtype=np.uint8)
+    return _kept(nbytes, use)[0][:nbytes]
+
+
+def address(nbytes: int, use: str = "windows") -> int:
+    """Where that buffer begins."""
+    return _kept(nbytes, use)[1]
+
+
+def _kept(nbytes: int, use: str) -> tuple[np.ndarray, int]:
+    found: tuple[np.ndarray, int] | None = getattr(_local, use, None)
+    if found is None or found[0].size < nbytes:
+        memory = np.empty(nbytes, dtype=np.uint8)
+        found = memory, memory.ctypes.data
         setattr(_local, use, found)
-    return found[:nbytes]
+    return found
 
 
 def loaded() -> ctypes.CDLL:

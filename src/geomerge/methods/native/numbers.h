@@ -16,6 +16,19 @@ static inline uint16_t to_bf16(float value) {
     return value != value ? 0x7FC0 : (uint16_t)rounded;
 }
 
+/* The same of a finite number; and whether a number is not. */
+static inline uint16_t finite_to_bf16(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    return (uint16_t)((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
+}
+
+static inline int32_t not_finite(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    return (bits & 0x7F800000) == 0x7F800000;
+}
+
 #define EACH(n) for (int64_t i = 0; i < (n); i++)
 
 /* At most CHUNK elements of a raw buffer as T. */
@@ -55,6 +68,18 @@ static inline uint16_t to_bf16(float value) {
             EACH(n) x[i] = (double)values[i];                                                       \
         }                                                                                           \
     }
+
+/* Doubles rounded to bfloat16 by way of float32; whether any is not finite there, for which nothing sensible is stored. */
+static inline int32_t narrowed(const double *restrict values, int64_t start, int64_t n, void *raw) {
+    int32_t odd = 0;
+    uint16_t *out = (uint16_t *)raw + start;
+    EACH(n) {
+        float value = (float)values[i];
+        odd |= not_finite(value);
+        out[i] = finite_to_bf16(value);
+    }
+    return odd;
+}
 
 /* 0 when all are finite, else NaN or more. */
 #define DAMAGE(T)                                             \

@@ -2,9 +2,22 @@
 
 #pragma once
 
+/* Two inputs and an output of bfloat16; whether any sum is not finite. */
+static __attribute__((noinline)) int32_t span_of_two(const uint16_t *restrict a, const uint16_t *restrict b, int64_t n, double first,
+                                                     double second, uint16_t *restrict out) {
+    int32_t odd = 0;
+    EACH(n) {
+        float sum = (float)fma((double)from_bf16(b[i]), second, (double)from_bf16(a[i]) * first);
+        odd |= not_finite(sum);
+        out[i] = finite_to_bf16(sum);
+    }
+    return odd;
+}
+
 /* out = round(sum of c[k] * x[k]), in double. Returns whether all of the sum is finite (in float, where that is on the way). */
 int geomerge_span(struct work *work, int64_t n, const double *c, const struct place *out) {
     double bad = 0;
+    int32_t odd = 0;
     double x[CHUNK], total[CHUNK];
     float narrow[CHUNK];
     const void *raw[MOST];
@@ -21,11 +34,9 @@ int geomerge_span(struct work *work, int64_t n, const double *c, const struct pl
             int j = 1;
             if (common) {
                 const uint16_t *a = (const uint16_t *)raw[0] + s, *b = (const uint16_t *)raw[1] + s;
-                if (k == 2 && out_dtype != F64 && work->first <= at + s) { /* most merges */
-                    EACH(m) narrow[i] = (float)fma((double)from_bf16(b[i]), second, (double)from_bf16(a[i]) * first);
-                    bad += (double)damage_float(narrow, m);
-                    store_float(narrow, out_dtype, s, m, to);
-                    continue;
+                if (k == 2 && out_dtype == BF16 && work->first <= at + s) { /* most merges */
+                    odd |= span_of_two(a, b, size - s, first, second, (uint16_t *)to + s);
+                    break;
                 }
                 EACH(m) total[i] = fma((double)from_bf16(b[i]), second, (double)from_bf16(a[i]) * first);
                 j = 2;
@@ -42,6 +53,8 @@ int geomerge_span(struct work *work, int64_t n, const double *c, const struct pl
             if (out_dtype == F64) {
                 bad += damage_double(total, m);
                 store_double(total, out_dtype, s, m, to);
+            } else if (out_dtype == BF16) {
+                odd |= narrowed(total, s, m, to);
             } else {
                 EACH(m) narrow[i] = (float)total[i];
                 bad += (double)damage_float(narrow, m);
@@ -50,7 +63,7 @@ int geomerge_span(struct work *work, int64_t n, const double *c, const struct pl
         }
         if (!deliver(work, out, at + size, n)) return -1;
     }
-    return bad == 0;
+    return bad == 0 && !odd;
 }
 
 /* The sums of products of a block of two inputs of bfloat16: as below, lane by lane, with nothing but the inputs in memory. */
