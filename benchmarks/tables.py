@@ -117,9 +117,8 @@ def short(rows: list[dict[str, Any]], machine: dict[str, Any]) -> str:
     lines += ["", (f"bfloat16 models, warm page cache, {machine['date']}, `make bench`; "
               f"all figures in [docs/benchmarks.md](docs/benchmarks.md).")]  # fmt: skip
     if peak is not None:
-        lines += [
-            f"Peak anonymous memory above `import torch`: at most {peak:.0f} MB (nine methods, 0.5B and 1.5B alike)."
-        ]
+        said = "less than `import torch` alone takes" if peak < 0 else f"at most {peak:.0f} MB above `import torch`"
+        lines += [f"Peak anonymous memory: {said} (nine methods, 0.5B and 1.5B alike)."]
     return "\n".join(lines) + "\n"
 
 
