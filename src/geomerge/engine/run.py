@@ -351,9 +351,10 @@ def _open_input(model: InputModel, *, allow_pickle: bool) -> Checkpoint:
 
 def _choice(builder: Builder, nodes: Sequence[tuple[int, Node]], threads: int | None) -> Callable[[Work], Executor]:
     """Processes where they are safe and worth it, else threads."""
-    forks = _may_fork(builder, nodes, threads)
+    if not _may_fork(builder, nodes, threads):
+        return lambda work: Threads(work, threads)
     with_torch = not all(_by_loops(builder, node) for _, node in nodes)
-    return lambda work: Processes(work, threads, with_torch=with_torch) if forks else Threads(work, threads)
+    return lambda work: Processes(work, threads, with_torch=with_torch)
 
 
 def _may_fork(builder: Builder, nodes: Sequence[tuple[int, Node]], threads: int | None) -> bool:

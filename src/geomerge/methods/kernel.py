@@ -117,7 +117,9 @@ def prepare(
             measured = measure_gram(open_scan)
         try:
             if isinstance(measured, gram.Gram):
-                coefficients = _coefficients(method, measured, scale)
+                coefficients = _coefficients(method, len(scan.sources), scale, measured)
+            elif method.known is not None:  # which is no part of a method's equality
+                coefficients = _coefficients(method, len(scan.sources), scale)
             else:
                 coefficients = _unmeasured(method, len(scan.sources), scale)
         except UsageError as error:
@@ -273,14 +275,13 @@ def measure_gram(open_scan: Open) -> gram.Gram:
     return gram.measure(open_scan(), "tensor")
 
 
-def _coefficients(method: Span, measured: gram.Gram, scale: float) -> tuple[float, ...]:
+def _coefficients(method: Span, count: int, scale: float, measured: gram.Gram | None = None) -> tuple[float, ...]:
+    measured = measured or gram.Gram(np.full((count, count), np.nan))
     return tuple(_scaled(np.asarray(method.coefficients(measured), dtype=np.float64), scale).tolist())
 
 
-@functools.lru_cache(maxsize=256)
-def _unmeasured(method: Span, count: int, scale: float) -> tuple[float, ...]:
-    """The coefficients of a method that measures nothing: the same for all tensors with its parameters."""
-    return _coefficients(method, gram.Gram(np.full((count, count), np.nan)), scale)
+_unmeasured = functools.lru_cache(maxsize=256)(_coefficients)
+"""The coefficients of methods that measure nothing: the same for all tensors with the same parameters."""
 
 
 def _numel(shape: tuple[int, ...]) -> int:
