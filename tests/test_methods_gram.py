@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import geomerge as gm
-from geomerge.methods import gram, tile
+from geomerge.methods import gram, native, tile
 from geomerge.methods.tile import Scan, TensorSource
 from geomerge.testing import models
 
@@ -113,3 +113,23 @@ def test_tiny_halves_do_not_underflow() -> None:
     tiny = 2.0**-83
     large, small = gm.methods.slerp(a, [b], t=0.25), gm.methods.slerp(a * tiny, [b * tiny], t=0.25)
     assert torch.equal(small, large * tiny)
+
+
+@pytest.mark.skipif(not native.available(), reason="the compiled loops were not built (no C compiler?)")
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 6])
+@pytest.mark.parametrize("shape", [(40, 896), (7, 1030), (300, 3)])
+def test_compiled_products_have_the_bits_of_torch(count: int, shape: tuple[int, int]) -> None:
+    """Of bfloat16 models, with sums in registers for two to five of them where whole registers fill."""
+    tensors = [t.to(torch.bfloat16) for t in models(count, shape)]
+
+    def measured() -> list[np.ndarray]:
+        found = [
+            gram.measure(scan_of(tensors, columns), axis) for columns, axis in ((None, "tensor"), (shape[1], "column"))
+        ]
+        single = Scan([TensorSource(t) for t in tensors], shape, tile=1 << 13, single=True)
+        return [g.centred for g in (*found, gram.by_rows(scan_of(tensors, shape[1])), gram.measure(single, "tensor"))]
+
+    fast = measured()
+    with native.turned_off():
+        for one, other in zip(fast, measured(), strict=True):
+            np.testing.assert_array_equal(one, other)

@@ -215,7 +215,7 @@ def test_what_can_be_done_together_follows_each_other() -> None:
     order = steps.ordered(notes[0])
     names = [notes[0][index][0] for index in order]
     assert names == ["load", "load", "subtract", "scale", "size", "tanh", "sums", "multiply", "sums"]
-    assert steps.groups(notes[0], order) == [(2, "subtract(r0,r1) scale(0) size(0) > 0 1 2")]
+    assert steps.groups(notes[0], order) == [(2, "subtract(i0,i1) scale(0) size(0) > 0 1 2")]
 
 
 @compiled
@@ -225,10 +225,11 @@ def test_what_methods_record_is_compiled_as_groups() -> None:
 
 
 @compiled
-def test_groups_have_the_bits_of_single_steps_and_of_torch() -> None:
-    """All that is on the list; one by one is how it goes for more experts than there are groups for."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_groups_have_the_bits_of_single_steps_and_of_torch(dtype: torch.dtype) -> None:
+    """All that is on the list, in whole chunks and what is left; one by one is how it goes for more experts than listed."""
     for case in recorded_cases():
-        inputs = case.models((31, 67))
+        inputs = [x.to(dtype) for x in case.models((31, 67))]
         steps.laid_out.cache_clear()
         found = merge(case.made(), inputs)
         with native.turned_off():
@@ -237,6 +238,33 @@ def test_groups_have_the_bits_of_single_steps_and_of_torch() -> None:
         with mock.patch.object(steps, "_known", dict):
             assert torch.equal(found, merge(case.made(), inputs)), case
     steps.laid_out.cache_clear()
+
+
+def test_sums_of_groups() -> None:
+    """What a group may sum up itself: all that is kept, each once, by the steps that follow it, in their order."""
+
+    def written(compute: Callable[[Recorded], list[Value]]) -> list[str]:
+        notes: list[steps.Structure] = []
+        with mock.patch.object(program, "laid_out", lambda found: notes.append(found) or steps.laid_out(found)):
+            program.record(2, compute, "sums")  # type: ignore[arg-type]
+        return [text for _, text in steps.groups(notes[0], steps.ordered(notes[0]))]
+
+    def reversed_(tile: Recorded) -> list[Value]:
+        (delta,) = tile.task_vectors()
+        size = delta.abs()
+        return [delta.square(), size]
+
+    assert written(reversed_) == ["subtract(i0,i1) size(0) multiply(0,0) > 2 1 summed"]
+
+    def twice(tile: Recorded) -> list[Value]:
+        (delta,) = tile.task_vectors()
+        return [delta.square(), delta.square()]
+
+    def also(tile: Recorded) -> list[Value]:
+        (delta,) = tile.task_vectors()
+        return [delta.abs(), delta.abs().tanh()]
+
+    assert not any(text.endswith("summed") for text in written(twice) + written(also))
 
 
 class TestFunctions:

@@ -35,6 +35,8 @@ SPARE = 159
 """The last of the registers, for what nobody asked for."""
 
 _ENDS = ("store", "sums", "bracket", "count")
+_SUMMED = "summed"
+"""How a group ends whose results are summed up, and nothing else."""
 
 Structure = tuple[tuple[str, tuple[int, ...], int], ...]
 """Of noted operations without their numbers and data: name, operands (numbers of earlier notes), and of a load the input."""
@@ -44,7 +46,7 @@ class Step(ctypes.Structure):
     """One operation on registers: see `native/program.h`."""
 
     _fields_ = (
-        *((name, ctypes.c_int32) for name in ("operation", "to", "a", "b", "c", "group")),
+        *((name, ctypes.c_int32) for name in ("operation", "to", "a", "b", "c", "group", "within", "unused")),
         ("x", ctypes.c_double),
         ("y", ctypes.c_double),
         ("data", ctypes.c_void_p),
@@ -90,8 +92,20 @@ def laid_out(structure: Structure) -> Layout:
         steps[place] = Step(CODE[name], to, a, b, c)
         free += [register.pop(o) for o in {index, *operands} if last.get(o, place) == place]
     known = _known()
+    together: set[int] = set()
     for place, text in groups(structure, order):
         steps[place].group = known.get(text, 0)
+        if not steps[place].group:
+            continue
+        stop = place + text.count("(")
+        together.update(range(place, stop))
+        if text.endswith(_SUMMED):
+            for sums in range(stop, stop + len(text.split(" > ")[1].split()) - 1):
+                steps[sums].within = 1
+    users = _users(structure, order)
+    for place, index in enumerate(order):
+        if structure[index][0] == "load" and together.issuperset(users.get(index, (-1,))):
+            steps[place].within = 1
     return Layout(bytes(steps), tuple(order))
 
 
@@ -116,25 +130,36 @@ def ordered(structure: Structure) -> list[int]:
     return order
 
 
+def _users(structure: Structure, order: list[int]) -> dict[int, list[int]]:
+    """For each note the places of the steps that take it."""
+    found: dict[int, list[int]] = {}
+    for place, index in enumerate(order):
+        for operand in set(structure[index][1]):
+            found.setdefault(operand, []).append(place)
+    return found
+
+
 def groups(structure: Structure, order: list[int]) -> list[tuple[int, str]]:
     """The groups of steps that can be done together: the place of the first, and what they do.
 
-    A group reads ``subtract(r0,r1) scale(0) > 1``: operands are registers (r0 is the first that it reads) or earlier results of
-    the group (from 0), and what is needed after it comes last.
+    A group reads ``subtract(i0,r1) scale(0) > 1``: operands are inputs (i0), other registers (r1; numbered together, in the
+    order in which it reads them) or earlier results of the group (from 0), and what is needed after it comes last, with
+    ``summed`` behind it if the steps that follow sum it up in this order, and nothing else needs it.
     """
-    users: dict[int, list[int]] = {}
-    for place, index in enumerate(order):
-        for operand in structure[index][1]:
-            users.setdefault(operand, []).append(place)
+    users = _users(structure, order)
     found, start = [], 0
     while start < len(order):
         stop = start
         while stop < len(order) and structure[order[stop]][0] in _TOGETHER:
             stop += 1
         if stop > start + 1:
-            found.append(
-                (start, _written(structure, order[start:stop], {o for o, p in users.items() if max(p) >= stop}))
-            )
+            later = {index: [p for p in users.get(index, ()) if p >= stop] for index in order[start:stop]}
+            kept = [index for index, places in later.items() if places]
+            after = [structure[index] for index in order[stop : stop + len(kept)]]
+            summed = [operands[0] for name, operands, _ in after if name == "sums"]
+            only = sorted(summed) == sorted(kept) and all(len(later[index]) == 1 for index in kept)
+            text = _written(structure, order[start:stop], summed if only else kept)
+            found.append((start, f"{text} {_SUMMED}" if only else text))
         start = max(stop, start + 1)
     return found
 
@@ -144,9 +169,9 @@ def _written(structure: Structure, group: list[int], kept: Collection[int]) -> s
     words = []
     for index in group:
         name, operands, _ = structure[index]
-        read = [names.setdefault(o, f"r{len(names) - len(group)}") for o in operands]
+        read = [names.setdefault(o, f"{'ri'[structure[o][0] == 'load']}{len(names) - len(group)}") for o in operands]
         words.append(f"{name}({','.join(read)})")
-    return f"{' '.join(words)} > {' '.join(names[index] for index in group if index in kept)}"
+    return f"{' '.join(words)} > {' '.join(names[index] for index in kept)}"
 
 
 @functools.cache

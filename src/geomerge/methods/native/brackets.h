@@ -14,7 +14,6 @@ struct bracket {
 };
 
 #ifdef __AVX2__
-#include <immintrin.h>
 
 /* For each mask of eight lanes the lanes that are set, first ones first. */
 static int32_t lanes_of[256][8] __attribute__((aligned(32)));

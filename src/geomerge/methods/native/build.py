@@ -64,36 +64,54 @@ def build(target: Path = LIBRARY) -> str | None:
 
 
 def groups() -> str:
-    """The source of the loops: of each group a function, and tables of the functions and of their numbers of steps."""
+    """The source of the loops: of each group a function, and tables of the functions and of their numbers of steps.
+
+    Each comes twice: from registers to registers, and for whole chunks of bfloat16 inputs, which are read where they lie. The
+    latter sums up what is summed up.
+    """
     texts = GROUPS.read_text().splitlines()
-    names = ", ".join(f"group_{number}" for number in range(1, len(texts) + 1))
+    numbers = range(1, len(texts) + 1)
     lengths = ", ".join(str(text.count("(")) for text in texts)
-    tables = f"static group *const groups[] = {{0, {names}}};\nstatic const int lengths[] = {{0, {lengths}}};\n"
-    return "\n".join(_group(f"group_{number}", text) for number, text in enumerate(texts, 1)) + tables
+    tables = [f"static const int lengths[] = {{0, {lengths}}};\n"]
+    for name in ("group", "quick"):
+        names = ", ".join(f"{name}_{number}" for number in numbers)
+        tables.append(f"static group *const {name}s[] = {{0, {names}}};\n")
+    return "\n".join(_group(number, text) for number, text in enumerate(texts, 1)) + "".join(tables)
 
 
-def _group(name: str, text: str) -> str:
-    steps, kept = text.split(" > ")
-    registers: dict[str, str] = {}
+def _group(number: int, text: str) -> str:
+    steps, ends = text.split(" > ")
+    kept = [int(end) for end in ends.removesuffix(" summed").split()]
+    operands: dict[str, str] = {}
     lines = []
-    for number, (operation, operands) in enumerate(re.findall(r"(\w+)\(([\w,]*)\)", steps)):
-        read = []
-        for place, operand in enumerate(operands.split(",")):
-            if operand.startswith("r"):
-                registers.setdefault(operand, f"steps[{number}].{'abc'[place]}")
-            read.append(f"{operand}[i]" if operand.startswith("r") else f"v{operand}")
-        values = [*read, "0", "0"][:3]
-        lines.append(
-            f"        const double v{number} = {operation.upper()}_OF({', '.join(values)}, x{number}, y{number});"
-        )
-    count = len(lines)
-    numbers = [f"    const double x{n} = steps[{n}].x, y{n} = steps[{n}].y;" for n in range(count)]
-    reads = [f"    const double *{register} = registers[{place}];" for register, place in registers.items()]
-    writes = [f"    double *o{n} = registers[steps[{n}].to];" for n in kept.split()]
-    ends = [f"        o{n}[i] = v{n};" for n in kept.split()]
-    loop = "    ALIKE for (int i = 0; i < CHUNK; i++) {"
-    head = f"static void {name}(double (*registers)[CHUNK], const struct step *steps) {{"
-    return "\n".join([head, *numbers, *reads, *writes, loop, *lines, *ends, "    }", "}", ""])
+    for n, (operation, listed) in enumerate(re.findall(r"(\w+)\(([\w,]*)\)", steps)):
+        for place, operand in enumerate(listed.split(",")):
+            if not operand.isdigit():
+                operands.setdefault(operand, f"steps[{n}].{'abc'[place]}")
+        values = [*(f"v{operand}" for operand in listed.split(",")), "0", "0"][:3]
+        lines.append(f"const double v{n} = {operation.upper()}_OF({', '.join(values)}, x{n}, y{n});")
+    numbers = [f"const double x{n} = steps[{n}].x, y{n} = steps[{n}].y;" for n in range(len(lines))]
+    sums = [f"steps[{n}].data" for n in range(len(lines), len(lines) + len(kept))]
+    stored = [f"registers[steps[{n}].to]" for n in kept]
+
+    def function(name: str, inputs: set[str], targets: list[str], assignment: str) -> str:
+        before, within = list(numbers), []
+        for operand, place in operands.items():
+            if operand in inputs:
+                before.append(f"const uint16_t *{operand} = raw[{place}];")
+                within.append(f"const double v{operand} = from_bf16({operand}[i]);")
+            else:
+                before.append(f"const double *{operand} = registers[{place}];")
+                within.append(f"const double v{operand} = {operand}[i];")
+        before += [f"double *o{n} = {target};" for n, target in zip(kept, targets, strict=True)]
+        after = [f"o{n}[i] {assignment} v{n};" for n in kept]
+        loop = ["ALIKE for (int i = 0; i < CHUNK; i++) {", *within, *lines, *after, "}"]
+        return "\n    ".join([f"static GROUP({name}_{number}) {{", "(void)raw;", *before, *loop]) + "\n}\n"
+
+    inputs = {operand for operand in operands if operand.startswith("i")}
+    summed = ends.endswith("summed")
+    quick = function("quick", inputs, *((sums, "+=") if summed else (stored, "=")))
+    return function("group", set(), stored, "=") + quick
 
 
 if __name__ == "__main__":

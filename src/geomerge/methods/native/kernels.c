@@ -36,6 +36,7 @@ const char geomerge_source[] = GEOMERGE_SOURCE;
 #include "places.h"
 #include "functions.h"
 #include "span.h"
+#include "gram.h"
 #include "brackets.h"
 #include "task_vectors.h"
 #include "pruned.h"

@@ -81,6 +81,44 @@ static inline int32_t narrowed(const double *restrict values, int64_t start, int
     return odd;
 }
 
+/* As many numbers as a register of 32 bytes holds, in terms that every compiler has; for the conversion of bfloat16 and a product
+ * that is added in one rounding compilers need to be told how. */
+typedef float lanes_float __attribute__((vector_size(32)));
+typedef double lanes_double __attribute__((vector_size(32)));
+
+#ifdef __AVX2__
+#include <immintrin.h>
+
+static inline lanes_float widened_float(const uint16_t *x) {
+    return (lanes_float)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)x)), 16);
+}
+
+static inline lanes_double widened_double(const uint16_t *x) {
+    return (lanes_double)_mm256_cvtps_pd(_mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i *)x)), 16)));
+}
+#else
+static inline lanes_float widened_float(const uint16_t *x) {
+    lanes_float wide;
+    for (int i = 0; i < 8; i++) wide[i] = from_bf16(x[i]);
+    return wide;
+}
+
+static inline lanes_double widened_double(const uint16_t *x) {
+    lanes_double wide;
+    for (int i = 0; i < 4; i++) wide[i] = from_bf16(x[i]);
+    return wide;
+}
+#endif
+
+static inline lanes_double plus_product(lanes_double sum, lanes_double a, lanes_double b) {
+#if defined __AVX2__ && defined __FMA__
+    return (lanes_double)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)sum);
+#else
+    for (int i = 0; i < 4; i++) sum[i] = fma(a[i], b[i], sum[i]);
+    return sum;
+#endif
+}
+
 /* 0 when all are finite, else NaN or more. */
 #define DAMAGE(T)                                             \
     static inline T damage_##T(const T *restrict x, int64_t n) { \
@@ -99,14 +137,15 @@ typedef int16_t shorts __attribute__((vector_size(32)));
 
 static inline int odd_bits(const uint16_t *x, int64_t n) {
     shorts odd = {0};
-    int16_t any = 0;
+    uint64_t words[4], any;
     int64_t i = 0;
     for (; i + 16 <= n; i += 16) {
         shorts bits;
         memcpy(&bits, x + i, sizeof bits);
         odd |= (bits & 0x7F80) == 0x7F80;
     }
-    for (int lane = 0; lane < 16; lane++) any |= odd[lane];
+    memcpy(words, &odd, sizeof words);
+    any = words[0] | words[1] | words[2] | words[3];
     for (; i < n; i++) any |= (x[i] & 0x7F80) == 0x7F80;
     return any != 0;
 }

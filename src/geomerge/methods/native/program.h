@@ -30,7 +30,7 @@ enum {
     DO(PLUS_PRODUCT, fma(x * b, c, a))                 \
     DO(PLUS_QUOTIENT, a + x * b / c)                   \
     DO(SIZE, fabs(a))                                  \
-    DO(SIGN, TRUE(a > 0) - TRUE(a < 0))                \
+    DO(SIGN, islessgreater(a, 0) ? copysign(1, a) : 0) \
     DO(EXP, exp_of(a))                                 \
     DO(FLOOR, a < x ? x : a)                           \
     DO(CLAMP, (a < x ? x : a) > y ? y : a < x ? x : a) \
@@ -60,7 +60,9 @@ OPERATIONS(DONE)
 
 struct step {
     int32_t operation, to, a, b, c;
-    int32_t group; /* this step and those that follow are the group of that number; 0: it stands alone */
+    int32_t group;  /* this step and those that follow are the group of that number; 0: it stands alone */
+    int32_t within; /* of LOAD and SUMS: the groups do it, if the inputs are bfloat16, and the chunk is whole */
+    int32_t unused;
     double x, y;
     void *data;
 };
@@ -76,16 +78,20 @@ struct step {
 #endif
 
 /* Steps that common methods do one after the other are compiled into one loop, which keeps what lies between in the processor's
- * registers. build.py makes them of groups.txt: each takes the group's first step. */
-typedef void group(double (*registers)[CHUNK], const struct step *steps);
+ * registers. build.py makes them of groups.txt: each takes the group's first step, and for each register into which an input would
+ * be loaded that input. */
+#define GROUP(name) void name(double (*registers)[CHUNK], const uint16_t *const *raw, const struct step *steps)
+typedef GROUP(group);
 #include "groups.h"
 
 /* Does all steps to the elements [at, at + m), which lie from `s` on in `raw`; `first` is the place of element 0 in the tensor. */
 static void do_steps(struct work *work, const struct step *steps, int count, const void *const *raw, int64_t s, int64_t m, int64_t at,
-                     int64_t n, int64_t first, const struct place *out, char *to, double (*registers)[CHUNK]) {
+                     int64_t n, int64_t first, const struct place *out, char *to, double (*registers)[CHUNK], int bf16) {
+    const uint16_t *loaded[REGISTERS];
+    const int quick = bf16 && m == CHUNK;
     for (const struct step *each = steps; each < steps + count; each++) {
         if (each->group) {
-            groups[each->group](registers, each);
+            (quick ? quicks : groups)[each->group](registers, loaded, each);
             each += lengths[each->group] - 1;
             continue;
         }
@@ -93,7 +99,10 @@ static void do_steps(struct work *work, const struct step *steps, int count, con
         const double *restrict a = registers[each->a], *restrict b = registers[each->b], *restrict c = registers[each->c];
         const double x = each->x, y = each->y;
         switch (each->operation) {
-        case LOAD: load_double(raw[each->a], work->inputs[each->a].dtype, s, m, o); break;
+        case LOAD:
+            if (quick) loaded[each->to] = (const uint16_t *)raw[each->a] + s;
+            if (!quick || !each->within) load_double(raw[each->a], work->inputs[each->a].dtype, s, m, o);
+            break;
         case TABLE: {
             const double *table = each->data;
             int64_t length = (int64_t)x, run = (int64_t)y, place = first + at;
@@ -135,7 +144,7 @@ static void do_steps(struct work *work, const struct step *steps, int count, con
         }
         case SUMS: {
             double *restrict lanes = each->data;
-            EACH(m) lanes[i] += a[i];
+            if (!quick || !each->within) EACH(m) lanes[i] += a[i];
             if ((at + m) % (int64_t)x && at + m < n) break;
             halved(lanes);
             lanes[CHUNK + at / (int64_t)x] = lanes[0];
@@ -163,6 +172,8 @@ int geomerge_program(struct work *work, int64_t pieces, const int64_t *starts, i
     _Alignas(64) double registers[REGISTERS][CHUNK] = {{0}};
     double bad = 0;
     const void *raw[MOST];
+    int bf16 = 1;
+    for (int k = 0; k < work->count; k++) bf16 &= work->inputs[k].dtype == BF16;
     for (int64_t p = 0; p < pieces; p++)
         for (int64_t at = 0; at < n; at += WINDOW) {
             int64_t size = least(WINDOW, n - at);
@@ -174,7 +185,7 @@ int geomerge_program(struct work *work, int64_t pieces, const int64_t *starts, i
                     if (work->inputs[k].dtype != BF16) load_double(raw[k], work->inputs[k].dtype, s, m, registers[0]);
                     bad += odd_double(raw[k], work->inputs[k].dtype, s, m, registers[0]);
                 }
-                do_steps(work, steps, count, raw, s, m, at + s, n, first + starts[p], out, to, registers);
+                do_steps(work, steps, count, raw, s, m, at + s, n, first + starts[p], out, to, registers, bf16);
             }
             if (out && !deliver(work, out, at + size, n)) return -1;
         }
