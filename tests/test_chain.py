@@ -22,7 +22,7 @@ from geomerge.engine.plan import Plan
 from geomerge.engine.planner import make_plan
 from geomerge.engine.run import run_in_memory
 from geomerge.engine.shards import finalize, run_shard
-from geomerge.methods import after, chain, registry
+from geomerge.methods import after, before, registry
 from geomerge.methods.chain import Step, thinned
 from geomerge.methods.kernel import prepare
 from geomerge.methods.tile import Scan, TensorSource
@@ -193,7 +193,7 @@ def test_published_variants_are_presets_of_a_chain(preset: str, dtype: str) -> N
     """Bit for bit, also where the preset computes in float32."""
     method, beside, own, step = PRESETS[preset]
     said = registry.get(preset).chain.split()  # type: ignore[attr-defined]
-    assert [chain.get(said[0]), said[2]] == [chain.get(step.split(":")[0]), method]
+    assert [before.get(said[0]), said[2]] == [before.get(step.split(":")[0]), method]
     head = HEAD.replace("float64", dtype)
     both = []
     for name, more in (
@@ -271,9 +271,9 @@ def test_the_bits_do_not_depend_on_how_the_work_is_cut(method: str, step: str, m
     count = 1 if method in ("arcee_fusion", "slerp") else 3
     experts = [base + torch.from_numpy(random.integers(-4, 5, shape) / 256.0) for _ in range(count)]
     values: dict[str, Any] = {"density": 0.37} if step != "svd_compress" else {"ratio": 0.2}
-    steps = [chain.get(step).make(values, count=count)]
+    steps = [before.get(step).make(values, count=count)]
     if step != "trim":
-        steps.append(chain.get("trim").make({"density": 0.81, "rescale": True, "rescale_norm": "l1"}, count=count))
+        steps.append(before.get("trim").make({"density": 0.81, "rescale": True, "rescale_norm": "l1"}, count=count))
     known = registry.get(method).parameters()
     given: dict[str, Any] = {n: 0.3 for n in ("weight", "t") if n in known and known[n].required}
     merge = registry.get(method).make(given | ({"density": 0.5} if method == "ties" else {}), count=count)
@@ -359,7 +359,7 @@ def test_damage_is_found_in_what_a_step_would_drop() -> None:
     """A NaN is refused although nothing of that element would be left."""
     base, bad = torch.zeros(64, dtype=torch.float64), torch.zeros(64, dtype=torch.float64)
     bad[7] = float("nan")
-    steps = [chain.Dare(density=(0.01,))]
+    steps = [before.Dare(density=(0.01,))]
     method = registry.get("task_arithmetic").make({"weight": 1.0}, count=1)
 
     def open_scan(**tiling: Any) -> Scan:
@@ -462,11 +462,11 @@ def test_a_step_needs_the_base() -> None:
 
 def test_the_grammar_knows_the_steps() -> None:
     """Names and parameters of the tables are those of the classes."""
-    for name, step in chain.STEPS.items():
+    for name, step in before.STEPS.items():
         assert grammar.BEFORE[name] == tuple(step.parameters()) or set(grammar.BEFORE[name]) == set(step.parameters())
         assert grammar.STEP_ALIASES.get(name, name) == step.name
         assert {p for p in grammar.BEFORE[name] if p in grammar.BESIDE} == {
             n for n, p in step.parameters().items() if p.per_model
         }
-    assert set(chain.STEPS) == set(grammar.BEFORE)
+    assert set(before.STEPS) == set(grammar.BEFORE)
     assert {name: tuple(step.parameters()) for name, step in after.AFTER.items()} == grammar.AFTER

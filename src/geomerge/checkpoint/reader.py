@@ -20,7 +20,6 @@ from geomerge.checkpoint.folder import (
     read_index,
     weight_files,
 )
-from geomerge.checkpoint.gguf import gguf_files, read_gguf
 from geomerge.checkpoint.header import FileInfo, TensorInfo, read_header
 from geomerge.checkpoint.hub import Located, locate
 from geomerge.checkpoint.strict_json import read_json
@@ -65,15 +64,15 @@ def open_checkpoint(
             if not files and allow_pickle:
                 files, weight_map = pickled_files(path)
             if not files:
-                ggufs = gguf_files(path)
-                if not ggufs:
+                model = _open_gguf(ref, located, path)
+                if model is None:
                     raise no_weights(path)
-                return _open_gguf(ref, located, path, ggufs)
+                return model
         elif path.name.endswith(INDEX_SUFFIX):
             folder = path.parent
             files, weight_map = read_index(path)
-        elif path.suffix == ".gguf":
-            return _open_gguf(ref, located, None, gguf_files(path))
+        elif path.suffix == ".gguf" and (model := _open_gguf(ref, located, path)) is not None:
+            return model
         else:
             folder = path.parent if path.name in ("model.safetensors", "pytorch_model.bin") else None
             files = [path]
@@ -204,7 +203,14 @@ def _open_pickles(
     return _in_memory(ref, tensors, config=config, located=located, folder=folder, files=infos)
 
 
-def _open_gguf(ref: str, located: Located, folder: Path | None, files: list[Path]) -> Checkpoint:
+def _open_gguf(ref: str, located: Located, path: Path) -> Checkpoint | None:
+    """A model of GGUF files, if there are any."""
+    from geomerge.checkpoint.gguf import gguf_files, read_gguf
+
+    files = gguf_files(path)
+    if not files:
+        return None
+    folder = path if path.is_dir() else None
     if folder is not None:
         for file in files:
             check_contained(file, folder)

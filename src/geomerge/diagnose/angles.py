@@ -12,14 +12,14 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
-from geomerge.anatomy import Part
 from geomerge.checkpoint.dtypes import DTYPES
 from geomerge.diagnose import task_vectors
+from geomerge.diagnose.group import Group, group_of
 from geomerge.diagnose.parents import Parents
 from geomerge.engine.build import Builder
 from geomerge.engine.execute import Facts, Threads, Work
@@ -35,28 +35,6 @@ from geomerge.methods.kernel import measure_gram
 from geomerge.methods.tile import Scan, Source
 
 _NARROW = ("BF16", "F16")
-
-
-class Group(NamedTuple):
-    """A block's tensors of one role; outside the blocks the tensors of one role before or after them."""
-
-    module: str
-    column: str
-    role: str
-
-    def __str__(self) -> str:
-        place = (
-            f"block {self.column}"
-            if self.column.isdigit()
-            else {"in": "before", "out": "after"}[self.column] + " the blocks"
-        )
-        return f"{self.role}, {place}" + (f" of {self.module}" if self.module else "")
-
-
-def group_of(part: Part) -> Group:
-    """The group of a tensor."""
-    column = {"pre": "in", "post": "out"}.get(part.position, "out") if part.block is None else str(part.block)
-    return Group(part.module, column, part.role)
 
 
 @dataclass(frozen=True)

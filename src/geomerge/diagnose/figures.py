@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from geomerge.anatomy.roles import ROLES
-from geomerge.diagnose.angles import Group, Reading
+from geomerge.diagnose.angles import Reading
 from geomerge.diagnose.decision import Decision
+from geomerge.diagnose.group import Group
 from geomerge.diagnose.score import Score
 from geomerge.engine.schedule import Schedule
 from geomerge.recipe.values import Where
@@ -57,7 +58,7 @@ def coefficient_maps(decision: Decision, parts: Mapping[str, Part], groups: Sequ
     """The coefficients that a decision recommends, in the same cells."""
     schedule = Schedule(decision.coefficients, Where("diagnosis", 1))
     wanted = {g.group for g in groups}
-    from geomerge.diagnose.angles import group_of
+    from geomerge.diagnose.group import group_of
 
     found: dict[Group, float] = {}
     for part in parts.values():

@@ -16,7 +16,7 @@ import numpy as np
 
 from geomerge import anatomy
 from geomerge.checkpoint.checkpoint import Checkpoint
-from geomerge.diagnose.angles import Group, group_of
+from geomerge.diagnose.group import Group, group_of
 from geomerge.diagnose.thresholds import Thresholds
 from geomerge.engine.build import Builder
 from geomerge.engine.plan import Node, Plan

@@ -16,7 +16,7 @@ from itertools import combinations
 
 import numpy as np
 
-from geomerge.diagnose.angles import Group, group_of
+from geomerge.diagnose.group import Group, group_of
 from geomerge.diagnose.parents import Parents
 from geomerge.engine.build import Builder
 from geomerge.engine.plan import Node

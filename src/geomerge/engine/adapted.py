@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path, PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from geomerge import anatomy
 from geomerge.anatomy import Anatomy
@@ -21,11 +21,12 @@ from geomerge.checkpoint.dtypes import DTYPES
 from geomerge.checkpoint.folder import LoneAdapter
 from geomerge.checkpoint.header import TensorInfo
 from geomerge.checkpoint.hub import Located
-from geomerge.checkpoint.lora import Adapter, LowRank, open_adapter
 from geomerge.checkpoint.reader import load, open_checkpoint
-from geomerge.engine.adapter_names import base_names
 from geomerge.errors import IncompatibleModels, ModelError
 from geomerge.recipe.values import ModelRef
+
+if TYPE_CHECKING:
+    from geomerge.checkpoint.lora import Adapter, LowRank
 
 _CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 """Families whose linear layers are stored as (in, out)."""
@@ -50,7 +51,7 @@ def open_model(
         adapted = (given or {}).get(str(ref))
         if adapted is not None:
             return adapted
-        adapter = open_adapter(ref.lora.path, ref.lora.revision, subfolder=ref.lora.subfolder)
+        adapter = _open_adapter(ref.lora.path, ref.lora.revision, ref.lora.subfolder)
         base = known or open_checkpoint(ref.path, ref.revision, subfolder=ref.subfolder, allow_pickle=allow_pickle)
         return adapt(base, adapter, str(ref))
     if known is not None:
@@ -58,7 +59,7 @@ def open_model(
     try:
         return open_checkpoint(ref.path, ref.revision, subfolder=ref.subfolder, allow_pickle=allow_pickle)
     except LoneAdapter:
-        adapter = open_adapter(ref.path, ref.revision, subfolder=ref.subfolder)
+        adapter = _open_adapter(ref.path, ref.revision, ref.subfolder)
     if adapter.base is None:
         raise ModelError(
             "is a LoRA adapter that does not say what its base is", where=str(ref), hint=f"name it: BASE+{ref}"
@@ -72,6 +73,12 @@ def open_model(
             hint=f"name the base yourself: BASE+{ref}",
         ) from None
     return adapt(base, adapter, str(ref))
+
+
+def _open_adapter(path: str, revision: str | None, subfolder: str | None) -> Adapter:
+    from geomerge.checkpoint.lora import open_adapter
+
+    return open_adapter(path, revision, subfolder=subfolder)
 
 
 def adapt(base: Checkpoint, adapter: Adapter, ref: str) -> Checkpoint:
@@ -99,6 +106,8 @@ class _Fit:
         adapter, base = self.adapter, self.base
         low = {f"{path}.weight": each for path, each in adapter.modules.items()}
         biases = {f"{path}.bias": each for path, each in adapter.modules.items() if each.bias}
+        from geomerge.engine.adapter_names import base_names
+
         names, left = base_names(adapter, self._known(), [*low, *adapter.whole], self.ref)
         self.notes += left
         whole = {names[path]: stored for path, stored in adapter.whole.items()}

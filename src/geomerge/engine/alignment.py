@@ -10,12 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from geomerge.align.residual import Place, Residual, read
 from geomerge.anatomy import Part
 from geomerge.engine.models import Model, Models
 from geomerge.engine.plan import Anchor, Operand, Rotation, Transform
@@ -26,6 +25,9 @@ from geomerge.late import torch_alone
 from geomerge.methods.gram import Gram
 from geomerge.recipe.values import AlignSpec, Recipe
 from geomerge.tokens.rows import IntArray
+
+if TYPE_CHECKING:
+    from geomerge.align.residual import Place, Residual
 
 TENSORS = 96
 """At most so many tensors are measured, spread evenly over the model."""
@@ -127,6 +129,8 @@ class Alignment:
         for model in self._members:
             shapes = {name: kind.shape for name, kind in model.tensors.items()}
             if self.spec.scope == "residual":
+                from geomerge.align.residual import read
+
                 found = read(str(model), model.anatomy, shapes, model.config)
                 self._residuals[id(model)] = found
                 self._embeddings[id(model)] = found.embedding

@@ -6,10 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from geomerge.engine.matrices import is_weight
 from geomerge.errors import RecipeError, UsageError
-from geomerge.methods import chain
 from geomerge.methods.base import Method
-from geomerge.methods.chain import Step, SvdCompress
-from geomerge.methods.elementwise.task_vectors import TaskVectors
+from geomerge.methods.chain import Step
 from geomerge.recipe import grammar
 from geomerge.recipe.resolve import Lookup, Resolved, scopes
 
@@ -61,7 +59,9 @@ class Chain:
         self._made: dict[tuple[Any, ...], Step] = {}
         self._steps: list[tuple[values.Step, type[Step], dict[str, Lookup], dict[str, list[Lookup]]]] = []
         for step in steps:
-            cls = chain.get(step.name)
+            from geomerge.methods import before
+
+            cls = before.get(step.name)
             shared: dict[str, Lookup] = {}
             each: dict[str, list[Lookup]] = {}
             for name, p in cls.parameters().items():
@@ -102,9 +102,7 @@ class Chain:
                     default = cls.parameters()[name].default
                     values[name] = [default if s is None else s.value for s in several]
                     answers += [s for s in several if s is not None]
-            made = self._make(step, cls, values, answers, part)
-            if isinstance(made, SvdCompress):
-                made = made.decided(is_weight(part, shape))
+            made = self._make(step, cls, values, answers, part).decided(is_weight(part, shape))
             if not made.idle:
                 found.append(made)
         return tuple(found)
@@ -137,7 +135,8 @@ _RANDOM = ("dare", "della")
 
 def _thins_by(method: type[Method]) -> str | None:
     """The step that a published method begins with."""
-    return method.chain.split(" → ")[0] if issubclass(method, TaskVectors) else None
+    said: str = getattr(method, "chain", "")
+    return said.split(" → ", maxsplit=1)[0] or None
 
 
 def same_draws(nodes: Sequence[Node], stages: Sequence[values.Recipe]) -> str | None:

@@ -5,12 +5,14 @@ It holds no date and no path, so the same command writes the same bytes, and a r
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import platform
 from collections.abc import Mapping
-from importlib import metadata
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
+
+import numpy as np
 
 from geomerge.engine.loss import RoundingLoss
 from geomerge.engine.plan import InputModel, Plan
@@ -131,4 +133,16 @@ def total_loss(facts: Mapping[int, Mapping[str, Any]]) -> RoundingLoss:
 
 def versions() -> dict[str, str]:
     """The versions that a result may depend on."""
-    return {"python": platform.python_version()} | {name: metadata.version(name) for name in ("torch", "numpy")}
+    return {"python": platform.python_version(), "torch": _torch_version(), "numpy": np.__version__}
+
+
+def _torch_version() -> str:
+    """That of the torch that would be imported, from where it lies: importlib.metadata takes longer to import than this."""
+    spec = importlib.util.find_spec("torch")
+    beside = Path(spec.origin).parents[1].glob("torch-*.dist-info") if spec is not None and spec.origin else ()
+    found = [folder.name.removeprefix("torch-").removesuffix(".dist-info") for folder in beside]
+    if len(found) == 1:
+        return found[0]
+    from importlib import metadata
+
+    return metadata.version("torch")

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from geomerge.align.pursuit import pursue
 from geomerge.checkpoint.dtypes import to_torch
 from geomerge.errors import NotFiniteError
 from geomerge.tokens.rows import OMP, IntArray, RowPlan
@@ -81,6 +80,8 @@ class Mixtures:
         theirs = self._plan.row[wanted]
         anchors = self._plan.anchors(donor)
         atoms = _rows(source, width, anchors[:, 1], to_torch(source.dtype))
+        from geomerge.align.pursuit import pursue
+
         sums = pursue(
             lambda first, last: _rows(source, width, theirs[first:last], torch.float64),
             len(wanted),

@@ -18,7 +18,7 @@ import numpy as np
 
 from geomerge.checkpoint.dtypes import DTYPES
 from geomerge.errors import UsageError
-from geomerge.methods import chain, registry
+from geomerge.methods import registry
 from geomerge.methods.base import Method
 from geomerge.methods.chain import Step
 from geomerge.tokens.rows import IntArray, RowPlan
@@ -279,9 +279,11 @@ class Plan:
             raise UsageError(
                 f"this is not a plan of format {FORMAT}", hint="make it again with `geomerge plan RECIPE --save FILE`"
             )
+        from geomerge.methods import before
+
         try:
             methods = [None if m is None else _made(registry.get(m["name"]), m) for m in data["methods"]]
-            steps = [_made(chain.get(s["name"]), s) for s in data["steps"]]
+            steps = [_made(before.get(s["name"]), s) for s in data["steps"]]
             nodes = tuple(
                 Node(
                     name,

@@ -18,7 +18,6 @@ from geomerge.checkpoint.checkpoint import Checkpoint
 from geomerge.checkpoint.collector import collector_paused
 from geomerge.checkpoint.config import library_of, weights_stem
 from geomerge.checkpoint.layout import DEFAULT_SHARD_SIZE, Layout, plan_layout
-from geomerge.checkpoint.lora import open_adapter
 from geomerge.checkpoint.reader import open_checkpoint
 from geomerge.checkpoint.writer import OutputDirectory
 from geomerge.engine.adapted import adapt
@@ -337,6 +336,8 @@ def _open_input(model: InputModel, *, allow_pickle: bool) -> Checkpoint:
         raise UsageError(f"the model {model.ref} was in memory when the plan was made; it cannot be opened again")
     checkpoint = open_checkpoint(model.path, allow_pickle=allow_pickle)
     if model.adapter:
+        from geomerge.checkpoint.lora import open_adapter
+
         checkpoint = adapt(checkpoint, open_adapter(model.adapter), model.ref)
     files = tuple((f.path.name, f.size, f.header_sha256) for f in checkpoint.files)
     if files != model.files or checkpoint.fingerprint() != model.fingerprint:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from geomerge.methods.base import BaseUse, parameter
-from geomerge.methods.chain import STEPS, Step, example
+from geomerge.methods.before import STEPS, example
+from geomerge.methods.chain import Step
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from geomerge.checkpoint.coded.base import CannotDecode, Coded
-from geomerge.checkpoint.coded.bitsandbytes import find_four_bit
-from geomerge.checkpoint.coded.find_packed import empty_biases, find_row_packed, find_transposed, shapes_stored
-from geomerge.checkpoint.coded.packed import Gptq
-from geomerge.checkpoint.coded.scaled import find_scaled, scale_of
 from geomerge.checkpoint.dtypes import DTYPES
 from geomerge.checkpoint.header import TensorInfo
 
@@ -75,6 +71,11 @@ def _find(
 
     What is there is found by the names and dtypes of the tensors: a checkpoint may mix layouts.
     """
+    from geomerge.checkpoint.coded.bitsandbytes import find_four_bit
+    from geomerge.checkpoint.coded.find_packed import empty_biases, find_row_packed, find_transposed, shapes_stored
+    from geomerge.checkpoint.coded.packed import Gptq
+    from geomerge.checkpoint.coded.scaled import find_scaled
+
     found, serving = find_four_bit(tensors, config, read)
     found |= find_row_packed(quantization, tensors, config, read)
     serving |= shapes_stored(tensors)
@@ -98,6 +99,8 @@ def _check_method(quantization: Mapping[str, Any]) -> None:
 
 def _check_left(tensors: Mapping[str, TensorInfo], found: Mapping[str, Coded], hidden: Collection[str]) -> None:
     """Nothing that looks like codes may be taken for numbers."""
+    from geomerge.checkpoint.coded.scaled import scale_of
+
     if not found:
         raise CannotDecode("no codes of a known format are in it")
     for name, info in tensors.items():
