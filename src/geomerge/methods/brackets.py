@@ -43,7 +43,8 @@ class Bracket:
         self.equal = 0
         self.overflow = False
         self.values: Floats = np.empty(0)
-        self.counts: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+        self.counts: NDArray[np.int64] | None = None
+        """How often each of `values` is there; `None`: once, and they are in no order."""
         self._pending: list[Floats] = []
 
     def add(self, magnitudes: Floats) -> None:
@@ -69,17 +70,14 @@ class Bracket:
         self.above, self.equal = self.above + above, self.equal + equal
         self._pending.append(inside)
 
-    def fold(self) -> None:
-        """Distinct values in order, and their numbers, in place of the values themselves."""
-        values = np.sort(np.concatenate(self._pending or [self.values[:0]]))
-        starts = (
-            np.flatnonzero(np.concatenate([[True], values[1:] != values[:-1]])) if values.size else np.empty(0, int)
-        )
-        self.values, self.counts = values[starts], np.diff(starts, append=values.size)
-        if self.equal:
-            at = int(np.searchsorted(self.values, self.common))
-            self.values = np.concatenate([self.values[:at], [values.dtype.type(self.common)], self.values[at:]])
-            self.counts = np.concatenate([self.counts[:at], [self.equal], self.counts[at:]])
+    def fold(self, most: int) -> None:
+        """Make `values` of what lies inside: all, if these are at most so many, or else distinct ones and their numbers."""
+        values = self._pending[0] if len(self._pending) == 1 else np.concatenate(self._pending or [self.values])
+        if values.size > most:
+            values = np.sort(values)
+            starts = np.flatnonzero(np.concatenate([[True], values[1:] != values[:-1]]))
+            values, self.counts = values[starts], np.diff(starts, append=values.size)
+        self.values = values
         self._pending = []
 
 
@@ -103,21 +101,52 @@ def choose(segments: list[Bracket], count: int) -> Selection | None:
     above = sum(s.above for s in segments)
     if any(s.overflow for s in segments) or above >= count:
         return None
+    equal, common = sum(s.equal for s in segments), segments[0].common
     values = np.concatenate([s.values for s in segments])
-    number = np.concatenate([s.counts for s in segments])
-    order = np.argsort(values, kind="stable")  # which merges the segments' runs
-    reached = above + np.cumsum(number[order[::-1]])
-    at = int(np.searchsorted(reached, count))
-    if at >= values.size:
+    number = [s.counts for s in segments]
+    weights = None
+    if any(counts is not None for counts in number):
+        weights = np.concatenate(
+            [np.ones(s.values.size, np.int64) if c is None else c for s, c in zip(segments, number, strict=True)]
+        )
+    found = _threshold(values, weights, equal, common, count - above)
+    if found is None:
         return None
-    threshold = float(values[order[values.size - 1 - at]])
-    greater = above + int(number[values > threshold].sum())
-    return Selection(threshold, count - greater, tuple(_equal(s, threshold) for s in segments))
+    threshold, greater = found
+    return Selection(threshold, count - above - greater, tuple(_equal(s, threshold) for s in segments))
+
+
+def _threshold(
+    values: Floats, weights: NDArray[np.int64] | None, equal: int, common: float, count: int
+) -> tuple[float, int] | None:
+    """The `count`-th largest of values (each so many times as its weight says) and of `equal` times `common`, and how many
+    are greater; `None` if there are not so many."""
+
+    def greater(than: float) -> int:
+        larger = values > than
+        return int(np.count_nonzero(larger) if weights is None else weights[larger].sum())
+
+    before = greater(common) if equal else 0
+    if equal and before < count <= before + equal:
+        return common, before
+    left = count - equal if equal and count > before else count
+    if weights is None:
+        if left > values.size:
+            return None
+        threshold = float(np.partition(values, values.size - left)[values.size - left])
+    else:
+        order = np.argsort(values, kind="stable")[::-1]  # which merges the segments' runs
+        at = int(np.searchsorted(np.cumsum(weights[order]), left))
+        if at >= values.size:
+            return None
+        threshold = float(values[order[at]])
+    return threshold, greater(threshold) + (equal if common > threshold else 0)
 
 
 def _equal(segment: Bracket, value: float) -> int:
-    at = int(np.searchsorted(segment.values, value))
-    return int(segment.counts[at]) if at < segment.values.size and segment.values[at] == value else 0
+    inside = segment.values == value
+    found = np.count_nonzero(inside) if segment.counts is None else segment.counts[inside].sum()
+    return int(found) + (segment.equal if segment.common == value else 0)
 
 
 def by_counting(over: Over, magnitudes: Magnitudes, which: int, count: int, *, signed: bool = False) -> Selection:

@@ -21,7 +21,7 @@ from geomerge.methods import native
 from geomerge.methods.brackets import Bracket, Magnitudes, bounds_of, by_counting, choose
 from geomerge.methods.program import Program, record
 from geomerge.methods.selection import NOTHING, Selection
-from geomerge.methods.tile import Place, Scan, Segment, Tile
+from geomerge.methods.tile import SEGMENT, Place, Scan, Segment, Tile
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -73,7 +73,7 @@ def largest(
     elif wanted:
         brackets = _brackets(scan, magnitudes, {i: counts[i] for i in wanted}, look)
         budget = dict.fromkeys(wanted, 4 * _COLLECT)
-        segments = _collect(scan, magnitudes, brackets, budget, look)
+        segments = _collect(scan, magnitudes, brackets, budget, 2 * _COLLECT // len(scan.segments), look)
         for i in wanted:
             found[i] = choose([s[i] for s in segments], counts[i]) or by_counting(scan.over, magnitudes, i, counts[i])
     return found
@@ -181,7 +181,8 @@ def _select(
     }
     del samples
     budget = dict.fromkeys(wanted, 16 * _COLLECT)
-    parts = walk.over(lambda scan: _collect(scan, values, brackets, budget, look(scan)))
+    most = 8 * _COLLECT // (len(walk.names) + n // SEGMENT)
+    parts = walk.over(lambda scan: _collect(scan, values, brackets, budget, most, look(scan)))
     for i, k in wanted.items():
         selection = choose([s[i] for scan in parts for s in scan], k)
         if selection is None:
@@ -271,9 +272,17 @@ def _collect(
     magnitudes: Magnitudes,
     brackets: dict[int, native.Bounds],
     budget: dict[int, int],
+    most: int,
     look: Look | None,
 ) -> list[dict[int, Bracket]]:
-    """The brackets of all segments. `budget` says how many values they may still collect together."""
+    """The brackets of all segments.
+
+    Args:
+        scan, magnitudes, look: As above.
+        brackets: Their bounds.
+        budget: How many values they may still collect together.
+        most: So many of a segment may be kept with repetitions.
+    """
 
     def from_tiles(tiles: Iterator[Tile]) -> dict[int, Bracket]:
         found = {i: Bracket(*bounds) for i, bounds in brackets.items()}
@@ -293,7 +302,7 @@ def _collect(
 
     def closed(found: dict[int, Bracket]) -> dict[int, Bracket]:
         for i, bracket in found.items():
-            bracket.fold()
+            bracket.fold(most)
             budget[i] -= bracket.values.size
             bracket.overflow = budget[i] < 0
         return found

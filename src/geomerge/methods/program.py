@@ -15,7 +15,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
@@ -30,8 +30,7 @@ _LANES = 256
 _INFINITY = float("inf")
 
 
-@dataclass(eq=False)
-class _Note:
+class _Note(NamedTuple):
     """One operation: its operands are the numbers of earlier notes."""
 
     operation: str
@@ -205,13 +204,14 @@ class Recorded:
 
     def note(self, operation: str, operands: tuple[int, ...], x: float = 0.0, y: float = 0.0, data: Any = None) -> int:
         """Note an operation, or find that it was noted before; its number."""
-        key = (operation, operands, x, y, math.copysign(1.0, x))  # 0.0 and −0.0 are equal, and not the same
-        if data is None and key in self._known:
-            return self._known[key]
-        self.notes.append(_Note(operation, operands, x, y, data))
+        number = len(self.notes)
         if data is None:
-            self._known[key] = len(self.notes) - 1
-        return len(self.notes) - 1
+            sign = x or math.copysign(1.0, x)  # 0.0 and −0.0 are equal, and not the same
+            found = self._known.setdefault((operation, operands, x, y, sign), number)
+            if found != number:
+                return found
+        self.notes.append(_Note(operation, operands, x, y, data))
+        return number
 
 
 @dataclass(frozen=True, eq=False)
@@ -299,7 +299,7 @@ def record(inputs: int, compute: Callable[[Tile], Any], end: str) -> Program:
     found = compute(cast("Tile", tile))
     ends = [tile.note(end, (value._at,), data=end) for value in ([found] if isinstance(found, Value) else found)]
     notes = tile.notes
-    layout = laid_out(tuple((n.operation, n.operands, int(n.x) if n.operation == "load" else 0) for n in notes))
+    layout = laid_out(tuple([(n.operation, n.operands, int(n.x) if n.operation == "load" else 0) for n in notes]))
     steps = layout.steps()
     data = {}
     for step, note in zip(steps, (notes[index] for index in layout.notes), strict=True):

@@ -109,7 +109,8 @@ dtype: bfloat16
     def _scores(self, changes: NDArray[np.float64]) -> NDArray[np.float64]:
         """The scores of changes: shape ``(T, slices)`` → ``(T, slices)``."""
         n = changes.shape[1]
-        ranks = np.argsort(np.argsort(changes, axis=1, kind="stable"), axis=1)
+        ranks = np.empty(changes.shape, dtype=np.int64)
+        np.put_along_axis(ranks, np.argsort(changes, axis=1, kind="stable"), np.arange(n)[None], axis=1)
         powers = np.exp(ranks / n)
         scores = powers / powers.sum(0)
         # R's mean is (n − 1)/2n: compared as whole numbers, the middle one is not above it.

@@ -34,7 +34,7 @@ enum {
     DO(EXP, exp_of(a))                                 \
     DO(FLOOR, a < x ? x : a)                           \
     DO(CLAMP, (a < x ? x : a) > y ? y : a < x ? x : a) \
-    DO(SHRINK, a >= -x && a <= x ? 0.0 : a)            \
+    DO(SHRINK, fabs(a) <= x ? 0.0 : a)                 \
     DO(REPLACE, b != 0 ? x : a)                        \
     DO(LESS, TRUE(a < b))                              \
     DO(LEAST, TRUE(a <= b))                            \
