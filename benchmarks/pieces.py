@@ -6,6 +6,7 @@
     python benchmarks/pieces.py loops        # the compiled loops alone over whole files, with two threads, beside cp
     python benchmarks/pieces.py copies       # into and out of the page cache, by where the target lies beside the source
     python benchmarks/pieces.py groups       # recorded methods with operations compiled together, and one after the other
+    python benchmarks/pieces.py thresholds   # the k largest magnitudes, of rows that are alike and of rows that are not
     python benchmarks/pieces.py processes    # whole merges of 0.5B: with torch imported first, and without compiled loops
     python benchmarks/pieces.py pursuit 1000 # sums of 64 rows for 1,000 missing tokens, 50,000 shared tokens of width 896
 
@@ -279,6 +280,32 @@ def groups(numel: int = 1 << 20, rounds: int = 15) -> None:
         print(f"{name:18s}{best[True]:10.2f}{best[False]:12.2f}{best[False] / best[True]:7.2f}", flush=True)
 
 
+def thresholds(rows: int = 4864, width: int = 896, rounds: int = 9) -> None:
+    """Three experts' thresholds of TIES, on one core: rows of one size, and rows and columns that differ by factors."""
+    from geomerge.methods import order
+    from geomerge.methods.sparsify import magnitudes
+    from geomerge.methods.tile import Scan, TensorSource
+
+    torch.set_num_threads(1)
+    random = np.random.default_rng(0)
+    missed: list[int] = []
+    counting = order.by_counting
+    order.by_counting = lambda *a, **o: missed.append(1) or counting(*a, **o)  # type: ignore[func-returns-value]
+    print(f"{'rows':12s}{'ns an element':>16s}{'missed of':>12s}{3 * rounds:3d}")
+    for name, spread in (("alike", 0.0), ("different", 1.0)):
+        missed.clear()
+        found = []
+        for _ in range(rounds):
+            sizes = np.exp(spread * (random.standard_normal((rows, 1)) + 0.5 * random.standard_normal((1, width))))
+            base = random.standard_normal((rows, width)) * 0.02
+            experts = [base + random.standard_normal((rows, width)) * 2e-4 * sizes for _ in range(3)]
+            sources = [TensorSource(torch.from_numpy(x).bfloat16()) for x in (base, *experts)]
+            scan = Scan(sources, (rows, width), single=True)
+            work = functools.partial(order.largest, scan, magnitudes, [scan.numel // 5] * 3, range(3))
+            found.append(_seconds(work) / scan.numel * 1e9)
+        print(f"{name:12s}{statistics.median(found):16.2f}{len(missed):12d}", flush=True)
+
+
 def pursuit(missing: int, shared: int = 50_000, width: int = 896, k: int = 64) -> None:
     """The sparse sums of `geomerge transplant`: seconds, and the least that their products take."""
     from geomerge.align.pursuit import pursue
@@ -367,6 +394,8 @@ if __name__ == "__main__":
         copies()
     elif sys.argv[1:] == ["groups"]:
         groups()
+    elif sys.argv[1:] == ["thresholds"]:
+        thresholds()
     elif sys.argv[1:] == ["processes"]:
         processes()
     elif sys.argv[1:] == ["workers"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,9 +14,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import references as ref
-from geomerge.methods import order, tile
+from geomerge.methods import native, order, tile
 from geomerge.methods.order import largest, nth_smallest
 from geomerge.methods.selection import Selection
+from geomerge.methods.sparsify import magnitudes
 from geomerge.methods.tile import Scan, TensorSource, Tile
 
 Array = NDArray[np.float64]
@@ -148,6 +150,29 @@ def test_brackets_usually_hit(counted: list[int]) -> None:
         for k in (1, N // 10, N // 2, N - 1):
             largest(scan_of(HOSTILE[name]), absolute, [k])
     assert counted == []
+
+
+@pytest.mark.parametrize("loops", [True, False])
+@pytest.mark.parametrize("seed", range(3))
+def test_rows_of_different_sizes_are_no_surprise(seed: int, loops: bool, counted: list[int]) -> None:
+    """Task vectors whose rows and columns differ by factors, as those of trained models do: neighbours are alike, so that a
+    sample of few places is worth little, and the brackets know it."""
+    random = np.random.default_rng(seed)
+    shape = (600, 896)
+    base = torch.from_numpy(random.standard_normal(shape) * 0.02)
+    sizes = np.exp(random.standard_normal((shape[0], 1))) * np.exp(0.5 * random.standard_normal((1, shape[1])))
+    expert = base + torch.from_numpy(random.standard_normal(shape) * 2e-4 * sizes)
+    scan = Scan([TensorSource(t.bfloat16()) for t in (base, expert)], shape, tile=1 << 16)
+    counts = [scan.numel // 100, scan.numel // 5, scan.numel * 9 // 10]
+
+    def three(tile: Tile) -> list[torch.Tensor]:
+        return magnitudes(tile) * 3
+
+    with contextlib.nullcontext() if loops else native.turned_off():
+        found = largest(scan, three, counts, [0] * 3)
+    assert counted == []
+    sizes = (expert.bfloat16().double() - base.bfloat16().double()).abs().numpy().ravel()
+    assert [f.threshold for f in found] == [np.sort(sizes)[-k] for k in counts]
 
 
 @pytest.mark.parametrize("size", [1 << 13, 1 << 14, 1 << 20])

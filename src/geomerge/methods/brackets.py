@@ -75,25 +75,53 @@ class Bracket:
         values = self._pending[0] if len(self._pending) == 1 else np.concatenate(self._pending or [self.values])
         if values.size > most:
             values = np.sort(values)
-            starts = np.flatnonzero(np.concatenate([[True], values[1:] != values[:-1]]))
+            starts = _starts(values)
             values, self.counts = values[starts], np.diff(starts, append=values.size)
         self.values = values
         self._pending = []
 
 
-def bounds_of(values: Floats, k: int, n: int, floor: float) -> native.Bounds:
-    """Bounds from a sample, for the k-th largest of n values; no value lies below `floor`."""
+def bounds_of(strata: Sequence[Floats], k: int, n: int, floor: float) -> tuple[native.Bounds, float]:
+    """Bounds from a sample, for the k-th largest of n values.
+
+    Args:
+        strata: For each tensor its part of the sample: pieces of elements that follow each other, shape ``(pieces, elements)``.
+            Neighbours are often alike (a row's): how far the pieces differ says how much the sample is worth.
+        k: From 1 to n - 1.
+        n: Of how many values.
+        floor: No value lies below it.
+
+    Returns:
+        The bounds, and the share of the values that is to be expected between them.
+    """
+    values = np.sort(np.concatenate([pieces.reshape(-1) for pieces in strata]))
     size = len(values)
-    centre = size * (1 - k / n)
-    spread = 4 * math.sqrt(size * (k / n) * (1 - k / n)) + 16
+    centre = min(max(int(size * (1 - k / n)), 0), size - 1)
+    variance = max(size * (k / n) * (1 - k / n), _variance(strata, values[centre]))
+    spread = 4 * math.sqrt(variance) + 16
     low, high = int(centre - spread), int(centre + spread)
-    first, last = max(low, 0), min(high, size - 1)
-    values.partition(first)  # one place after the other: both at once take seven times as long
-    if last > first:
-        values[first + 1 :].partition(last - first - 1)
-    inner, number = np.unique(values[first : last + 1], return_counts=True)
-    common = float(inner[number.argmax()]) if inner.size and number.max() > size // 256 else math.nan
-    return float(values[low]) if low > 0 else floor, float(values[high]) if high < size else math.inf, common
+    inner = values[max(low, 0) : high + 1]
+    starts = _starts(inner)
+    number = np.diff(starts, append=inner.size)
+    most = int(number.argmax())
+    common = float(inner[starts[most]]) if number[most] > size // 256 else math.nan
+    bounds = float(values[low]) if low > 0 else floor, float(values[high]) if high < size else math.inf, common
+    return bounds, inner.size / size
+
+
+def _starts(ordered: Floats) -> NDArray[np.int64]:
+    """Where each of the distinct values begins."""
+    return np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
+
+
+def _variance(strata: Sequence[Floats], threshold: float) -> float:
+    """Of the number of the sample's values above a threshold, from the differences between the pieces of each tensor."""
+    total = 0.0
+    for pieces in strata:
+        if len(pieces) > 1:
+            above = np.count_nonzero(pieces > threshold, axis=1)
+            total += len(pieces) * float(above.var(ddof=1))
+    return total
 
 
 def choose(segments: list[Bracket], count: int) -> Selection | None:
@@ -122,24 +150,28 @@ def _threshold(
     """The `count`-th largest of values (each so many times as its weight says) and of `equal` times `common`, and how many
     are greater; `None` if there are not so many."""
 
+    # Sorted: a partition degenerates where few values make up most, as those of bfloat16 models do.
+    if weights is None:
+        values = np.sort(values)
+        smaller = None
+    else:
+        order = np.argsort(values, kind="stable")  # which merges the segments' runs
+        values = values[order]
+        smaller = np.concatenate([[0], np.cumsum(weights[order])])  # or equal to the ones before each place
+    size = values.size if smaller is None else int(smaller[-1])
+
     def greater(than: float) -> int:
-        larger = values > than
-        return int(np.count_nonzero(larger) if weights is None else weights[larger].sum())
+        at = int(np.searchsorted(values, values.dtype.type(than), side="right"))
+        return size - (at if smaller is None else int(smaller[at]))
 
     before = greater(common) if equal else 0
     if equal and before < count <= before + equal:
         return common, before
     left = count - equal if equal and count > before else count
-    if weights is None:
-        if left > values.size:
-            return None
-        threshold = float(np.partition(values, values.size - left)[values.size - left])
-    else:
-        order = np.argsort(values, kind="stable")[::-1]  # which merges the segments' runs
-        at = int(np.searchsorted(np.cumsum(weights[order]), left))
-        if at >= values.size:
-            return None
-        threshold = float(values[order[at]])
+    if left > size:
+        return None
+    at = size - left if smaller is None else int(np.searchsorted(smaller, size - left, side="right")) - 1
+    threshold = float(values[at])
     return threshold, greater(threshold) + (equal if common > threshold else 0)
 
 

@@ -33,8 +33,14 @@ if TYPE_CHECKING:
 Look = Sequence[int] | Program
 """How compiled loops find magnitudes: those of task vectors (for each selection an expert's number, from 0), or recorded."""
 
-_SAMPLE = 1 << 15
-_PIECE = 64
+_SAMPLE = 1 << 14
+"""Elements in a sample, of tensors of up to a million elements."""
+_PIECE = 256
+"""Elements of it that follow each other."""
+_WIDE = 0.12
+"""Bounds that hold a larger share of the values come from too small a sample."""
+_MOST = 1 << 22
+"""Elements in the largest sample."""
 _COLLECT = 1 << 20
 """Values a bracket is meant to hold at most; beyond four times that, counting takes over."""
 
@@ -67,7 +73,7 @@ def largest(
     look = _look(scan, magnitudes, experts, recorded=recorded)
     found = [NOTHING if k <= 0 else Selection(0.0, n, (n,)) for k in counts]
     wanted = [i for i, k in enumerate(counts) if 0 < k < n]
-    if wanted and n <= scan.tile and len(scan.segments) == 1:
+    if wanted and n <= min(scan.tile, 2 * _SAMPLE) and len(scan.segments) == 1:
         for i, selection in _in_one_tile(scan, magnitudes, {i: counts[i] for i in wanted}, look).items():
             found[i] = selection
     elif wanted:
@@ -165,7 +171,7 @@ def _select(
     found: list[tuple[float, int, list[list[int]]] | None] = [None] * len(counts)
     if not wanted:
         return found
-    size = min(max(_SAMPLE, int((3.2 * n / _COLLECT) ** 2)), 1 << 22)
+    size = min(max(_SAMPLE, int((3.2 * n / _COLLECT) ** 2)), _MOST)
 
     def look(scan: Scan) -> Look | None:
         return _look(scan, values, experts, recorded=recorded)
@@ -176,7 +182,7 @@ def _select(
     samples = walk.over(sample)
     floor = -math.inf if signed else 0.0
     brackets = {
-        i: bounds_of(np.concatenate([piece for each in samples for piece in each.get(i, ())]), k, n, floor)
+        i: bounds_of([pieces for each in samples for pieces in each.get(i, ())], k, n, floor)[0]
         for i, k in wanted.items()
     }
     del samples
@@ -193,9 +199,9 @@ def _select(
 
 
 def _in_one_tile(scan: Scan, magnitudes: Magnitudes, counts: dict[int, int], look: Look | None) -> dict[int, Selection]:
-    """The selections of a tensor that one tile holds."""
+    """The selections of a small tensor that one tile holds."""
     found = {}
-    for i, (flat,) in _sample(scan, magnitudes, counts, scan.numel, look).items():
+    for i, ((flat,),) in _sample(scan, magnitudes, counts, scan.numel, look).items():
         threshold = float(np.partition(flat, flat.size - counts[i])[flat.size - counts[i]])
         greater = int(np.count_nonzero(flat > threshold))
         found[i] = Selection(threshold, counts[i] - greater, (int(np.count_nonzero(flat == threshold)),))
@@ -205,23 +211,24 @@ def _in_one_tile(scan: Scan, magnitudes: Magnitudes, counts: dict[int, int], loo
 def _sample(
     scan: Scan, magnitudes: Magnitudes, wanted: Iterable[int], size: int, look: Look | None
 ) -> dict[int, list[Floats]]:
-    """Magnitudes from about so many places (all of them, if there are no more), by selection."""
+    """Magnitudes from about so many places (all of them, if there are no more), by selection: see `bounds_of`."""
     taken: dict[int, list[Floats]] = {i: [] for i in wanted}
     if look is not None:
         everything = dict.fromkeys(taken, _EVERYTHING)
         if scan.numel <= size:
             places = [(place, [0]) for segment in scan.segments for place in scan.places(segment)]
         else:
-            # What is recorded may depend on the row: then neighbours are alike.
-            places = scan.together(scan.sample_places(size, _PIECE if isinstance(look, Program) else 4096))
+            places = scan.sample_places(size, _PIECE)
         for place, starts in places:
             for i, (_, _, values) in _count(place, everything, look, starts).items():
-                taken[i].append(values)
+                taken[i].append(values.reshape(len(starts), -1))
         return taken
     for tile in scan.sample(size):
         for i, m in enumerate(magnitudes(tile)):
             if i in taken:
-                taken[i].append(m.reshape(-1).cpu().numpy().copy())
+                taken[i].append(m.reshape(1, -1).cpu().numpy().copy())
+    if scan.numel > size:
+        return {i: [np.concatenate(pieces)] for i, pieces in taken.items()}
     return taken
 
 
@@ -241,9 +248,14 @@ def _brackets(
 ) -> dict[int, native.Bounds]:
     """For each selection bounds that very probably hold its threshold, and the value that is common between them (or NaN)."""
     n = scan.numel
-    size = min(max(_SAMPLE, int((3.2 * n / _COLLECT) ** 2)), 1 << 20)
-    taken = _sample(scan, magnitudes, counts, size, look)
-    return {i: bounds_of(np.concatenate(taken.pop(i)), k, n, 0.0) for i, k in counts.items()}
+    size = max(_SAMPLE, int((1.6 * n) ** (2 / 3)))  # which costs about as much as what is collected by it
+    while True:
+        taken = _sample(scan, magnitudes, counts, min(size, _MOST), look)
+        found = {i: bounds_of(taken.pop(i), k, n, 0.0) for i, k in counts.items()}
+        share = max(share for _, share in found.values())
+        size *= 4  # rows differ much
+        if (share < _WIDE and share * n <= 2 * _COLLECT) or size > min(n, _MOST):
+            return {i: bounds for i, (bounds, _) in found.items()}
 
 
 _EVERYTHING: native.Bounds = (-math.inf, math.inf, math.nan)

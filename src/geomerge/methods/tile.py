@@ -457,24 +457,24 @@ class Scan:
             for segment in self.segments:
                 yield from self.tiles(segment)
             return
-        for place in self.sample_places(limit, self.columns or 4096):
-            stack = self._read(place.start, place.numel)
-            yield Tile(stack, place.start, -1, self, thinned=self.thinning is not None)
+        piece, starts = self._sample_starts(limit, self.columns or 4096)
+        for start in starts:
+            stack = self._read(start, piece)
+            yield Tile(stack, start, -1, self, thinned=self.thinning is not None)
 
-    def sample_places(self, limit: int, piece: int = 4096) -> Iterator[Place]:
-        """Where the pieces lie (of so many elements, or of a row) that stand for a tensor of more elements than `limit`."""
+    def sample_places(self, limit: int, piece: int) -> list[tuple[Place, list[int]]]:
+        """Pieces of so many elements that stand for a tensor of more elements than `limit`, in as few calls of a compiled loop
+        as can be: a place, and how far behind it the others are."""
+        piece, starts = self._sample_starts(limit, piece)
+        if None in self._stored:
+            return [(Place(start, piece, -1, self, {}), [0]) for start in starts]
+        return [(Place(starts[0], piece, -1, self, {}), [start - starts[0] for start in starts])]
+
+    def _sample_starts(self, limit: int, piece: int) -> tuple[int, list[int]]:
         piece = min(piece, self.tile, self.numel)
         number = max(limit // piece, 1)
         last = (self.numel - piece) // piece
-        for i in range(number):
-            yield Place((last * i // max(number - 1, 1)) * piece, piece, -1, self, {})
-
-    def together(self, places: Iterable[Place]) -> list[tuple[Place, list[int]]]:
-        """Places of one size in as few calls of a compiled loop as can be: the first, and how far behind it the others are."""
-        found = list(places)
-        if None in self._stored:
-            return [(place, [0]) for place in found]
-        return [(found[0], [place.start - found[0].start for place in found])]
+        return piece, [last * i // max(number - 1, 1) * piece for i in range(number)]
 
 
 def block_sums(values: Tensor) -> list[float]:
