@@ -39,8 +39,8 @@ _PIECE = 256
 """Elements of it that follow each other."""
 _WIDE = 0.12
 """Bounds that hold a larger share of the values come from too small a sample."""
-_MOST = 1 << 22
-"""Elements in the largest sample."""
+_MOST = 1 << 20
+"""Elements in the largest sample of a tensor; of a model four times as many."""
 _COLLECT = 1 << 20
 """Values a bracket is meant to hold at most; beyond four times that, counting takes over."""
 
@@ -79,7 +79,7 @@ def largest(
     elif wanted:
         brackets = _brackets(scan, magnitudes, {i: counts[i] for i in wanted}, look)
         budget = dict.fromkeys(wanted, 4 * _COLLECT)
-        segments = _collect(scan, magnitudes, brackets, budget, 2 * _COLLECT // len(scan.segments), look)
+        segments = _collect(scan, magnitudes, brackets, budget, _COLLECT // 2 // len(scan.segments), look)
         for i in wanted:
             found[i] = choose([s[i] for s in segments], counts[i]) or by_counting(scan.over, magnitudes, i, counts[i])
     return found
@@ -171,7 +171,7 @@ def _select(
     found: list[tuple[float, int, list[list[int]]] | None] = [None] * len(counts)
     if not wanted:
         return found
-    size = min(max(_SAMPLE, int((3.2 * n / _COLLECT) ** 2)), _MOST)
+    size = min(max(_SAMPLE, int((3.2 * n / _COLLECT) ** 2)), 4 * _MOST)
 
     def look(scan: Scan) -> Look | None:
         return _look(scan, values, experts, recorded=recorded)
@@ -187,7 +187,7 @@ def _select(
     }
     del samples
     budget = dict.fromkeys(wanted, 16 * _COLLECT)
-    most = 8 * _COLLECT // (len(walk.names) + n // SEGMENT)
+    most = _COLLECT // 2 // (len(walk.names) + n // SEGMENT)
     parts = walk.over(lambda scan: _collect(scan, values, brackets, budget, most, look(scan)))
     for i, k in wanted.items():
         selection = choose([s[i] for scan in parts for s in scan], k)
@@ -248,14 +248,14 @@ def _brackets(
 ) -> dict[int, native.Bounds]:
     """For each selection bounds that very probably hold its threshold, and the value that is common between them (or NaN)."""
     n = scan.numel
-    size = max(_SAMPLE, int((1.6 * n) ** (2 / 3)))  # which costs about as much as what is collected by it
+    size = min(max(_SAMPLE, int((1.6 * n) ** (2 / 3))), _MOST)  # costs about as much as what is collected by it
     while True:
-        taken = _sample(scan, magnitudes, counts, min(size, _MOST), look)
+        taken = _sample(scan, magnitudes, counts, size, look)
         found = {i: bounds_of(taken.pop(i), k, n, 0.0) for i, k in counts.items()}
         share = max(share for _, share in found.values())
-        size *= 4  # rows differ much
-        if (share < _WIDE and share * n <= 2 * _COLLECT) or size > min(n, _MOST):
+        if (share < _WIDE and share * n <= 2 * _COLLECT) or size >= min(n, _MOST):
             return {i: bounds for i, (bounds, _) in found.items()}
+        size = min(4 * size, _MOST)  # rows differ much
 
 
 _EVERYTHING: native.Bounds = (-math.inf, math.inf, math.nan)
@@ -293,7 +293,7 @@ def _collect(
         scan, magnitudes, look: As above.
         brackets: Their bounds.
         budget: How many values they may still collect together.
-        most: So many of a segment may be kept with repetitions.
+        most: So many of a segment are kept as they are; of more only distinct ones and their numbers.
     """
 
     def from_tiles(tiles: Iterator[Tile]) -> dict[int, Bracket]:
