@@ -229,3 +229,24 @@ def test_a_schema_is_json(run: Program) -> None:
     code, out, err = run("schema")
     assert (code, err) == (0, "")
     assert json.loads(out)["title"] == "geomerge recipe"
+
+
+def test_facts_in_a_pipe_are_those_of_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the library that lays out tables the lines are the same; a wide terminal shows them alike."""
+    rows = [
+        ("merged", "/a/b c"),
+        ("loss", "rounding takes 8 %: `dtype: float32` keeps it"),
+        ("note", "one\ntwo"),
+        ("x", ""),
+    ]
+    monkeypatch.delenv("COLUMNS", raising=False)
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    console.show_facts(rows)
+    plain = capsys.readouterr().out
+    console.show(console.facts(rows))
+    assert capsys.readouterr().out == plain
+    monkeypatch.setenv("COLUMNS", "200")
+    console.show_facts(rows)
+    assert capsys.readouterr().out == plain

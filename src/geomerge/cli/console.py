@@ -130,6 +130,20 @@ def facts(rows: Iterable[tuple[str, RenderableType]]) -> Table:
     return made
 
 
+def show_facts(rows: Sequence[tuple[str, str]]) -> None:
+    """`facts` of plain texts on stdout. In a pipe, where nothing is fitted or coloured, the same lines come without the library
+    that lays out tables: importing that takes as long as merging a hundred small tensors."""
+    if _width() is not None or wants_colour(sys.stdout):
+        show(facts(rows))
+        return
+    width = max(len(name) for name, _ in rows) + _GAP
+    write_lines(
+        line.rstrip()
+        for name, text in rows
+        for line in f"{name:<{width}}{text}".replace("\n", "\n" + " " * width).split("\n")
+    )
+
+
 def bullets(lines: Iterable[str]) -> Table:
     """A list, each point wrapped beside its dash."""
     return facts(("-", line) for line in lines)

@@ -225,7 +225,7 @@ def _codes_table(report: Report) -> Table:
 
 def show_report(plan: Plan, report: Report, progress: Silent, shard: str | None = None) -> None:
     """Tell the user what a run did."""
-    from geomerge.cli.console import amount, clean, count, duration, facts, heading, show
+    from geomerge.cli.console import amount, clean, count, duration, heading, show, show_facts
     from geomerge.cli.plan_page import rounding
     from geomerge.methods import native
 
@@ -249,6 +249,6 @@ def show_report(plan: Plan, report: Report, progress: Silent, shard: str | None 
     rows += [("note", clean(note)) for note in report.notes]
     if native.missing() is not None:
         rows.append(("slow", f"without compiled loops most merges take two to five times as long: {native.missing()}"))
-    show(facts(rows))
+    show_facts(rows)
     if report.codes:
         show(heading("codes"), _codes_table(report))
