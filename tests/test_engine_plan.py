@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import platform
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from ruamel.yaml import YAML
 import geomerge as gm
 import tiny
 from geomerge.engine.estimate import estimate
-from geomerge.engine.manifest import as_text
+from geomerge.engine.manifest import as_text, versions
 from geomerge.engine.plan import Plan
 from geomerge.engine.planner import make_plan
 from geomerge.engine.run import run_in_memory
@@ -468,3 +470,12 @@ def test_chat_template_of_the_recipe(family: dict[str, tiny.Tensors]) -> None:
     Path("a/chat_template.jinja").write_text("old")
     gm.merge(SLERP + "parameters: {t: 0.25}\nchat_template: chatml\n", "out")
     assert "<|im_start|>" in Path("out/chat_template.jinja").read_text()
+
+
+def test_versions_are_those_that_are_installed() -> None:
+    """What is read off folders' names is what the packages say of themselves."""
+    assert versions() == {
+        "python": platform.python_version(),
+        "torch": metadata.version("torch"),
+        "numpy": metadata.version("numpy"),
+    }

@@ -353,7 +353,8 @@ def test_same_bytes_without_vector_instructions(tmp_path: Path, monkeypatch: pyt
     plain = native.call._load(tmp_path / "plain.so")
     assert plain is not None
     monkeypatch.setattr(native.call, "loaded", lambda: plain)
-    for method, kind in itertools.product(("ties", "dare_ties", "dare_linear", "slerp", "linear"), KINDS):
+    methods = ("ties", "dare_ties", "dare_linear", "slerp", "linear", "sce", "widen", "model_stock")
+    for method, kind in itertools.product(methods, KINDS):
         made = registry.get(method)
         count = {"slerp": 1, "linear": 3}.get(method, 2)
         values = {key: value for key, value in VALUES.items() if key in made.parameters()}

@@ -152,9 +152,18 @@ def test_brackets_usually_hit(counted: list[int]) -> None:
     assert counted == []
 
 
-@pytest.mark.parametrize("loops", [True, False])
+class Unplaced(TensorSource):
+    """Elements that compiled loops do not read themselves."""
+
+    def stored(self) -> None:
+        return None
+
+
+@pytest.mark.parametrize(("loops", "source"), [(True, TensorSource), (True, Unplaced), (False, TensorSource)])
 @pytest.mark.parametrize("seed", range(3))
-def test_rows_of_different_sizes_are_no_surprise(seed: int, loops: bool, counted: list[int]) -> None:
+def test_rows_of_different_sizes_are_no_surprise(
+    seed: int, loops: bool, source: type[TensorSource], counted: list[int]
+) -> None:
     """Task vectors whose rows and columns differ by factors, as those of trained models do: neighbours are alike, so that a
     sample of few places is worth little, and the brackets know it."""
     random = np.random.default_rng(seed)
@@ -162,7 +171,7 @@ def test_rows_of_different_sizes_are_no_surprise(seed: int, loops: bool, counted
     base = torch.from_numpy(random.standard_normal(shape) * 0.02)
     sizes = np.exp(random.standard_normal((shape[0], 1))) * np.exp(0.5 * random.standard_normal((1, shape[1])))
     expert = base + torch.from_numpy(random.standard_normal(shape) * 2e-4 * sizes)
-    scan = Scan([TensorSource(t.bfloat16()) for t in (base, expert)], shape, tile=1 << 16)
+    scan = Scan([source(t.bfloat16()) for t in (base, expert)], shape, tile=1 << 16)
     counts = [scan.numel // 100, scan.numel // 5, scan.numel * 9 // 10]
 
     def three(tile: Tile) -> list[torch.Tensor]:

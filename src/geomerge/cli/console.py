@@ -132,7 +132,7 @@ def facts(rows: Iterable[tuple[str, RenderableType]]) -> Table:
 
 def show_facts(rows: Sequence[tuple[str, str]]) -> None:
     """`facts` of plain texts on stdout. In a pipe, where nothing is fitted or coloured, the same lines come without the library
-    that lays out tables: importing that takes as long as merging a hundred small tensors."""
+    that lays out tables, which takes longer to import than these to write."""
     if _width() is not None or wants_colour(sys.stdout):
         show(facts(rows))
         return

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from geomerge.anatomy.roles import ROLES
 from geomerge.diagnose.angles import Reading
 from geomerge.diagnose.decision import Decision
-from geomerge.diagnose.group import Group
+from geomerge.diagnose.group import Group, group_of
 from geomerge.diagnose.score import Score
 from geomerge.engine.schedule import Schedule
 from geomerge.recipe.values import Where
@@ -58,8 +58,6 @@ def coefficient_maps(decision: Decision, parts: Mapping[str, Part], groups: Sequ
     """The coefficients that a decision recommends, in the same cells."""
     schedule = Schedule(decision.coefficients, Where("diagnosis", 1))
     wanted = {g.group for g in groups}
-    from geomerge.diagnose.group import group_of
-
     found: dict[Group, float] = {}
     for part in parts.values():
         group = group_of(part)

@@ -58,9 +58,11 @@ class Chain:
         self._lineup = lineup
         self._made: dict[tuple[Any, ...], Step] = {}
         self._steps: list[tuple[values.Step, type[Step], dict[str, Lookup], dict[str, list[Lookup]]]] = []
-        for step in steps:
-            from geomerge.methods import before
+        if not steps:
+            return
+        from geomerge.methods import before
 
+        for step in steps:
             cls = before.get(step.name)
             shared: dict[str, Lookup] = {}
             each: dict[str, list[Lookup]] = {}

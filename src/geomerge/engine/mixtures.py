@@ -76,12 +76,12 @@ class Mixtures:
     def _find(
         self, donor: int, source: Source, width: int, advance: Callable[[int], None]
     ) -> Iterator[tuple[int, tuple[IntArray, list[float]]]]:
+        from geomerge.align.pursuit import pursue
+
         wanted = np.flatnonzero(self._plan.source == OMP - donor)
         theirs = self._plan.row[wanted]
         anchors = self._plan.anchors(donor)
         atoms = _rows(source, width, anchors[:, 1], to_torch(source.dtype))
-        from geomerge.align.pursuit import pursue
-
         sums = pursue(
             lambda first, last: _rows(source, width, theirs[first:last], torch.float64),
             len(wanted),

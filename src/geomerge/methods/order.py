@@ -34,7 +34,7 @@ Look = Sequence[int] | Program
 """How compiled loops find magnitudes: those of task vectors (for each selection an expert's number, from 0), or recorded."""
 
 _SAMPLE = 1 << 14
-"""Elements in a sample, of tensors of up to a million elements."""
+"""Elements in a sample, of tensors of up to a million elements; of up to twice as many no sample is taken."""
 _PIECE = 256
 """Elements of it that follow each other."""
 _WIDE = 0.12
@@ -73,11 +73,13 @@ def largest(
     look = _look(scan, magnitudes, experts, recorded=recorded)
     found = [NOTHING if k <= 0 else Selection(0.0, n, (n,)) for k in counts]
     wanted = [i for i, k in enumerate(counts) if 0 < k < n]
-    if wanted and n <= min(scan.tile, 2 * _SAMPLE) and len(scan.segments) == 1:
-        for i, selection in _in_one_tile(scan, magnitudes, {i: counts[i] for i in wanted}, look).items():
-            found[i] = selection
-    elif wanted:
-        brackets = _brackets(scan, magnitudes, {i: counts[i] for i in wanted}, look)
+    if wanted:
+        small = n <= 2 * _SAMPLE
+        brackets = (
+            dict.fromkeys(wanted, _EVERYTHING)
+            if small
+            else _brackets(scan, magnitudes, {i: counts[i] for i in wanted}, look)
+        )
         budget = dict.fromkeys(wanted, 4 * _COLLECT)
         segments = _collect(scan, magnitudes, brackets, budget, _COLLECT // 2 // len(scan.segments), look)
         for i in wanted:
@@ -198,16 +200,6 @@ def _select(
     return found
 
 
-def _in_one_tile(scan: Scan, magnitudes: Magnitudes, counts: dict[int, int], look: Look | None) -> dict[int, Selection]:
-    """The selections of a small tensor that one tile holds."""
-    found = {}
-    for i, ((flat,),) in _sample(scan, magnitudes, counts, scan.numel, look).items():
-        threshold = float(np.partition(flat, flat.size - counts[i])[flat.size - counts[i]])
-        greater = int(np.count_nonzero(flat > threshold))
-        found[i] = Selection(threshold, counts[i] - greater, (int(np.count_nonzero(flat == threshold)),))
-    return found
-
-
 def _sample(
     scan: Scan, magnitudes: Magnitudes, wanted: Iterable[int], size: int, look: Look | None
 ) -> dict[int, list[Floats]]:
@@ -222,14 +214,12 @@ def _sample(
         for place, starts in places:
             for i, (_, _, values) in _count(place, everything, look, starts).items():
                 taken[i].append(values.reshape(len(starts), -1))
-        return taken
-    for tile in scan.sample(size):
-        for i, m in enumerate(magnitudes(tile)):
-            if i in taken:
-                taken[i].append(m.reshape(1, -1).cpu().numpy().copy())
-    if scan.numel > size:
-        return {i: [np.concatenate(pieces)] for i, pieces in taken.items()}
-    return taken
+    else:
+        for tile in scan.sample(size):
+            for i, m in enumerate(magnitudes(tile)):
+                if i in taken:
+                    taken[i].append(m.reshape(1, -1).cpu().numpy().copy())
+    return {i: [np.concatenate(pieces)] for i, pieces in taken.items()} if scan.numel > size else taken
 
 
 def nth_smallest(scan: Scan, magnitudes: Magnitudes, ranks: Sequence[int], *, recorded: bool = False) -> list[float]:

@@ -46,7 +46,7 @@ class Step(ctypes.Structure):
     """One operation on registers: see `native/program.h`."""
 
     _fields_ = (
-        *((name, ctypes.c_int32) for name in ("operation", "to", "a", "b", "c", "group", "within", "unused")),
+        *((name, ctypes.c_int32) for name in ("operation", "to", "a", "b", "c", "group", "within")),
         ("x", ctypes.c_double),
         ("y", ctypes.c_double),
         ("data", ctypes.c_void_p),

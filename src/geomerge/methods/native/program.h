@@ -62,7 +62,6 @@ struct step {
     int32_t operation, to, a, b, c;
     int32_t group;  /* this step and those that follow are the group of that number; 0: it stands alone */
     int32_t within; /* of LOAD and SUMS: the groups do it, if the inputs are bfloat16, and the chunk is whole */
-    int32_t unused;
     double x, y;
     void *data;
 };
