@@ -259,11 +259,16 @@ def test_gram_sums(dtype: torch.dtype, count: int) -> None:
 
 @compiled
 def test_brackets_count_and_collect() -> None:
-    """By hand: above 4, equal to the common 2, and what else lies in [1, 4]."""
-    values = np.array([0.5, 1, 2, 2, 3, 4, 4.5, 5, 0, 1], dtype=np.float32)
-    above, equal, found = native.bracket(values, (1.0, 4.0, 2.0))
-    assert (above, equal, found.tolist()) == (2, 2, [1, 3, 4, 1])
-    assert native.bracket(values.astype(np.float64), (1.0, 4.0, math.nan))[2].tolist() == [1, 2, 2, 3, 4, 1]
+    """By hand: above 4, equal to the common 2 (and 4), and what else lies in [1, 4]; of as many as loops take together, and more."""
+    none = math.nan
+    for dtype in (np.float32, np.float64):
+        for times in (1, 2, 100):
+            values = np.tile(np.array([0.5, 1, 2, 2, 3, 4, 4.5, 5, 0, 1], dtype=dtype), times)
+            above, equal, found = native.bracket(values, (1.0, 4.0, (2.0, none)))
+            assert (above, equal, found.tolist()) == (2 * times, (2 * times, 0), [1, 3, 4, 1] * times)
+            above, equal, found = native.bracket(values, (1.0, 4.0, (2.0, 4.0)))
+            assert (above, equal, found.tolist()) == (2 * times, (2 * times, times), [1, 3, 1] * times)
+            assert native.bracket(values, (1.0, 4.0, (none, none)))[2].tolist() == [1, 2, 2, 3, 4, 1] * times
 
 
 @compiled

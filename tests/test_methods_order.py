@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,7 +15,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import references as ref
-from geomerge.methods import native, order, tile
+from geomerge.methods import brackets, native, order, tile
+from geomerge.methods.brackets import Bracket
 from geomerge.methods.order import largest, nth_smallest
 from geomerge.methods.selection import Selection
 from geomerge.methods.sparsify import magnitudes
@@ -136,7 +138,7 @@ def test_brackets_that_overflow(name: str, k: int, counted: list[int], monkeypat
     """Brackets that may hold 16 different values and are made to hold everything: folding and counting take over."""
     monkeypatch.setattr(order, "_COLLECT", 16)
     monkeypatch.setattr(
-        order, "_brackets", lambda scan, m, counts, experts: dict.fromkeys(counts, (0.0, np.inf, np.nan))
+        order, "_brackets", lambda scan, m, counts, experts: dict.fromkeys(counts, (0.0, np.inf, (np.nan, np.nan)))
     )
     scan = scan_of(HOSTILE[name])
     (found,) = largest(scan, absolute, [k])
@@ -150,6 +152,54 @@ def test_brackets_usually_hit(counted: list[int]) -> None:
         for k in (1, N // 10, N // 2, N - 1):
             largest(scan_of(HOSTILE[name]), absolute, [k])
     assert counted == []
+
+
+def test_two_values_that_meet_are_counted_and_not_collected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A threshold where one value of a coarse grid ends and the next begins: both are common."""
+    collected: list[int] = []
+    fold = Bracket.fold
+
+    def spy(bracket: Bracket, most: int) -> None:
+        fold(bracket, most)
+        collected.append(bracket.values.size)
+
+    monkeypatch.setattr(Bracket, "fold", spy)
+    values = np.random.default_rng(8).choice([0.25, 0.5, 0.75, 1.0], N)
+    k = int(np.count_nonzero(values > 0.5))
+    for wanted in (k, k + 1):
+        (found,) = largest(scan_of(values), absolute, [wanted])
+        assert found.threshold == (0.75 if wanted == k else 0.5)
+        assert sum(found.equal) == np.count_nonzero(values == found.threshold)
+    assert sum(collected) == 0
+
+
+@pytest.mark.parametrize("loops", [True, False])
+@pytest.mark.parametrize("name", HOSTILE)
+def test_the_largest_of_many_that_were_collected(name: str, loops: bool) -> None:
+    """As a sort says, whether a bracket among them helps or not; with common values beside them, or weights."""
+    values = np.abs(HOSTILE[name])
+    common = sorted({float(np.median(values)): 40_000, float(values.min()): 3}.items(), reverse=True)
+    values = values[~np.isin(values, [value for value, _ in common])]
+    everything = np.sort(np.concatenate([values, *(np.full(n, value) for value, n in common)]))[::-1]
+    distinct, weights = np.unique(values, return_counts=True)
+    with contextlib.nullcontext() if loops else native.turned_off():
+        for k in (1, 77, N // 3, N // 2, everything.size - 3, everything.size):
+            if 0 < k <= everything.size:
+                expected = everything[k - 1], int(np.count_nonzero(everything > everything[k - 1]))
+                assert brackets._threshold(values, None, common, k) == expected
+                assert brackets._threshold(distinct, weights, common, k) == expected
+        assert brackets._threshold(values, None, common, everything.size + 1) is None
+
+
+def test_what_repeats_is_kept_once() -> None:
+    """Values of a grid are folded, with their numbers; distinct ones would only take more room."""
+    random = np.random.default_rng(9)
+    for values, kept in ((random.integers(0, 50, 5000) / 8, 50), (random.random(5000), 5000)):
+        bracket = Bracket(0.0, math.inf, (math.nan, math.nan))
+        bracket.add(values)
+        bracket.fold(1000)
+        assert bracket.values.size == kept
+        assert bracket.values.size == 5000 or (bracket.counts is not None and bracket.counts.sum() == 5000)
 
 
 class Unplaced(TensorSource):

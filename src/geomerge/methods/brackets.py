@@ -32,15 +32,15 @@ Magnitudes = Callable[[Tile], Sequence["Tensor"]]
 class Bracket:
     """What one segment knows of one bracket: how many values lie above it, and which lie in it.
 
-    Task vectors of bfloat16 models live on a coarse grid: one value may make up a tenth of a tensor. Such a `common` value
-    is counted apart, so that what is collected stays little.
+    Task vectors of bfloat16 models live on a coarse grid: one value may make up a tenth of a tensor, and a bracket may lie where two
+    such meet. They are `common` and are counted apart, so that what is collected stays little.
     """
 
-    def __init__(self, low: float, high: float, common: float) -> None:
+    def __init__(self, low: float, high: float, common: tuple[float, float]) -> None:
         self.low, self.high = low, high
         self.common = common
         self.above = 0
-        self.equal = 0
+        self.equal = [0, 0]
         self.overflow = False
         self.values: Floats = np.empty(0)
         self.counts: NDArray[np.int64] | None = None
@@ -54,31 +54,36 @@ class Bracket:
             return
         not_above = magnitudes <= self.high
         self.above += magnitudes.size - int(np.count_nonzero(not_above))
-        if not math.isnan(self.common):
-            equal = magnitudes == self.common
-            self.equal += int(np.count_nonzero(equal))
-            if self.low == self.high == self.common:
-                return  # nothing else can lie between
         inside = np.logical_xor(not_above, magnitudes < self.low, out=not_above)
-        if not math.isnan(self.common):
-            np.logical_and(inside, np.logical_not(equal, out=equal), out=inside)
-        found = magnitudes[np.flatnonzero(inside)]
-        self._pending.append(found)
+        for k, common in enumerate(self.common):
+            if not math.isnan(common):
+                equal = magnitudes == common
+                self.equal[k] += int(np.count_nonzero(equal))
+                np.logical_and(inside, np.logical_not(equal, out=equal), out=inside)
+        self._pending.append(magnitudes[np.flatnonzero(inside)])
 
-    def take(self, above: int, equal: int, inside: Floats) -> None:
+    def take(self, above: int, equal: tuple[int, int], inside: Floats) -> None:
         """Take in what was counted and collected elsewhere."""
-        self.above, self.equal = self.above + above, self.equal + equal
+        self.above += above
+        self.equal = [have + more for have, more in zip(self.equal, equal, strict=True)]
         self._pending.append(inside)
 
     def fold(self, most: int) -> None:
-        """Make `values` of what lies inside: all, if these are at most so many, or else distinct ones and their numbers."""
+        """Make `values` of what lies inside: all, if these are at most so many or mostly distinct, or else the distinct ones and
+        their numbers."""
         values = self._pending[0] if len(self._pending) == 1 else np.concatenate(self._pending or [self.values])
-        if values.size > most:
+        if values.size > most and _repeats(values):
             values = np.sort(values)
             starts = _starts(values)
             values, self.counts = values[starts], np.diff(starts, append=values.size)
         self.values = values
         self._pending = []
+
+
+def _repeats(values: Floats) -> bool:
+    """Whether few values make up most of them, by a look at a thousand."""
+    some = values[:: max(values.size >> 10, 1)]
+    return 2 * len(_starts(np.sort(some))) < some.size
 
 
 def bounds_of(strata: Sequence[Floats], k: int, n: int, floor: float) -> tuple[native.Bounds, float]:
@@ -101,10 +106,10 @@ def bounds_of(strata: Sequence[Floats], k: int, n: int, floor: float) -> tuple[n
     spread = 4 * math.sqrt(variance) + 16
     low, high = int(centre - spread), int(centre + spread)
     inner = values[max(low, 0) : high + 1]
-    starts = _starts(inner)
-    number = np.diff(starts, append=inner.size)
-    most = int(number.argmax())
-    common = float(inner[starts[most]]) if number[most] > size // 256 else math.nan
+    distinct = inner[_starts(inner)]
+    number = np.searchsorted(values, distinct, side="right") - np.searchsorted(values, distinct)
+    most = [float(distinct[at]) for at in number.argsort()[:-3:-1] if number[at] > size // 256]
+    common = (*most, math.nan, math.nan)[:2]
     bounds = float(values[low]) if low > 0 else floor, float(values[high]) if high < size else math.inf, common
     return bounds, inner.size / size
 
@@ -129,7 +134,6 @@ def choose(segments: list[Bracket], count: int) -> Selection | None:
     above = sum(s.above for s in segments)
     if any(s.overflow for s in segments) or above >= count:
         return None
-    equal, common = sum(s.equal for s in segments), segments[0].common
     values = np.concatenate([s.values for s in segments])
     number = [s.counts for s in segments]
     weights = None
@@ -137,48 +141,75 @@ def choose(segments: list[Bracket], count: int) -> Selection | None:
         weights = np.concatenate(
             [np.ones(s.values.size, np.int64) if c is None else c for s, c in zip(segments, number, strict=True)]
         )
-    found = _threshold(values, weights, equal, common, count - above)
+    found = _threshold(values, weights, _common(segments), count - above)
     if found is None:
         return None
     threshold, greater = found
     return Selection(threshold, count - above - greater, tuple(_equal(s, threshold) for s in segments))
 
 
-def _threshold(
-    values: Floats, weights: NDArray[np.int64] | None, equal: int, common: float, count: int
-) -> tuple[float, int] | None:
-    """The `count`-th largest of values (each so many times as its weight says) and of `equal` times `common`, and how many
-    are greater; `None` if there are not so many."""
+def _common(segments: Sequence[Bracket]) -> list[tuple[float, int]]:
+    """The common values and how often they are there, the largest first."""
+    equal = (sum(s.equal[k] for s in segments) for k in range(2))
+    return sorted(((value, n) for value, n in zip(segments[0].common, equal, strict=True) if n), reverse=True)
 
-    # Sorted: a partition degenerates where few values make up most, as those of bfloat16 models do.
-    if weights is None:
-        values = np.sort(values)
-        smaller = None
-    else:
-        order = np.argsort(values, kind="stable")  # which merges the segments' runs
-        values = values[order]
-        smaller = np.concatenate([[0], np.cumsum(weights[order])])  # or equal to the ones before each place
-    size = values.size if smaller is None else int(smaller[-1])
+
+def _threshold(
+    values: Floats, weights: NDArray[np.int64] | None, common: Sequence[tuple[float, int]], count: int
+) -> tuple[float, int] | None:
+    """The `count`-th largest of values (each so many times as its weight says) and of common ones, and how many are greater;
+    `None` if there are not so many."""
 
     def greater(than: float) -> int:
-        at = int(np.searchsorted(values, values.dtype.type(than), side="right"))
-        return size - (at if smaller is None else int(smaller[at]))
+        larger = values > than
+        return int(np.count_nonzero(larger) if weights is None else weights[larger].sum())
 
-    before = greater(common) if equal else 0
-    if equal and before < count <= before + equal:
-        return common, before
-    left = count - equal if equal and count > before else count
-    if left > size:
+    passed = 0  # common values that are greater
+    for value, number in common:
+        before = greater(value) + passed
+        if before < count <= before + number:
+            return value, before
+        if count <= before:
+            break
+        passed += number
+    left = count - passed
+    if left > (values.size if weights is None else int(weights.sum())):
         return None
-    at = size - left if smaller is None else int(np.searchsorted(smaller, size - left, side="right")) - 1
-    threshold = float(values[at])
-    return threshold, greater(threshold) + (equal if common > threshold else 0)
+    if weights is None:
+        threshold, before = _of_many(values, left)
+    else:
+        order = np.argsort(values, kind="stable")[::-1]  # which merges the segments' runs
+        threshold = float(values[order[np.searchsorted(np.cumsum(weights[order]), left)]])
+        before = greater(threshold)
+    return threshold, before + passed
+
+
+def _of_many(values: Floats, count: int) -> tuple[float, int]:
+    """The `count`-th largest, and how many are greater."""
+    if values.size > _FEW:
+        sample = values[:: values.size // _SAMPLE].reshape(1, -1)
+        bracket = Bracket(*bounds_of([sample], count, values.size, -math.inf)[0])
+        bracket.add(values)
+        bracket.fold(values.size)
+        if bracket.above < count and 2 * bracket.values.size < values.size:
+            found = _threshold(bracket.values, None, _common([bracket]), count - bracket.above)
+            if found is not None:
+                return found[0], found[1] + bracket.above
+    # Not by a partition, which degenerates where few values make up most, as those of bfloat16 models do.
+    ordered = np.sort(values)
+    threshold = ordered[-count]
+    return float(threshold), values.size - int(np.searchsorted(ordered, threshold, side="right"))
+
+
+_FEW = 1 << 15
+"""So many values are sorted; of more, a bracket tells which need to be."""
+_SAMPLE = 1 << 12
 
 
 def _equal(segment: Bracket, value: float) -> int:
     inside = segment.values == value
     found = np.count_nonzero(inside) if segment.counts is None else segment.counts[inside].sum()
-    return int(found) + (segment.equal if segment.common == value else 0)
+    return int(found) + sum(n for common, n in zip(segment.common, segment.equal, strict=True) if common == value)
 
 
 def by_counting(over: Over, magnitudes: Magnitudes, which: int, count: int, *, signed: bool = False) -> Selection:

@@ -236,7 +236,7 @@ def nth_smallest(scan: Scan, magnitudes: Magnitudes, ranks: Sequence[int], *, re
 def _brackets(
     scan: Scan, magnitudes: Magnitudes, counts: dict[int, int], look: Look | None
 ) -> dict[int, native.Bounds]:
-    """For each selection bounds that very probably hold its threshold, and the value that is common between them (or NaN)."""
+    """For each selection bounds that very probably hold its threshold, and the values that are common between them."""
     n = scan.numel
     size = min(max(_SAMPLE, int((1.6 * n) ** (2 / 3))), _MOST)  # costs about as much as what is collected by it
     while True:
@@ -248,7 +248,7 @@ def _brackets(
         size = min(4 * size, _MOST)  # rows differ much
 
 
-_EVERYTHING: native.Bounds = (-math.inf, math.inf, math.nan)
+_EVERYTHING: native.Bounds = (-math.inf, math.inf, (math.nan, math.nan))
 
 
 def _count(

@@ -82,20 +82,20 @@ class _Bracket(ctypes.Structure):
     _fields_ = (
         ("low", ctypes.c_double),
         ("high", ctypes.c_double),
-        ("common", ctypes.c_double),
+        ("common", ctypes.c_double * 2),
         ("above", ctypes.c_int64),
-        ("equal", ctypes.c_int64),
+        ("equal", ctypes.c_int64 * 2),
         ("collected", ctypes.c_int64),
         ("found", ctypes.c_void_p),
         ("expert", ctypes.c_int32),
     )
 
 
-Bounds = tuple[float, float, float]
-"""Of a bracket: ``(low, high, common)``."""
+Bounds = tuple[float, float, tuple[float, float]]
+"""Of a bracket: ``(low, high, common)``; NaN is for a value that is not there."""
 
-Counted = tuple[int, int, np.ndarray]
-"""How many magnitudes lie above `high`, how many equal `common`, and those others that lie between `low` and `high`."""
+Counted = tuple[int, tuple[int, int], np.ndarray]
+"""How many magnitudes lie above `high`, how many equal each of `common`, and those others that lie between `low` and `high`."""
 
 
 class Brackets:
@@ -117,7 +117,7 @@ class Brackets:
         of = [0] * len(bounds) if experts is None else experts
         rows = [row.ctypes.data for row in self._found]
         self.array = (_Bracket * len(bounds))(
-            *(_Bracket(*each, 0, 0, 0, row, k) for each, row, k in zip(bounds, rows, of, strict=True))
+            *(_Bracket(*each, 0, (0, 0), 0, row, k) for each, row, k in zip(bounds, rows, of, strict=True))
         )
 
     def address(self, index: int) -> int:
@@ -127,7 +127,7 @@ class Brackets:
     def counted(self) -> list[Counted]:
         """What each has found."""
         pairs = zip(self.array, self._found, strict=True)
-        return [(each.above, each.equal, row[: each.collected].copy()) for each, row in pairs]
+        return [(each.above, tuple(each.equal), row[: each.collected].copy()) for each, row in pairs]
 
 
 def bracket(magnitudes: np.ndarray, bounds: Bounds) -> Counted:

@@ -5,9 +5,9 @@
 /* What is asked of one expert's magnitudes, or of magnitudes that are given, and what was found so far. */
 struct bracket {
     double low, high;  /* those in [low, high] are collected ... */
-    double common;     /* ... but for those that equal this (NaN: none), which are counted */
+    double common[2];  /* ... but for those that equal one of these (NaN: none), which are counted */
     int64_t above;     /* how many lie above `high` */
-    int64_t equal;     /* how many equal `common` */
+    int64_t equal[2];  /* how many equal each of `common` */
     int64_t collected;
     void *found;       /* T, with room for all */
     int32_t expert;
@@ -30,76 +30,90 @@ __attribute__((constructor)) static void fill_lanes(void) {
             if (mask >> lane & 1) pairs_of[mask][at++] = 2 * lane, pairs_of[mask][at++] = 2 * lane + 1;
 }
 
-/* As `bracket_double`, for a whole number of fours; `found` has room for four more. */
-static void bracket_fours(struct bracket *b, const double *restrict x, int64_t m) {
-    const __m256d low = _mm256_set1_pd(b->low), high = _mm256_set1_pd(b->high), common = _mm256_set1_pd(b->common);
-    __m256i over = _mm256_setzero_si256(), same = over;
+/* As `bracket_double`, for a whole number of fours; `found` has room for four more. `two`: both of `common` are numbers. */
+FUSED bracket_fours(const int two, struct bracket *b, const double *restrict x, int64_t m) {
+    const __m256d low = _mm256_set1_pd(b->low), high = _mm256_set1_pd(b->high);
+    const __m256d common = _mm256_set1_pd(b->common[0]), other = _mm256_set1_pd(b->common[1]);
+    __m256i over = _mm256_setzero_si256(), same = over, alike = over;
     double *found = (double *)b->found + b->collected;
     for (int64_t i = 0; i < m; i += 4) {
         __m256d y = _mm256_loadu_pd(x + i);
         __m256d above = _mm256_cmp_pd(y, high, _CMP_NLE_UQ), equal = _mm256_cmp_pd(y, common, _CMP_EQ_OQ);
+        same = _mm256_sub_epi64(same, _mm256_castpd_si256(equal));
+        if (two) {
+            __m256d second = _mm256_cmp_pd(y, other, _CMP_EQ_OQ);
+            alike = _mm256_sub_epi64(alike, _mm256_castpd_si256(second));
+            equal = _mm256_or_pd(equal, second);
+        }
         __m256d inside = _mm256_andnot_pd(_mm256_or_pd(above, equal), _mm256_cmp_pd(y, low, _CMP_GE_OQ));
         over = _mm256_sub_epi64(over, _mm256_castpd_si256(above));
-        same = _mm256_sub_epi64(same, _mm256_castpd_si256(equal));
         int mask = _mm256_movemask_pd(inside);
         __m256i lanes = _mm256_load_si256((const __m256i *)pairs_of[mask]);
         _mm256_storeu_ps((float *)found, _mm256_permutevar8x32_ps(_mm256_castpd_ps(y), lanes));
         found += __builtin_popcount((unsigned)mask);
     }
-    int64_t counts[8];
+    int64_t counts[12];
     _mm256_storeu_si256((__m256i *)counts, over);
     _mm256_storeu_si256((__m256i *)(counts + 4), same);
-    for (int i = 0; i < 4; i++) b->above += counts[i], b->equal += counts[4 + i];
+    _mm256_storeu_si256((__m256i *)(counts + 8), alike);
+    for (int i = 0; i < 4; i++) b->above += counts[i], b->equal[0] += counts[4 + i], b->equal[1] += counts[8 + i];
     b->collected = found - (double *)b->found;
 }
 
 /* As `bracket_float` of |x - base|, for a whole number of eights; `found` has room for eight more. */
-static void bracket_bf16(struct bracket *b, const uint16_t *restrict x, const float *restrict base, int64_t m) {
-    const __m256 low = _mm256_set1_ps((float)b->low), high = _mm256_set1_ps((float)b->high);
-    const __m256 common = _mm256_set1_ps((float)b->common), sign = _mm256_set1_ps(-0.0f);
-    __m256i over = _mm256_setzero_si256(), same = over;
+FUSED bracket_bf16(const int two, struct bracket *b, const uint16_t *restrict x, const float *restrict base, int64_t m) {
+    const __m256 low = _mm256_set1_ps((float)b->low), high = _mm256_set1_ps((float)b->high), sign = _mm256_set1_ps(-0.0f);
+    const __m256 common = _mm256_set1_ps((float)b->common[0]), other = _mm256_set1_ps((float)b->common[1]);
+    __m256i over = _mm256_setzero_si256(), same = over, alike = over;
     float *found = (float *)b->found + b->collected;
     for (int64_t i = 0; i < m; i += 8) {
         __m256i wide = _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(x + i))), 16);
         __m256 y = _mm256_andnot_ps(sign, _mm256_sub_ps(_mm256_castsi256_ps(wide), _mm256_loadu_ps(base + i)));
         __m256 above = _mm256_cmp_ps(y, high, _CMP_NLE_UQ), equal = _mm256_cmp_ps(y, common, _CMP_EQ_OQ);
+        same = _mm256_sub_epi32(same, _mm256_castps_si256(equal));
+        if (two) {
+            __m256 second = _mm256_cmp_ps(y, other, _CMP_EQ_OQ);
+            alike = _mm256_sub_epi32(alike, _mm256_castps_si256(second));
+            equal = _mm256_or_ps(equal, second);
+        }
         __m256 inside = _mm256_andnot_ps(_mm256_or_ps(above, equal), _mm256_cmp_ps(y, low, _CMP_GE_OQ));
         over = _mm256_sub_epi32(over, _mm256_castps_si256(above));
-        same = _mm256_sub_epi32(same, _mm256_castps_si256(equal));
         int mask = _mm256_movemask_ps(inside);
         __m256i lanes = _mm256_load_si256((const __m256i *)lanes_of[mask]);
         _mm256_storeu_ps(found, _mm256_permutevar8x32_ps(y, lanes));
         found += __builtin_popcount((unsigned)mask);
     }
-    int32_t counts[16];
+    int32_t counts[24];
     _mm256_storeu_si256((__m256i *)counts, over);
     _mm256_storeu_si256((__m256i *)(counts + 8), same);
-    for (int i = 0; i < 8; i++) b->above += counts[i], b->equal += counts[8 + i];
+    _mm256_storeu_si256((__m256i *)(counts + 16), alike);
+    for (int i = 0; i < 8; i++) b->above += counts[i], b->equal[0] += counts[8 + i], b->equal[1] += counts[16 + i];
     b->collected = found - (float *)b->found;
 }
 #define QUICK 1
 #else
 #define QUICK 0
-#define bracket_bf16(b, x, base, m) (void)0
-#define bracket_fours(b, x, m) (void)0
+#define bracket_bf16(two, b, x, base, m) (void)0
+#define bracket_fours(two, b, x, m) (void)0
 #endif
 
 #define BRACKET(T)                                                                                    \
     static void bracket_##T(struct bracket *b, const T *restrict y, int64_t m) {                      \
         if (QUICK && sizeof(T) == 8 && m % 4 == 0) {                                                  \
-            bracket_fours(b, (const double *)y, m);                                                   \
+            if (b->common[1] == b->common[1]) bracket_fours(1, b, (const double *)y, m);              \
+            else bracket_fours(0, b, (const double *)y, m);                                           \
             return;                                                                                   \
         }                                                                                             \
-        const T low = (T)b->low, high = (T)b->high, common = (T)b->common;                            \
-        int32_t over = 0, same = 0, number = (int32_t)m;                                              \
+        const T low = (T)b->low, high = (T)b->high, common = (T)b->common[0], other = (T)b->common[1]; \
+        int32_t over = 0, same = 0, alike = 0, number = (int32_t)m;                                   \
         uint8_t inside[CHUNK];                                                                        \
         if (m < CHUNK) memset(inside, 0, CHUNK);                                                      \
         for (int32_t i = 0; i < number; i++) {                                                        \
             over += !(y[i] <= high);                                                                  \
-            same += y[i] == common;                                                                   \
-            inside[i] = (y[i] <= high) & (y[i] >= low) & (y[i] != common);                            \
+            same += y[i] == common, alike += y[i] == other;                                           \
+            inside[i] = (y[i] <= high) & (y[i] >= low) & (y[i] != common) & (y[i] != other);          \
         }                                                                                             \
-        b->above += over, b->equal += same;                                                           \
+        b->above += over, b->equal[0] += same, b->equal[1] += alike;                                  \
         T *restrict found = (T *)b->found;                                                            \
         int64_t at = b->collected;                                                                    \
         for (int32_t j = 0; j < number; j += 8) { /* mostly none of eight */                          \
@@ -137,8 +151,11 @@ static void bracket_bf16(struct bracket *b, const uint16_t *restrict x, const fl
                     for (int k = 0; k + 1 < work->count; k++) {                                       \
                         if (QUICK && sizeof(T) == 4 && in[k + 1].dtype == BF16 && m % 8 == 0) {       \
                             if (check) bad += odd_##T(raw[k + 1], BF16, s, m, 0);                     \
+                            const uint16_t *x = (const uint16_t *)raw[k + 1] + s;                     \
                             for (; j < brackets && b[j].expert == k; j++)                             \
-                                bracket_bf16(b + j, (const uint16_t *)raw[k + 1] + s, (const float *)base, m); \
+                                if (b[j].common[1] == b[j].common[1])                                 \
+                                    bracket_bf16(1, b + j, x, (const float *)base, m);                \
+                                else bracket_bf16(0, b + j, x, (const float *)base, m);               \
                             continue;                                                                 \
                         }                                                                             \
                         load_##T(raw[k + 1], in[k + 1].dtype, s, m, d);                               \
