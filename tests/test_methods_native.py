@@ -259,7 +259,7 @@ def test_gram_sums(dtype: torch.dtype, count: int) -> None:
 
 @compiled
 def test_brackets_count_and_collect() -> None:
-    """By hand: above 4, equal to the common 2 (and 4), and what else lies in [1, 4]; of as many as loops take together, and more."""
+    """By hand: above 4, equal to the common 2 (and 4), and what else lies in [1, 4]; of few and of many."""
     none = math.nan
     for dtype in (np.float32, np.float64):
         for times in (1, 2, 100):

@@ -7,13 +7,14 @@ from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
+import mpmath
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from geomerge.methods import native, order, program, steps
-from geomerge.methods.functions import exp, log, tanh
+from geomerge.methods.functions import exp, log, log_of_ratio, tanh
 from geomerge.methods.native.build import GROUPS
 from geomerge.methods.program import Recorded, Value
 from geomerge.methods.tile import Scan, TensorSource, Tile
@@ -277,6 +278,19 @@ class TestFunctions:
             expected = torch.from_numpy(theirs(argument.numpy()))
             error = (ours(argument) - expected).abs()
             assert float((error / torch.from_numpy(np.spacing(expected.abs().numpy()))).max()) <= 4
+
+    @pytest.mark.parametrize("scale", [1e-9, 1e-3, 0.06, 0.2, 30.0])
+    def test_logarithms_of_ratios(self, scale: float) -> None:
+        """Also of numbers that are nearly equal, against twice as many digits; and of equal ones."""
+        generator = torch.Generator().manual_seed(2)
+        q = torch.rand(5000, dtype=torch.float64, generator=generator) + 1e-3
+        p = q * (torch.randn(5000, dtype=torch.float64, generator=generator) * scale).exp()
+        with mpmath.workdps(40):
+            pairs = zip(p.tolist(), q.tolist(), strict=True)
+            expected = [float(mpmath.log(mpmath.mpf(a) / mpmath.mpf(b))) for a, b in pairs]
+        error = np.abs(log_of_ratio(p, q).numpy() - expected)
+        assert (error <= 8 * np.spacing(np.maximum(np.abs(expected), scale * 1e-16))).all()
+        assert log_of_ratio(q, q).eq(0).all()
 
     def test_known(self) -> None:
         """Zero and one, both ends, and what is beyond."""

@@ -32,8 +32,8 @@ Magnitudes = Callable[[Tile], Sequence["Tensor"]]
 class Bracket:
     """What one segment knows of one bracket: how many values lie above it, and which lie in it.
 
-    Task vectors of bfloat16 models live on a coarse grid: one value may make up a tenth of a tensor, and a bracket may lie where two
-    such meet. They are `common` and are counted apart, so that what is collected stays little.
+    Task vectors of bfloat16 models live on a coarse grid: one value may make up a tenth of a tensor, and a bracket may lie
+    where two such meet. They are `common` and are counted apart, so that what is collected stays little.
     """
 
     def __init__(self, low: float, high: float, common: tuple[float, float]) -> None:
@@ -69,7 +69,7 @@ class Bracket:
         self._pending.append(inside)
 
     def fold(self, most: int) -> None:
-        """Make `values` of what lies inside: all, if these are at most so many or mostly distinct, or else the distinct ones and
+        """Make `values` of what lies inside: all, if these are at most so many or mostly distinct; else distinct ones and
         their numbers."""
         values = self._pending[0] if len(self._pending) == 1 else np.concatenate(self._pending or [self.values])
         if values.size > most and _repeats(values):
@@ -86,20 +86,26 @@ def _repeats(values: Floats) -> bool:
     return 2 * len(_starts(np.sort(some))) < some.size
 
 
-def bounds_of(strata: Sequence[Floats], k: int, n: int, floor: float) -> tuple[native.Bounds, float]:
+def bounds_of(
+    strata: Sequence[Floats], counts: Sequence[int], n: int, floor: float
+) -> list[tuple[native.Bounds, float]]:
     """Bounds from a sample, for the k-th largest of n values.
 
     Args:
         strata: For each tensor its part of the sample: pieces of elements that follow each other, shape ``(pieces, elements)``.
             Neighbours are often alike (a row's): how far the pieces differ says how much the sample is worth.
-        k: From 1 to n - 1.
+        counts: Each k, from 1 to n.
         n: Of how many values.
         floor: No value lies below it.
 
     Returns:
-        The bounds, and the share of the values that is to be expected between them.
+        For each k the bounds, and the share of the values that is to be expected between them.
     """
     values = np.sort(np.concatenate([pieces.reshape(-1) for pieces in strata]))
+    return [_bounds(values, strata, k, n, floor) for k in counts]
+
+
+def _bounds(values: Floats, strata: Sequence[Floats], k: int, n: int, floor: float) -> tuple[native.Bounds, float]:
     size = len(values)
     centre = min(max(int(size * (1 - k / n)), 0), size - 1)
     variance = max(size * (k / n) * (1 - k / n), _variance(strata, values[centre]))
@@ -109,9 +115,9 @@ def bounds_of(strata: Sequence[Floats], k: int, n: int, floor: float) -> tuple[n
     distinct = inner[_starts(inner)]
     number = np.searchsorted(values, distinct, side="right") - np.searchsorted(values, distinct)
     most = [float(distinct[at]) for at in number.argsort()[:-3:-1] if number[at] > size // 256]
-    common = (*most, math.nan, math.nan)[:2]
-    bounds = float(values[low]) if low > 0 else floor, float(values[high]) if high < size else math.inf, common
-    return bounds, inner.size / size
+    first, second, *_ = *most, math.nan, math.nan
+    least, largest = float(values[low]) if low > 0 else floor, float(values[high]) if high < size else math.inf
+    return (least, largest, (first, second)), inner.size / size
 
 
 def _starts(ordered: Floats) -> NDArray[np.int64]:
@@ -188,7 +194,8 @@ def _of_many(values: Floats, count: int) -> tuple[float, int]:
     """The `count`-th largest, and how many are greater."""
     if values.size > _FEW:
         sample = values[:: values.size // _SAMPLE].reshape(1, -1)
-        bracket = Bracket(*bounds_of([sample], count, values.size, -math.inf)[0])
+        ((bounds, _),) = bounds_of([sample], [count], values.size, -math.inf)
+        bracket = Bracket(*bounds)
         bracket.add(values)
         bracket.fold(values.size)
         if bracket.above < count and 2 * bracket.values.size < values.size:

@@ -27,6 +27,7 @@ _TERMS = tuple(1 / math.factorial(n) for n in range(13, 1, -1))
 _FLAT = (-1382 / 155925, 62 / 2835, -17 / 315, 2 / 15, -1 / 3)
 """Of tanh's series, which does up to 2⁻⁵."""
 _ODD = tuple(1 / n for n in range(21, 1, -2))
+_FEW_ODD = _ODD[-6:]
 _ROOT_OF_HALF = 0x3FE6A09E667F3BCD
 """The bits of √½."""
 
@@ -48,6 +49,15 @@ def tanh(x: Tensor) -> Tensor:
     power, r, p = _reduced(x.abs().clamp_(max=20.0).mul_(2.0))
     less_one = p.mul_(r).mul_(r).add_(r).mul_(power).add_(power.sub_(1.0))  # e²ˣ − 1
     return torch.where(x.abs() < 2.0**-5, flat, less_one.div_(less_one + 2.0).mul_(x.sign()))
+
+
+def log_of_ratio(p: Tensor, q: Tensor) -> Tensor:
+    """ln(p/q) of positive normal float64 numbers, of nearly equal ones from their difference."""
+    f = p.sub(q).div_(p + q)
+    square = f * f
+    twice = f + f
+    near = _polynomial(square, _FEW_ODD).mul_(square).mul_(twice).add_(twice)
+    return torch.where(f.abs() < 2.0**-4, near, log(p / q))
 
 
 def log(x: Tensor) -> Tensor:

@@ -183,11 +183,9 @@ def _select(
 
     samples = walk.over(sample)
     floor = -math.inf if signed else 0.0
-    brackets = {
-        i: bounds_of([pieces for each in samples for pieces in each.get(i, ())], k, n, floor)[0]
-        for i, k in wanted.items()
-    }
-    del samples
+    together = {i: [pieces for each in samples for pieces in each.get(i, ())] for i in wanted}
+    brackets = {i: bounds for i, (bounds, _) in _bounds(together, wanted, n, floor).items()}
+    del samples, together
     budget = dict.fromkeys(wanted, 16 * _COLLECT)
     most = _COLLECT // 2 // (len(walk.names) + n // SEGMENT)
     parts = walk.over(lambda scan: _collect(scan, values, brackets, budget, most, look(scan)))
@@ -203,10 +201,17 @@ def _select(
 def _sample(
     scan: Scan, magnitudes: Magnitudes, wanted: Iterable[int], size: int, look: Look | None
 ) -> dict[int, list[Floats]]:
-    """Magnitudes from about so many places (all of them, if there are no more), by selection: see `bounds_of`."""
+    """Magnitudes from about so many places (all of them, if there are no more), by selection: see `bounds_of`.
+
+    Selections of the same magnitudes get the same arrays.
+    """
     taken: dict[int, list[Floats]] = {i: [] for i in wanted}
+    same: dict[int, int] = {}
     if look is not None:
-        everything = dict.fromkeys(taken, _EVERYTHING)
+        of = look.ranked if isinstance(look, Program) else look
+        first: dict[int, int] = {}
+        same = {i: first.setdefault(of[i], i) for i in taken}
+        everything = dict.fromkeys(first.values(), _EVERYTHING)
         if scan.numel <= size:
             places = [(place, [0]) for segment in scan.segments for place in scan.places(segment)]
         else:
@@ -219,7 +224,22 @@ def _sample(
             for i, m in enumerate(magnitudes(tile)):
                 if i in taken:
                     taken[i].append(m.reshape(1, -1).cpu().numpy().copy())
-    return {i: [np.concatenate(pieces)] for i, pieces in taken.items()} if scan.numel > size else taken
+    joined = {i: [np.concatenate(pieces)] if scan.numel > size else pieces for i, pieces in taken.items() if pieces}
+    return {i: joined[same.get(i, i)] for i in taken}
+
+
+def _bounds(
+    samples: dict[int, list[Floats]], counts: dict[int, int], n: int, floor: float
+) -> dict[int, tuple[native.Bounds, float]]:
+    """`bounds_of` for each selection; what several have in common is sorted once."""
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for i, pieces in samples.items():
+        alike.setdefault(tuple(map(id, pieces)), []).append(i)
+    return {
+        i: bounds
+        for chosen in alike.values()
+        for i, bounds in zip(chosen, bounds_of(samples[chosen[0]], [counts[i] for i in chosen], n, floor), strict=True)
+    }
 
 
 def nth_smallest(scan: Scan, magnitudes: Magnitudes, ranks: Sequence[int], *, recorded: bool = False) -> list[float]:
@@ -240,8 +260,7 @@ def _brackets(
     n = scan.numel
     size = min(max(_SAMPLE, int((1.6 * n) ** (2 / 3))), _MOST)  # costs about as much as what is collected by it
     while True:
-        taken = _sample(scan, magnitudes, counts, size, look)
-        found = {i: bounds_of(taken.pop(i), k, n, 0.0) for i, k in counts.items()}
+        found = _bounds(_sample(scan, magnitudes, counts, size, look), counts, n, 0.0)
         share = max(share for _, share in found.values())
         if (share < _WIDE and share * n <= 2 * _COLLECT) or size >= min(n, _MOST):
             return {i: bounds for i, (bounds, _) in found.items()}

@@ -222,11 +222,13 @@ class Program:
         steps: One for each operation that something depends on.
         data: What steps have beside their operands: selections, tables, functions, by the steps' index.
         ends: The steps that take in the outputs.
+        ranked: What these are, in numbers: outputs of the same are the same.
     """
 
     steps: ctypes.Array[Step]
     data: dict[int, tuple[str, Any]] = field(default_factory=dict)
     ends: tuple[int, ...] = ()
+    ranked: tuple[int, ...] = ()
 
     def merge(self, place: Place, out: native.Stored, beginning: np.ndarray | None, *, check: bool) -> bool:
         """Write the output at a place; whether all inputs are finite (looked at if `check`), as in all that follow."""
@@ -297,7 +299,8 @@ def record(inputs: int, compute: Callable[[Tile], Any], end: str) -> Program:
     """
     tile = Recorded(inputs)
     found = compute(cast("Tile", tile))
-    ends = [tile.note(end, (value._at,), data=end) for value in ([found] if isinstance(found, Value) else found)]
+    ranked = tuple(value._at for value in ([found] if isinstance(found, Value) else found))
+    ends = [tile.note(end, (at,), data=end) for at in ranked]
     notes = tile.notes
     layout = laid_out(tuple([(n.operation, n.operands, int(n.x) if n.operation == "load" else 0) for n in notes]))
     steps = layout.steps()
@@ -312,7 +315,7 @@ def record(inputs: int, compute: Callable[[Tile], Any], end: str) -> Program:
         if held is not None:
             data[place] = (notes[index].operation, held)
     step_of = {index: place for place, index in enumerate(layout.notes)}
-    return Program(steps, data, tuple(step_of[e] for e in ends))
+    return Program(steps, data, tuple(step_of[e] for e in ends), ranked)
 
 
 def loop(scan: Scan, compute: Callable[[Tile], Any]) -> Loop:

@@ -12,7 +12,7 @@ import torch
 
 from geomerge.methods import native
 from geomerge.methods.base import Elementwise
-from geomerge.methods.functions import exp, log
+from geomerge.methods.functions import exp, log_of_ratio
 from geomerge.methods.order import nth_smallest
 from geomerge.methods.properties import BASE, IDENTICAL
 from geomerge.methods.registry import register
@@ -57,13 +57,13 @@ def row_divergences(scan: Scan) -> Floats:
 
 def _divergences(base: Tensor, other: Tensor) -> list[float]:
     p, q = _softmax(other), _softmax(base)
-    return lane_sums(p * log(p / q))
+    return lane_sums(p * log_of_ratio(p, q))
 
 
 def _softmax(rows: Tensor) -> Tensor:
     powers = exp(rows - rows.amax(-1, keepdim=True))
-    sums = torch.tensor(lane_sums(powers), dtype=powers.dtype, device=powers.device)
-    return powers.div_(sums.unsqueeze(1)).add_(_FLOOR)
+    shares = torch.tensor(lane_sums(powers), dtype=powers.dtype, device=powers.device).reciprocal_()
+    return powers.mul_(shares.unsqueeze(1)).add_(_FLOOR)
 
 
 @register

@@ -2,42 +2,56 @@
 
 #pragma once
 
-/* The softmax of n numbers, plus `floor`, in their place. */
-static void softmax(double *x, int64_t n, double floor) {
-    double lanes[CHUNK] = {0}, large[8], most = x[0];
-    for (int lane = 0; lane < 8; lane++) large[lane] = most;
+/* Powers of e in the place of n numbers, all divided by that of the largest; what makes a softmax of them. */
+static double powers(double *x, int64_t n) {
+    double lanes[CHUNK] = {0}, large[8], small[8], most = x[0], least_of = x[0];
+    for (int lane = 0; lane < 8; lane++) large[lane] = small[lane] = most;
     for (int64_t s = 0; s + 8 <= n; s += 8)
-        for (int lane = 0; lane < 8; lane++) large[lane] = x[s + lane] > large[lane] ? x[s + lane] : large[lane];
-    for (int64_t i = n / 8 * 8; i < n; i++) most = x[i] > most ? x[i] : most;
-    for (int lane = 0; lane < 8; lane++) most = large[lane] > most ? large[lane] : most;
+        for (int lane = 0; lane < 8; lane++) {
+            large[lane] = x[s + lane] > large[lane] ? x[s + lane] : large[lane];
+            small[lane] = x[s + lane] < small[lane] ? x[s + lane] : small[lane];
+        }
+    for (int64_t i = n / 8 * 8; i < n; i++) {
+        most = x[i] > most ? x[i] : most;
+        least_of = x[i] < least_of ? x[i] : least_of;
+    }
+    for (int lane = 0; lane < 8; lane++) {
+        most = large[lane] > most ? large[lane] : most;
+        least_of = small[lane] < least_of ? small[lane] : least_of;
+    }
+    const int near = most - least_of < NEAR;
     for (int64_t s = 0; s < n; s += CHUNK) {
         int64_t m = least(CHUNK, n - s);
-        EACH(m) x[s + i] = exp_of(x[s + i] - most), lanes[i] += x[s + i];
+        if (near) EACH(m) x[s + i] = near_exp(x[s + i] - most), lanes[i] += x[s + i];
+        else EACH(m) x[s + i] = exp_of(x[s + i] - most), lanes[i] += x[s + i];
     }
-    double sum = halved(lanes);
-    EACH(n) x[i] = x[i] / sum + floor;
+    return 1 / halved(lanes);
 }
 
 /* Of each row of `columns` <= WINDOW elements the Kullback-Leibler divergence of the second input's softmax from the first's, each
  * plus `floor`; `room` is for two rows. Returns whether all are finite (looked at only if `check`). */
 int geomerge_divergences(struct work *work, int64_t rows, int64_t columns, double floor, double *room, int check, double *out) {
     const void *raw[MOST];
-    double bad = 0, *q = room, *p = room + columns;
+    double bad = 0, share[2], p[CHUNK], q[CHUNK], apart[CHUNK];
     for (int64_t row = 0; row < rows; row++) {
         double lanes[CHUNK] = {0};
         if (!fetch(work, row * columns, columns, raw)) return -1;
-        for (int64_t s = 0; s < columns; s += CHUNK) {
-            int64_t m = least(CHUNK, columns - s);
-            for (int k = 0; k < 2; k++) {
-                load_double(raw[k], work->inputs[k].dtype, s, m, room + k * columns + s);
-                if (check) bad += odd_double(raw[k], work->inputs[k].dtype, s, m, room + k * columns + s);
+        for (int k = 0; k < 2; k++) {
+            double *x = room + k * columns;
+            for (int64_t s = 0; s < columns; s += CHUNK) {
+                int64_t m = least(CHUNK, columns - s);
+                load_double(raw[k], work->inputs[k].dtype, s, m, x + s);
+                if (check) bad += odd_double(raw[k], work->inputs[k].dtype, s, m, x + s);
             }
+            share[k] = powers(x, columns);
         }
-        softmax(q, columns, floor);
-        softmax(p, columns, floor);
         for (int64_t s = 0; s < columns; s += CHUNK) {
             int64_t m = least(CHUNK, columns - s);
-            EACH(m) lanes[i] += p[s + i] * log_of(p[s + i] / q[s + i]);
+            EACH(m) q[i] = room[s + i] * share[0] + floor;
+            EACH(m) p[i] = room[columns + s + i] * share[1] + floor;
+            for (int64_t i = m; i < CHUNK; i++) p[i] = q[i] = 1;
+            log_of_ratio(p, q, apart);
+            EACH(m) lanes[i] += p[i] * apart[i];
         }
         out[row] = halved(lanes);
     }
