@@ -13,11 +13,11 @@ class CustomBuildHook(BuildHookInterface):
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         native = Path(self.root) / "src" / "geomerge" / "methods" / "native"
-        reason = runpy.run_path(str(native / "build.py"))["build"]()
+        reason = runpy.run_path(str(native / "build.py"))["build_all"]()
         if reason is not None:
             self.app.display_warning(f"geomerge without compiled loops: {reason}")
             return
         platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{platform}"
-        build_data.setdefault("artifacts", []).append("src/geomerge/methods/native/kernels.so")
+        build_data.setdefault("artifacts", []).append("src/geomerge/methods/native/kernels*.so")

@@ -351,13 +351,17 @@ def test_a_stale_library_is_not_loaded(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @compiled
-def test_same_bytes_without_vector_instructions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is written for one kind of processor does what is written for all."""
-    monkeypatch.setattr(build, "_FLAGS", (*build._FLAGS, "-U__AVX2__", "-U__FMA__"))
-    assert build.build(tmp_path / "plain.so") is None
-    plain = native.call._load(tmp_path / "plain.so")
-    assert plain is not None
-    monkeypatch.setattr(native.call, "loaded", lambda: plain)
+@pytest.mark.parametrize("kind_of_processor", ["any", "AVX2"])
+def test_same_bytes_on_other_processors(
+    kind_of_processor: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is written for one kind of processor does what is written for all; this one's runs in all other tests."""
+    if kind_of_processor == "any":
+        monkeypatch.setattr(build, "_FLAGS", (*build._FLAGS, "-U__AVX2__", "-U__FMA__"))
+        assert build.build(tmp_path / "plain.so") is None
+    other = native.call._load(tmp_path / "plain.so" if kind_of_processor == "any" else build.LIBRARY)
+    assert other is not None
+    monkeypatch.setattr(native.call, "loaded", lambda: other)
     methods = ("ties", "dare_ties", "dare_linear", "slerp", "linear", "sce", "widen", "model_stock")
     for method, kind in itertools.product(methods, KINDS):
         made = registry.get(method)
@@ -368,12 +372,37 @@ def test_same_bytes_without_vector_instructions(tmp_path: Path, monkeypatch: pyt
         same(lambda m=ready, t=tensors: merge(m, t, dtype=torch.bfloat16))  # type: ignore[misc]
 
 
+@compiled
+def test_the_widest_library_that_the_processor_can_run(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """The one for AVX-512 where there is that, and else the other; also where the wide one is missing or stale."""
+    request.addfinalizer(native.call._found.cache_clear)
+
+    def name() -> str:
+        native.call._found.cache_clear()
+        return Path(native.call.loaded()._name).name
+
+    able = native.call._has(native.call._WIDE_FLAGS)
+    assert name() == (build.WIDE if able and build.WIDE.exists() else build.LIBRARY).name
+    monkeypatch.setattr(native.call, "_flags", lambda: frozenset({"avx2", "fma", "avx512f"}))
+    assert name() == build.LIBRARY.name
+    monkeypatch.undo()
+    monkeypatch.setattr(native.call, "WIDE", build.WIDE.with_name("none.so"))
+    assert name() == build.LIBRARY.name
+
+
 def test_says_why_nothing_was_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a compiler, and with one that fails, and leaves nothing."""
     monkeypatch.setenv("CC", "no-such-compiler")
     assert build.build(tmp_path / "kernels.so") == "there is no C compiler"
     monkeypatch.setenv("CC", "false")
     assert "failed" in str(build.build(tmp_path / "kernels.so"))
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(build, "WIDE", tmp_path / "wide.so")
+    (tmp_path / "wide.so").touch()  # of an earlier compiler
+    monkeypatch.setattr(build, "build", lambda target=build.LIBRARY: "none" if target != build.LIBRARY else None)
+    assert build.build_all() is None
     assert not list(tmp_path.iterdir())
 
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 Look = Sequence[int] | Program
 """How compiled loops find magnitudes: those of task vectors (for each selection an expert's number, from 0), or recorded."""
 
-_SAMPLE = 1 << 14
+_SAMPLE = 1 << 13
 """Elements in a sample, of tensors of up to a million elements; of up to twice as many no sample is taken."""
 _PIECE = 256
 """Elements of it that follow each other."""
@@ -258,7 +258,7 @@ def _brackets(
 ) -> dict[int, native.Bounds]:
     """For each selection bounds that very probably hold its threshold, and the values that are common between them."""
     n = scan.numel
-    size = min(max(_SAMPLE, int((1.6 * n) ** (2 / 3))), _MOST)  # costs about as much as what is collected by it
+    size = min(max(_SAMPLE, int((n / 3) ** (2 / 3))), _MOST)  # costs about as much as what is collected by it
     while True:
         found = _bounds(_sample(scan, magnitudes, counts, size, look), counts, n, 0.0)
         share = max(share for _, share in found.values())

@@ -111,9 +111,11 @@ class Brackets:
     def __init__(
         self, bounds: Sequence[Bounds], size: int, *, single: bool, experts: Sequence[int] | None = None
     ) -> None:
-        # The loops store eight at a time.
+        # The loops store as many at a time as a register holds.
         dtype = np.dtype(np.float32 if single else np.float64)
-        self._found = call.room(len(bounds) * (size + 8) * dtype.itemsize, "found").view(dtype).reshape(len(bounds), -1)
+        self._found = (
+            call.room(len(bounds) * (size + 16) * dtype.itemsize, "found").view(dtype).reshape(len(bounds), -1)
+        )
         of = [0] * len(bounds) if experts is None else experts
         rows = [row.ctypes.data for row in self._found]
         self.array = (_Bracket * len(bounds))(

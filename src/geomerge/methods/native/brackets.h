@@ -13,7 +13,47 @@ struct bracket {
     int32_t expert;
 };
 
-#ifdef __AVX2__
+#ifdef __AVX512BW__
+
+/* As `bracket_double`, for a whole number of registers; `found` has room for one more. `two`: both of `common` are numbers. */
+FUSED bracket_doubles(const int two, struct bracket *b, const double *restrict x, int64_t m) {
+    const __m512d low = _mm512_set1_pd(b->low), high = _mm512_set1_pd(b->high);
+    const __m512d common = _mm512_set1_pd(b->common[0]), other = _mm512_set1_pd(b->common[1]);
+    int64_t over = 0, same = 0, alike = 0;
+    double *found = (double *)b->found + b->collected;
+    for (int64_t i = 0; i < m; i += 8) {
+        __m512d y = _mm512_loadu_pd(x + i);
+        unsigned above = _mm512_cmp_pd_mask(y, high, _CMP_NLE_UQ), equal = _mm512_cmp_pd_mask(y, common, _CMP_EQ_OQ);
+        unsigned second = two ? _mm512_cmp_pd_mask(y, other, _CMP_EQ_OQ) : 0;
+        unsigned inside = _mm512_cmp_pd_mask(y, low, _CMP_GE_OQ) & ~(above | equal | second);
+        over += __builtin_popcount(above), same += __builtin_popcount(equal), alike += __builtin_popcount(second);
+        _mm512_storeu_pd(found, _mm512_maskz_compress_pd((__mmask8)inside, y));
+        found += __builtin_popcount(inside);
+    }
+    b->above += over, b->equal[0] += same, b->equal[1] += alike;
+    b->collected = found - (double *)b->found;
+}
+
+/* As `bracket_float` of |x - base|, likewise. */
+FUSED bracket_bf16(const int two, struct bracket *b, const uint16_t *restrict x, const float *restrict base, int64_t m) {
+    const __m512 low = _mm512_set1_ps((float)b->low), high = _mm512_set1_ps((float)b->high);
+    const __m512 common = _mm512_set1_ps((float)b->common[0]), other = _mm512_set1_ps((float)b->common[1]);
+    int64_t over = 0, same = 0, alike = 0;
+    float *found = (float *)b->found + b->collected;
+    for (int64_t i = 0; i < m; i += 16) {
+        __m512 y = _mm512_abs_ps(_mm512_sub_ps((__m512)widened_float(x + i), _mm512_loadu_ps(base + i)));
+        unsigned above = _mm512_cmp_ps_mask(y, high, _CMP_NLE_UQ), equal = _mm512_cmp_ps_mask(y, common, _CMP_EQ_OQ);
+        unsigned second = two ? _mm512_cmp_ps_mask(y, other, _CMP_EQ_OQ) : 0;
+        unsigned inside = _mm512_cmp_ps_mask(y, low, _CMP_GE_OQ) & ~(above | equal | second);
+        over += __builtin_popcount(above), same += __builtin_popcount(equal), alike += __builtin_popcount(second);
+        _mm512_storeu_ps(found, _mm512_maskz_compress_ps((__mmask16)inside, y));
+        found += __builtin_popcount(inside);
+    }
+    b->above += over, b->equal[0] += same, b->equal[1] += alike;
+    b->collected = found - (float *)b->found;
+}
+#define QUICK 1
+#elif defined __AVX2__
 
 /* For each mask of eight lanes the lanes that are set, first ones first. */
 static int32_t lanes_of[256][8] __attribute__((aligned(32)));
@@ -30,8 +70,8 @@ __attribute__((constructor)) static void fill_lanes(void) {
             if (mask >> lane & 1) pairs_of[mask][at++] = 2 * lane, pairs_of[mask][at++] = 2 * lane + 1;
 }
 
-/* As `bracket_double`, for a whole number of fours; `found` has room for four more. `two`: both of `common` are numbers. */
-FUSED bracket_fours(const int two, struct bracket *b, const double *restrict x, int64_t m) {
+/* As `bracket_double`, for a whole number of registers; `found` has room for one more. `two`: both of `common` are numbers. */
+FUSED bracket_doubles(const int two, struct bracket *b, const double *restrict x, int64_t m) {
     const __m256d low = _mm256_set1_pd(b->low), high = _mm256_set1_pd(b->high);
     const __m256d common = _mm256_set1_pd(b->common[0]), other = _mm256_set1_pd(b->common[1]);
     __m256i over = _mm256_setzero_si256(), same = over, alike = over;
@@ -60,7 +100,7 @@ FUSED bracket_fours(const int two, struct bracket *b, const double *restrict x, 
     b->collected = found - (double *)b->found;
 }
 
-/* As `bracket_float` of |x - base|, for a whole number of eights; `found` has room for eight more. */
+/* As `bracket_float` of |x - base|, likewise. */
 FUSED bracket_bf16(const int two, struct bracket *b, const uint16_t *restrict x, const float *restrict base, int64_t m) {
     const __m256 low = _mm256_set1_ps((float)b->low), high = _mm256_set1_ps((float)b->high), sign = _mm256_set1_ps(-0.0f);
     const __m256 common = _mm256_set1_ps((float)b->common[0]), other = _mm256_set1_ps((float)b->common[1]);
@@ -94,14 +134,14 @@ FUSED bracket_bf16(const int two, struct bracket *b, const uint16_t *restrict x,
 #else
 #define QUICK 0
 #define bracket_bf16(two, b, x, base, m) (void)0
-#define bracket_fours(two, b, x, m) (void)0
+#define bracket_doubles(two, b, x, m) (void)0
 #endif
 
 #define BRACKET(T)                                                                                    \
     static void bracket_##T(struct bracket *b, const T *restrict y, int64_t m) {                      \
-        if (QUICK && sizeof(T) == 8 && m % 4 == 0) {                                                  \
-            if (b->common[1] == b->common[1]) bracket_fours(1, b, (const double *)y, m);              \
-            else bracket_fours(0, b, (const double *)y, m);                                           \
+        if (QUICK && sizeof(T) == 8 && m % LANES(T) == 0) {                                           \
+            if (b->common[1] == b->common[1]) bracket_doubles(1, b, (const double *)y, m);            \
+            else bracket_doubles(0, b, (const double *)y, m);                                         \
             return;                                                                                   \
         }                                                                                             \
         const T low = (T)b->low, high = (T)b->high, common = (T)b->common[0], other = (T)b->common[1]; \
@@ -149,7 +189,7 @@ FUSED bracket_bf16(const int two, struct bracket *b, const uint16_t *restrict x,
                     if (check) bad += odd_##T(raw[0], in[0].dtype, s, m, base);                       \
                     int j = 0;                                                                        \
                     for (int k = 0; k + 1 < work->count; k++) {                                       \
-                        if (QUICK && sizeof(T) == 4 && in[k + 1].dtype == BF16 && m % 8 == 0) {       \
+                        if (QUICK && sizeof(T) == 4 && in[k + 1].dtype == BF16 && m % LANES(T) == 0) { \
                             if (check) bad += odd_##T(raw[k + 1], BF16, s, m, 0);                     \
                             const uint16_t *x = (const uint16_t *)raw[k + 1] + s;                     \
                             for (; j < brackets && b[j].expert == k; j++)                             \

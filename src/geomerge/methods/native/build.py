@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("kernels.c")
@@ -23,12 +24,16 @@ GROUPS = Path(__file__).with_name("groups.txt")
 """Steps of recorded arithmetic that are compiled into one loop: see `geomerge.methods.steps.groups`."""
 
 LIBRARY = Path(__file__).with_name("kernels.so")
+WIDE = Path(__file__).with_name("kernels_wide.so")
+"""The same for x86 processors with registers of 64 bytes, where the compiler knows of these. Both give the same bits."""
 
 _FLAGS = ("-std=c11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 """No contraction and no reassociation: the bits must be those of the torch code that the loops stand for."""
 
-_LEVEL = {"x86_64": ("-march=x86-64-v3",), "AMD64": ("-march=x86-64-v3",)}
-"""What the binding asks of the processor before it loads the library: AVX2 and fused multiply-add."""
+_LEVELS = {LIBRARY.name: ("-march=x86-64-v3",), WIDE.name: ("-march=x86-64-v4", "-mprefer-vector-width=512")}
+"""What the binding asks of an x86 processor before it loads the library: AVX2 and fused multiply-add, or AVX-512."""
+
+X86 = platform.machine() in ("x86_64", "AMD64")
 
 
 def fingerprint() -> str:
@@ -37,8 +42,22 @@ def fingerprint() -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
 
 
+def build_all() -> str | None:
+    """Compile the libraries, at the same time.
+
+    Returns:
+        Why there is none now, or `None`.
+    """
+    with ThreadPoolExecutor() as pool:
+        wide = pool.submit(build, WIDE) if X86 else None
+        reason = build()
+    if reason or (wide and wide.result()):  # compilers that do not know of it, mostly
+        WIDE.unlink(missing_ok=True)
+    return reason
+
+
 def build(target: Path = LIBRARY) -> str | None:
-    """Compile the library.
+    """Compile one library, for the processors that its name says, or else for as many as can be.
 
     Returns:
         Why there is none now, or `None`.
@@ -50,7 +69,7 @@ def build(target: Path = LIBRARY) -> str | None:
         return "there is no C compiler"
     # Made beside it and renamed: processes that have loaded the old one keep it.
     fresh = target.with_name(f"{target.name}.{os.getpid()}")
-    level = _LEVEL.get(platform.machine(), ())
+    level = _LEVELS.get(target.name, _LEVELS[LIBRARY.name]) if X86 else ()
     source = f'-DGEOMERGE_SOURCE="{fingerprint()}"'
     with tempfile.TemporaryDirectory() as made:
         Path(made, "groups.h").write_text(groups())
@@ -115,4 +134,4 @@ def _group(number: int, text: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(build())
+    sys.exit(build_all())

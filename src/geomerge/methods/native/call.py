@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import functools
 import os
-import platform
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 
 from geomerge.checkpoint.dtypes import from_torch
-from geomerge.methods.native.build import LIBRARY, fingerprint
+from geomerge.methods.native.build import LIBRARY, WIDE, X86, fingerprint
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,12 +44,12 @@ def _found() -> tuple[ctypes.CDLL | None, str | None]:
     if sys.byteorder != "little":
         return None, "this processor's numbers begin with their last byte"
     # The loops fuse multiplication and addition where torch does, and torch does on processors that can.
-    if platform.machine() in ("x86_64", "AMD64") and not _fuses():
+    if X86 and not _fuses():
         return None, "this processor has no AVX2"
     build = f"build them: {sys.executable} -m geomerge.methods.native.build"
     if not LIBRARY.exists():
         return None, f"they were not built with the package; with a C compiler here, {build}"
-    library = _load(LIBRARY)
+    library = (_load(WIDE) if X86 and _has(_WIDE_FLAGS) else None) or _load(LIBRARY)
     return library, None if library is not None else f"they are of another version than the package; {build}"
 
 
@@ -65,11 +64,25 @@ def missing() -> str | None:
 
 def _fuses() -> bool:
     """Whether an x86 processor has AVX2 and fused multiplication and addition."""
+    return _has(("avx2", "fma")) if _flags() else torch.backends.cpu.get_cpu_capability().startswith("AVX")
+
+
+_WIDE_FLAGS = ("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_vbmi2")
+"""The last one leaves out processors that slow down for such instructions."""
+
+
+def _has(flags: Sequence[str]) -> bool:
+    return _flags().issuperset(flags)
+
+
+@functools.cache
+def _flags() -> frozenset[str]:
+    """What Linux says that the processor can do; nothing where it does not say."""
     try:
-        flags = Path("/proc/cpuinfo").read_text()
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return torch.backends.cpu.get_cpu_capability().startswith("AVX")
-    return " avx2" in flags and " fma" in flags
+        return frozenset()
+    return frozenset(next((line for line in lines if line.startswith("flags")), "").split())
 
 
 def _load(path: Path) -> ctypes.CDLL | None:

@@ -26,8 +26,7 @@
 /* The 256 lanes of a block that begins at `start`: lane i adds each 256th product from i on. */
 #define LANES_OF_BLOCK(T, count)                                                                                       \
     static void block_##T##_##count(const uint16_t *const *raw, int64_t start, int64_t n, T (*restrict sums)[CHUNK]) { \
-        enum { LANES = 32 / sizeof(T) };                                                                               \
-        for (int lane = 0; lane < CHUNK; lane += LANES) {                                                              \
+        for (int lane = 0; lane < CHUNK; lane += LANES(T)) {                                                           \
             lanes_##T found[PAIRS(count)] = {{0}};                                                                     \
             for (int64_t s = lane; s < n; s += CHUNK) {                                                                \
                 CENTRED(T, count, start + s)                                                                           \
@@ -37,8 +36,8 @@
         }                                                                                                              \
     }
 
-/* Four columns of some rows of `wide` elements, from the element at `start` on, added to `sum`, where pairs are `columns` apart. */
-#define FOUR_COLUMNS(count)                                                                                    \
+/* As many columns as a register holds of some rows of `wide` elements, from the element at `start` on, added to `sum`, where pairs are `columns` apart. */
+#define SOME_COLUMNS(count)                                                                                    \
     static void columns_##count(const uint16_t *const *raw, int64_t start, int64_t rows, int64_t wide, double *sum, \
                                 int64_t columns) {                                                             \
         lanes_double found[PAIRS(count)];                                                                      \
@@ -50,13 +49,13 @@
         EACH_PAIR(count, memcpy(sum + p * columns, &found[p], sizeof found[p]))                                \
     }
 
-#define QUICK_GRAM(count) LANES_OF_BLOCK(float, count) LANES_OF_BLOCK(double, count) FOUR_COLUMNS(count)
+#define QUICK_GRAM(count) LANES_OF_BLOCK(float, count) LANES_OF_BLOCK(double, count) SOME_COLUMNS(count)
 QUICK_GRAM(2) QUICK_GRAM(3) QUICK_GRAM(4) QUICK_GRAM(5)
 
 #define OF_EACH(name) {0, 0, name##2, name##3, name##4, name##5}
 static void (*const blocks_float[])(const uint16_t *const *, int64_t, int64_t, float (*)[CHUNK]) = OF_EACH(block_float_);
 static void (*const blocks_double[])(const uint16_t *const *, int64_t, int64_t, double (*)[CHUNK]) = OF_EACH(block_double_);
-static void (*const fours[])(const uint16_t *const *, int64_t, int64_t, int64_t, double *, int64_t) = OF_EACH(columns_);
+static void (*const some_columns[])(const uint16_t *const *, int64_t, int64_t, int64_t, double *, int64_t) = OF_EACH(columns_);
 
 /* Whether those do for the inputs. */
 static int quick_gram(const struct work *work) {
@@ -81,7 +80,7 @@ static int quick_gram(const struct work *work) {
             if (b * block == window && !fetch(work, window, least(whole, n - window), raw)) return -1; \
             int64_t stop = least(n, (b + 1) * block) - window;                                        \
             int64_t begin = b * block - window;                                                       \
-            if (quick && (stop - begin) % (int64_t)(32 / sizeof(T)) == 0) {                           \
+            if (quick && (stop - begin) % LANES(T) == 0) {                                            \
                 blocks_##T[k]((const uint16_t *const *)raw, begin, stop - begin, sums);               \
                 begin = stop;                                                                         \
             } else {                                                                                  \
@@ -122,8 +121,8 @@ int geomerge_gram_columns(struct work *work, int64_t rows, int64_t columns, doub
         for (int64_t column = 0; column < columns; column += width) {
             int64_t some = least(together, rows - row), wide = least(width, columns - column), s = 0;
             if (!fetch(work, row * columns + column, some * wide, raw)) return -1;
-            for (; quick && s + 4 <= wide; s += 4)
-                fours[count]((const uint16_t *const *)raw, s, some, wide, out + column + s, columns);
+            for (; quick && s + LANES(double) <= wide; s += LANES(double))
+                some_columns[count]((const uint16_t *const *)raw, s, some, wide, out + column + s, columns);
             for (; s < wide; s += CHUNK) {
                 int64_t m = least(CHUNK, wide - s);
                 for (int64_t r = 0; r < some; r++) {

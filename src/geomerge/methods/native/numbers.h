@@ -81,14 +81,40 @@ static inline int32_t narrowed(const double *restrict values, int64_t start, int
     return odd;
 }
 
-/* As many numbers as a register of 32 bytes holds, in terms that every compiler has; for the conversion of bfloat16 and a product
- * that is added in one rounding compilers need to be told how. */
-typedef float lanes_float __attribute__((vector_size(32)));
-typedef double lanes_double __attribute__((vector_size(32)));
+/* As many numbers as a register holds, in terms that every compiler has (and turns into what the processor has); for the conversion
+ * of bfloat16 and a product that is added in one rounding compilers need to be told how. */
+#ifdef __AVX512BW__
+#define REGISTER 64
+#else
+#define REGISTER 32
+#endif
 
-#ifdef __AVX2__
+typedef float lanes_float __attribute__((vector_size(REGISTER)));
+typedef double lanes_double __attribute__((vector_size(REGISTER)));
+
+#define LANES(T) ((int)(REGISTER / sizeof(T)))
+
+#if defined __AVX2__ && defined __FMA__
 #include <immintrin.h>
+#endif
 
+#ifdef __AVX512BW__
+static inline lanes_float widened_float(const uint16_t *x) {
+    return (lanes_float)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)x)), 16);
+}
+
+static inline lanes_double widened_double(const uint16_t *x) {
+    return (lanes_double)_mm512_cvtps_pd(_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)x)), 16)));
+}
+
+static inline lanes_float plus_product_float(lanes_float sum, lanes_float a, lanes_float b) {
+    return (lanes_float)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
+}
+
+static inline lanes_double plus_product(lanes_double sum, lanes_double a, lanes_double b) {
+    return (lanes_double)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)sum);
+}
+#elif defined __AVX2__ && defined __FMA__
 static inline lanes_float widened_float(const uint16_t *x) {
     return (lanes_float)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)x)), 16);
 }
@@ -96,28 +122,37 @@ static inline lanes_float widened_float(const uint16_t *x) {
 static inline lanes_double widened_double(const uint16_t *x) {
     return (lanes_double)_mm256_cvtps_pd(_mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i *)x)), 16)));
 }
+
+static inline lanes_float plus_product_float(lanes_float sum, lanes_float a, lanes_float b) {
+    return (lanes_float)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
+}
+
+static inline lanes_double plus_product(lanes_double sum, lanes_double a, lanes_double b) {
+    return (lanes_double)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)sum);
+}
 #else
 static inline lanes_float widened_float(const uint16_t *x) {
     lanes_float wide;
-    for (int i = 0; i < 8; i++) wide[i] = from_bf16(x[i]);
+    for (int i = 0; i < LANES(float); i++) wide[i] = from_bf16(x[i]);
     return wide;
 }
 
 static inline lanes_double widened_double(const uint16_t *x) {
     lanes_double wide;
-    for (int i = 0; i < 4; i++) wide[i] = from_bf16(x[i]);
+    for (int i = 0; i < LANES(double); i++) wide[i] = from_bf16(x[i]);
     return wide;
 }
-#endif
+
+static inline lanes_float plus_product_float(lanes_float sum, lanes_float a, lanes_float b) {
+    for (int i = 0; i < LANES(float); i++) sum[i] = fmaf(a[i], b[i], sum[i]);
+    return sum;
+}
 
 static inline lanes_double plus_product(lanes_double sum, lanes_double a, lanes_double b) {
-#if defined __AVX2__ && defined __FMA__
-    return (lanes_double)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)sum);
-#else
-    for (int i = 0; i < 4; i++) sum[i] = fma(a[i], b[i], sum[i]);
+    for (int i = 0; i < LANES(double); i++) sum[i] = fma(a[i], b[i], sum[i]);
     return sum;
-#endif
 }
+#endif
 
 /* 0 when all are finite, else NaN or more. */
 #define DAMAGE(T)                                             \

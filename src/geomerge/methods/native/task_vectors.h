@@ -205,31 +205,12 @@ static void again(const struct combination *rule, int t, const double *c, const 
     for (int f = 0; f < found; f++) result[where[f]] = (float)exact[f];
 }
 
-/* Eight floats at once, in terms that every compiler has (and turns into what the processor has). */
-typedef float floats __attribute__((vector_size(32)));
-typedef int32_t ints __attribute__((vector_size(32)));
-typedef uint32_t words __attribute__((vector_size(32)));
-typedef uint16_t halves __attribute__((vector_size(16)));
+typedef lanes_float floats;
+typedef int32_t ints __attribute__((vector_size(REGISTER)));
 
-static inline floats all(float value) { return (floats){value, value, value, value, value, value, value, value}; }
+static inline floats all(float value) { return value - (floats){0}; }
 static inline floats where(ints mask, floats x) { return (floats)(mask & (ints)x); } /* and 0 elsewhere */
 static inline floats size_of(floats x) { return (floats)((ints)x & 0x7FFFFFFF); }
-
-static inline floats wide(const uint16_t *x) {
-    halves raw;
-    memcpy(&raw, x, sizeof raw);
-    return (floats)(__builtin_convertvector(raw, words) << 16);
-}
-
-static inline floats fused_add(floats x, floats y, floats z) {
-#ifdef __FMA__
-    return (floats)_mm256_fmadd_ps((__m256)x, (__m256)y, (__m256)z);
-#else
-    floats sum;
-    for (int i = 0; i < 8; i++) sum[i] = fmaf(x[i], y[i], z[i]);
-    return sum;
-#endif
-}
 
 /* A chunk of task vectors of bfloat16 that are thinned by magnitude or at random alone, all experts in one loop, for each number of
  * them. What float32 may have got wrong is not repaired here: the value says whether there is any. */
@@ -239,10 +220,10 @@ FUSED fused(const int t, const int elect, const int alike, const int random, con
     const floats factor = all((float)rule->factor), one = all(1), minus = all(-1), tiny = all(0x1p-126f);
     const int normalize = rule->normalize, clamp = rule->clamp;
     ints any = {0};
-    for (int i = 0; i < CHUNK; i += 8) {
-        floats base = wide(x[0] + i), d[4];
+    for (int i = 0; i < CHUNK; i += LANES(float)) {
+        floats base = widened_float(x[0] + i), d[4];
         for (int k = 0; k < t; k++) {
-            d[k] = wide(x[k + 1] + i) - base;
+            d[k] = widened_float(x[k + 1] + i) - base;
             d[k] = where(~((d[k] >= -all(keep[k])) & (d[k] <= all(keep[k]))), d[k]);
             if (drop) d[k] = where(size_of(d[k]) <= all(drop[k]), d[k]);
             if (random) d[k] *= *(const floats *)(masks + k * CHUNK + i);
@@ -251,8 +232,8 @@ FUSED fused(const int t, const int elect, const int alike, const int random, con
         if (!elect) {
             floats size = size_of(base);
             sum = d[0] * all(c[0]);
-            for (int k = 1; k < t; k++) sum = fused_add(d[k], all(c[k]), sum);
-            for (int k = 0; k < t; k++) size = fused_add(size_of(d[k]), all(fabsf(c[k])), size);
+            for (int k = 1; k < t; k++) sum = plus_product_float(sum, d[k], all(c[k]));
+            for (int k = 0; k < t; k++) size = plus_product_float(size, size_of(d[k]), all(fabsf(c[k])));
             sum += base;
             any |= size_of(sum) < limit * size;
         } else {
@@ -274,13 +255,13 @@ FUSED fused(const int t, const int elect, const int alike, const int random, con
                 else agreed += where(agreed == 0, one);
                 total /= agreed;
             }
-            sum = fused_add(total * elected, factor, base);
+            sum = plus_product_float(base, total * elected, factor);
             any |= size_of(sum) < limit * size_of(base);
         }
         memcpy(result + i, &sum, sizeof sum);
     }
     *doubt = 0;
-    for (int i = 0; i < 8; i++) *doubt |= any[i];
+    for (int i = 0; i < LANES(float); i++) *doubt |= any[i];
 }
 
 #define FUSED_FOR(t)                                                                                                  \
@@ -293,9 +274,9 @@ FUSED fused(const int t, const int elect, const int alike, const int random, con
 /* How many task vectors' magnitudes in a chunk equal a number. */
 static int64_t equals(const uint16_t *base, const uint16_t *x, float number) {
     ints found = {0};
-    for (int i = 0; i < CHUNK; i += 8) found -= size_of(wide(x + i) - wide(base + i)) == all(number);
+    for (int i = 0; i < CHUNK; i += LANES(float)) found -= size_of(widened_float(x + i) - widened_float(base + i)) == all(number);
     int64_t sum = 0;
-    for (int i = 0; i < 8; i++) sum += found[i];
+    for (int i = 0; i < LANES(float); i++) sum += found[i];
     return sum;
 }
 
@@ -305,7 +286,7 @@ static int fuse(int t, const struct combination *rule, struct thinning *thin, co
                 uint64_t (*numbers)[CHUNK / 2], float *result) {
     float keep[4], drop[4], c[4], w[4];
     const float *outliers = 0;
-    _Alignas(32) float drawn[4 * CHUNK];
+    _Alignas(REGISTER) float drawn[4 * CHUNK];
     const uint16_t *x[5];
     int random = 0;
     if (t > 4 || m != CHUNK) return 0;
