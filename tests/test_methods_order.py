@@ -191,8 +191,8 @@ def test_the_largest_of_many_that_were_collected(name: str, loops: bool) -> None
         assert brackets._threshold(values, None, common, everything.size + 1) is None
 
 
-@pytest.mark.skipif(not native.available(), reason="the compiled loops were not built (no C compiler?)")
-def test_what_is_ranked_twice_is_sampled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("loops", [True, False])
+def test_what_is_ranked_twice_is_sampled_once(loops: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two thresholds of one expert, and of the same recorded magnitudes, share a sample."""
     asked: list[int] = []
     bounds_of = order.bounds_of
@@ -211,14 +211,15 @@ def test_what_is_ranked_twice_is_sampled_once(monkeypatch: pytest.MonkeyPatch) -
         size = tile.inputs[1].abs()
         return [size, size, tile.inputs[2].abs()]
 
-    found = largest(scan, twice, [N // 2, N // 3, N // 4, N // 5], [0, 1, 0, 1])
-    assert asked == [2, 2]
+    with contextlib.nullcontext() if loops else native.turned_off():
+        found = largest(scan, twice, [N // 2, N // 3, N // 4, N // 5], [0, 1, 0, 1])
+        assert asked == [2, 2]
+        asked.clear()
+        largest(scan, recorded, [N // 2, N // 3, N // 4], recorded=True)
+        assert asked == [2, 1]
     for k, which, selection in zip((2, 3, 4, 5), (1, 2, 1, 2), found, strict=True):
         values = np.abs(HOSTILE["normal" if which == 1 else "any size"])
         assert selection.threshold == np.sort(values)[N - N // k]
-    asked.clear()
-    largest(scan, recorded, [N // 2, N // 3, N // 4], recorded=True)
-    assert asked == [2, 1]
 
 
 def test_what_repeats_is_kept_once() -> None:

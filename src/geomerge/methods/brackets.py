@@ -163,8 +163,8 @@ def _common(segments: Sequence[Bracket]) -> list[tuple[float, int]]:
 def _threshold(
     values: Floats, weights: NDArray[np.int64] | None, common: Sequence[tuple[float, int]], count: int
 ) -> tuple[float, int] | None:
-    """The `count`-th largest of values (each so many times as its weight says) and of common ones, and how many are greater;
-    `None` if there are not so many."""
+    """The `count`-th largest of values (each so many times as its weight says) and of common ones, which are none of these and
+    come the largest first; and how many are greater. `None` if there are not so many."""
 
     def greater(than: float) -> int:
         larger = values > than

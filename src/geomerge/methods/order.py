@@ -34,7 +34,7 @@ Look = Sequence[int] | Program
 """How compiled loops find magnitudes: those of task vectors (for each selection an expert's number, from 0), or recorded."""
 
 _SAMPLE = 1 << 13
-"""Elements in a sample, of tensors of up to a million elements; of up to twice as many no sample is taken."""
+"""Elements in a sample, of tensors of up to two million elements; of up to twice as many as these no sample is taken."""
 _PIECE = 256
 """Elements of it that follow each other."""
 _WIDE = 0.12
@@ -221,9 +221,10 @@ def _sample(
                 taken[i].append(values.reshape(len(starts), -1))
     else:
         for tile in scan.sample(size):
-            for i, m in enumerate(magnitudes(tile)):
-                if i in taken:
-                    taken[i].append(m.reshape(1, -1).cpu().numpy().copy())
+            found = magnitudes(tile)
+            same = {i: next(j for j in taken if found[j] is found[i]) for i in taken}
+            for i in set(same.values()):
+                taken[i].append(found[i].reshape(1, -1).cpu().numpy().copy())
     joined = {i: [np.concatenate(pieces)] if scan.numel > size else pieces for i, pieces in taken.items() if pieces}
     return {i: joined[same.get(i, i)] for i in taken}
 

@@ -13,45 +13,33 @@ struct bracket {
     int32_t expert;
 };
 
+/* `bracket_doubles` does as `bracket_double`, and `bracket_bf16` as `bracket_float` of |x - base|, for a whole number of registers;
+ * `found` has room for one more. `two`: both of `common` are numbers. */
 #ifdef __AVX512BW__
-
-/* As `bracket_double`, for a whole number of registers; `found` has room for one more. `two`: both of `common` are numbers. */
-FUSED bracket_doubles(const int two, struct bracket *b, const double *restrict x, int64_t m) {
-    const __m512d low = _mm512_set1_pd(b->low), high = _mm512_set1_pd(b->high);
-    const __m512d common = _mm512_set1_pd(b->common[0]), other = _mm512_set1_pd(b->common[1]);
-    int64_t over = 0, same = 0, alike = 0;
-    double *found = (double *)b->found + b->collected;
-    for (int64_t i = 0; i < m; i += 8) {
-        __m512d y = _mm512_loadu_pd(x + i);
-        unsigned above = _mm512_cmp_pd_mask(y, high, _CMP_NLE_UQ), equal = _mm512_cmp_pd_mask(y, common, _CMP_EQ_OQ);
-        unsigned second = two ? _mm512_cmp_pd_mask(y, other, _CMP_EQ_OQ) : 0;
-        unsigned inside = _mm512_cmp_pd_mask(y, low, _CMP_GE_OQ) & ~(above | equal | second);
-        over += __builtin_popcount(above), same += __builtin_popcount(equal), alike += __builtin_popcount(second);
-        _mm512_storeu_pd(found, _mm512_maskz_compress_pd((__mmask8)inside, y));
-        found += __builtin_popcount(inside);
+#define QUICK_BRACKET(name, T, end, lanes, magnitudes, ...)                                                \
+    FUSED name(const int two, struct bracket *b, int64_t m, __VA_ARGS__) {                                 \
+        const lanes low = _mm512_set1_##end((T)b->low), high = _mm512_set1_##end((T)b->high);              \
+        const lanes common = _mm512_set1_##end((T)b->common[0]), other = _mm512_set1_##end((T)b->common[1]); \
+        int64_t over = 0, same = 0, alike = 0;                                                             \
+        T *found = (T *)b->found + b->collected;                                                           \
+        for (int64_t i = 0; i < m; i += LANES(T)) {                                                        \
+            lanes y = magnitudes;                                                                          \
+            unsigned above = _mm512_cmp_##end##_mask(y, high, _CMP_NLE_UQ);                                \
+            unsigned equal = _mm512_cmp_##end##_mask(y, common, _CMP_EQ_OQ);                               \
+            unsigned second = two ? _mm512_cmp_##end##_mask(y, other, _CMP_EQ_OQ) : 0;                     \
+            unsigned inside = _mm512_cmp_##end##_mask(y, low, _CMP_GE_OQ) & ~(above | equal | second);     \
+            over += __builtin_popcount(above);                                                             \
+            same += __builtin_popcount(equal), alike += __builtin_popcount(second);                        \
+            _mm512_storeu_##end(found, _mm512_maskz_compress_##end(inside, y));                            \
+            found += __builtin_popcount(inside);                                                           \
+        }                                                                                                  \
+        b->above += over, b->equal[0] += same, b->equal[1] += alike;                                       \
+        b->collected = found - (T *)b->found;                                                              \
     }
-    b->above += over, b->equal[0] += same, b->equal[1] += alike;
-    b->collected = found - (double *)b->found;
-}
 
-/* As `bracket_float` of |x - base|, likewise. */
-FUSED bracket_bf16(const int two, struct bracket *b, const uint16_t *restrict x, const float *restrict base, int64_t m) {
-    const __m512 low = _mm512_set1_ps((float)b->low), high = _mm512_set1_ps((float)b->high);
-    const __m512 common = _mm512_set1_ps((float)b->common[0]), other = _mm512_set1_ps((float)b->common[1]);
-    int64_t over = 0, same = 0, alike = 0;
-    float *found = (float *)b->found + b->collected;
-    for (int64_t i = 0; i < m; i += 16) {
-        __m512 y = _mm512_abs_ps(_mm512_sub_ps((__m512)widened_float(x + i), _mm512_loadu_ps(base + i)));
-        unsigned above = _mm512_cmp_ps_mask(y, high, _CMP_NLE_UQ), equal = _mm512_cmp_ps_mask(y, common, _CMP_EQ_OQ);
-        unsigned second = two ? _mm512_cmp_ps_mask(y, other, _CMP_EQ_OQ) : 0;
-        unsigned inside = _mm512_cmp_ps_mask(y, low, _CMP_GE_OQ) & ~(above | equal | second);
-        over += __builtin_popcount(above), same += __builtin_popcount(equal), alike += __builtin_popcount(second);
-        _mm512_storeu_ps(found, _mm512_maskz_compress_ps((__mmask16)inside, y));
-        found += __builtin_popcount(inside);
-    }
-    b->above += over, b->equal[0] += same, b->equal[1] += alike;
-    b->collected = found - (float *)b->found;
-}
+#define DIFFERENCE _mm512_sub_ps((__m512)widened_float(x + i), _mm512_loadu_ps(base + i))
+QUICK_BRACKET(bracket_doubles, double, pd, __m512d, _mm512_loadu_pd(x + i), const double *restrict x)
+QUICK_BRACKET(bracket_bf16, float, ps, __m512, _mm512_abs_ps(DIFFERENCE), const uint16_t *restrict x, const float *restrict base)
 #define QUICK 1
 #elif defined __AVX2__
 
@@ -70,8 +58,7 @@ __attribute__((constructor)) static void fill_lanes(void) {
             if (mask >> lane & 1) pairs_of[mask][at++] = 2 * lane, pairs_of[mask][at++] = 2 * lane + 1;
 }
 
-/* As `bracket_double`, for a whole number of registers; `found` has room for one more. `two`: both of `common` are numbers. */
-FUSED bracket_doubles(const int two, struct bracket *b, const double *restrict x, int64_t m) {
+FUSED bracket_doubles(const int two, struct bracket *b, int64_t m, const double *restrict x) {
     const __m256d low = _mm256_set1_pd(b->low), high = _mm256_set1_pd(b->high);
     const __m256d common = _mm256_set1_pd(b->common[0]), other = _mm256_set1_pd(b->common[1]);
     __m256i over = _mm256_setzero_si256(), same = over, alike = over;
@@ -100,15 +87,13 @@ FUSED bracket_doubles(const int two, struct bracket *b, const double *restrict x
     b->collected = found - (double *)b->found;
 }
 
-/* As `bracket_float` of |x - base|, likewise. */
-FUSED bracket_bf16(const int two, struct bracket *b, const uint16_t *restrict x, const float *restrict base, int64_t m) {
+FUSED bracket_bf16(const int two, struct bracket *b, int64_t m, const uint16_t *restrict x, const float *restrict base) {
     const __m256 low = _mm256_set1_ps((float)b->low), high = _mm256_set1_ps((float)b->high), sign = _mm256_set1_ps(-0.0f);
     const __m256 common = _mm256_set1_ps((float)b->common[0]), other = _mm256_set1_ps((float)b->common[1]);
     __m256i over = _mm256_setzero_si256(), same = over, alike = over;
     float *found = (float *)b->found + b->collected;
     for (int64_t i = 0; i < m; i += 8) {
-        __m256i wide = _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(x + i))), 16);
-        __m256 y = _mm256_andnot_ps(sign, _mm256_sub_ps(_mm256_castsi256_ps(wide), _mm256_loadu_ps(base + i)));
+        __m256 y = _mm256_andnot_ps(sign, _mm256_sub_ps((__m256)widened_float(x + i), _mm256_loadu_ps(base + i)));
         __m256 above = _mm256_cmp_ps(y, high, _CMP_NLE_UQ), equal = _mm256_cmp_ps(y, common, _CMP_EQ_OQ);
         same = _mm256_sub_epi32(same, _mm256_castps_si256(equal));
         if (two) {
@@ -133,15 +118,15 @@ FUSED bracket_bf16(const int two, struct bracket *b, const uint16_t *restrict x,
 #define QUICK 1
 #else
 #define QUICK 0
-#define bracket_bf16(two, b, x, base, m) (void)0
-#define bracket_doubles(two, b, x, m) (void)0
+#define bracket_bf16(two, b, m, x, base) (void)0
+#define bracket_doubles(two, b, m, x) (void)0
 #endif
 
 #define BRACKET(T)                                                                                    \
     static void bracket_##T(struct bracket *b, const T *restrict y, int64_t m) {                      \
         if (QUICK && sizeof(T) == 8 && m % LANES(T) == 0) {                                           \
-            if (b->common[1] == b->common[1]) bracket_doubles(1, b, (const double *)y, m);            \
-            else bracket_doubles(0, b, (const double *)y, m);                                         \
+            if (b->common[1] == b->common[1]) bracket_doubles(1, b, m, (const double *)y);            \
+            else bracket_doubles(0, b, m, (const double *)y);                                         \
             return;                                                                                   \
         }                                                                                             \
         const T low = (T)b->low, high = (T)b->high, common = (T)b->common[0], other = (T)b->common[1]; \
@@ -194,8 +179,8 @@ FUSED bracket_bf16(const int two, struct bracket *b, const uint16_t *restrict x,
                             const uint16_t *x = (const uint16_t *)raw[k + 1] + s;                     \
                             for (; j < brackets && b[j].expert == k; j++)                             \
                                 if (b[j].common[1] == b[j].common[1])                                 \
-                                    bracket_bf16(1, b + j, x, (const float *)base, m);                \
-                                else bracket_bf16(0, b + j, x, (const float *)base, m);               \
+                                    bracket_bf16(1, b + j, m, x, (const float *)base);                \
+                                else bracket_bf16(0, b + j, m, x, (const float *)base);               \
                             continue;                                                                 \
                         }                                                                             \
                         load_##T(raw[k + 1], in[k + 1].dtype, s, m, d);                               \

@@ -59,6 +59,7 @@ static void tanh_of(const double *restrict x, double *restrict out) {
     for (int i = 0; i < CHUNK; i++) out[i] = fabs(x[i]) < FLAT ? out[i] : steep_tanh(x[i]);
 }
 
+/* The rest as in methods/functions.py. */
 static inline double log_of(double x) {
     static const double odd[10] = {1 / 21., 1 / 19., 1 / 17., 1 / 15., 1 / 13., 1 / 11., 1 / 9., 1 / 7., 1 / 5., 1 / 3.};
     int64_t bits;
@@ -74,7 +75,7 @@ static inline double log_of(double x) {
     return fma(k, 0.6931471803691238, fma(k, 1.9082149292705877e-10, p * square * f + f));
 }
 
-/* ln(p/q), as `log_of_ratio` in methods/functions.py: of an f below ALIKE_UP_TO a few terms do, and mostly all of a chunk is below it. */
+/* ln(p/q): of an f below ALIKE_UP_TO a few terms do, and mostly all of a chunk is below it. */
 #define ALIKE_UP_TO 0x1p-4
 
 static inline double near_log(double f) {

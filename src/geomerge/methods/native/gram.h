@@ -36,7 +36,8 @@
         }                                                                                                              \
     }
 
-/* As many columns as a register holds of some rows of `wide` elements, from the element at `start` on, added to `sum`, where pairs are `columns` apart. */
+/* As many columns as a register holds of some rows of `wide` elements, from the element at `start` on, added to `sum`, where pairs are
+ * `columns` apart. */
 #define SOME_COLUMNS(count)                                                                                    \
     static void columns_##count(const uint16_t *const *raw, int64_t start, int64_t rows, int64_t wide, double *sum, \
                                 int64_t columns) {                                                             \
@@ -44,7 +45,7 @@
         EACH_PAIR(count, memcpy(&found[p], sum + p * columns, sizeof found[p]))                                \
         for (int64_t r = 0; r < rows; r++) {                                                                   \
             CENTRED(double, count, start + r * wide)                                                           \
-            EACH_PAIR(count, found[p] = plus_product(found[p], x[a], x[b]))                                    \
+            EACH_PAIR(count, found[p] = plus_product_double(found[p], x[a], x[b]))                                   \
         }                                                                                                      \
         EACH_PAIR(count, memcpy(sum + p * columns, &found[p], sizeof found[p]))                                \
     }

@@ -111,7 +111,7 @@ static inline lanes_float plus_product_float(lanes_float sum, lanes_float a, lan
     return (lanes_float)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
 }
 
-static inline lanes_double plus_product(lanes_double sum, lanes_double a, lanes_double b) {
+static inline lanes_double plus_product_double(lanes_double sum, lanes_double a, lanes_double b) {
     return (lanes_double)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)sum);
 }
 #elif defined __AVX2__ && defined __FMA__
@@ -127,7 +127,7 @@ static inline lanes_float plus_product_float(lanes_float sum, lanes_float a, lan
     return (lanes_float)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
 }
 
-static inline lanes_double plus_product(lanes_double sum, lanes_double a, lanes_double b) {
+static inline lanes_double plus_product_double(lanes_double sum, lanes_double a, lanes_double b) {
     return (lanes_double)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)sum);
 }
 #else
@@ -148,7 +148,7 @@ static inline lanes_float plus_product_float(lanes_float sum, lanes_float a, lan
     return sum;
 }
 
-static inline lanes_double plus_product(lanes_double sum, lanes_double a, lanes_double b) {
+static inline lanes_double plus_product_double(lanes_double sum, lanes_double a, lanes_double b) {
     for (int i = 0; i < LANES(double); i++) sum[i] = fma(a[i], b[i], sum[i]);
     return sum;
 }
