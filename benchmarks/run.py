@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import models
-from tables import PEERS, SURVEYED
+from tables import PEERS, PROCESS, SURVEYED
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCH = ROOT / ".bench"
@@ -151,6 +151,26 @@ class Bench:
             f"{method} {size}", kind="engine", method=method, size=size, cp=median(copies), engine=median(engines),
             process=median(processes), ratio=ratio, best=min(engines) / min(copies),
         )  # fmt: skip
+
+    def ratios(self, size: str) -> None:
+        """Engine and process over `cp`, all methods taking turns: medians and quartiles, shown and not kept."""
+        methods = ("linear", "slerp", "ties", *PROCESS)
+        copies: list[float] = []
+        runs: dict[str, list[tuple[float, float, float]]] = {method: [] for method in methods}
+        for _ in range(self.runs):
+            for method, found in runs.items():
+                copies.append(self.copy(size))
+                merged = self.merge(method, size)
+                found.append((merged["engine"] / copies[-1], merged["process"] / copies[-1], merged["process"]))
+        low, middle, high = statistics.quantiles(copies, n=4)
+        print(f"cp {middle:.2f} s, quartiles {low:.2f} to {high:.2f}")
+        for method, found in runs.items():
+            engines, processes, seconds = zip(*found, strict=True)
+            low, middle, high = statistics.quantiles(engines, n=4)
+            print(
+                f"{method:18s}engine {middle:.2f} x cp, quartiles {low:.2f} to {high:.2f}; "
+                f"process {statistics.median(processes):.2f} x cp, {statistics.median(seconds):.2f} s"
+            )
 
     def against_peer(self, method: str, size: str, peer_runs: int) -> None:
         """Process time against the peer's."""
@@ -299,14 +319,15 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--peer", type=Path, default=BENCH / "peer" / "bin" / "mergekit-yaml")
     parser.add_argument(
-        "--only", choices=["engine", "peer", "memory", "many", "accuracy", "geometry", "all"], default="all"
+        "--only", choices=["engine", "ratios", "peer", "memory", "many", "accuracy", "geometry", "all"], default="all"
     )
     parser.add_argument("--sizes", nargs="*", default=["0.5B", "1.5B"])
     args = parser.parse_args()
     bench = Bench(args.runs, args.peer if args.peer.exists() else None)
     for size in args.sizes:
         models.make(BENCH, size)
-    models.make_many(BENCH)
+    if args.only in ("many", "all"):
+        models.make_many(BENCH)
 
     def wanted(part: str) -> bool:
         return args.only in (part, "all")
@@ -317,28 +338,11 @@ def main() -> None:
             for method in ("linear", "slerp", "ties", "dare_ties", "task_arithmetic"):
                 bench.engine(method, size)
         bench.runs = min(args.runs, 3)
-        for method in (
-            "model_stock",
-            "karcher",
-            "breadcrumbs",
-            "della",
-            "sce",
-            "arcee_fusion",
-            "nearswap",
-            "ram",
-            "passthrough",
-            *SURVEYED,
-            *MASKED,
-            "widen",
-            "dare_linear",
-            "della_linear",
-            "breadcrumbs_ties",
-            "ramplus_tl",
-            "multislerp",
-            "nuslerp",
-        ):
+        for method in ("model_stock", "karcher", "passthrough", *(m for m in PROCESS if m != "dare_ties")):
             bench.engine(method, args.sizes[0])
     bench.runs = args.runs
+    if args.only == "ratios":
+        bench.ratios(args.sizes[0])
     if wanted("geometry"):
         bench.search()
         for size in args.sizes:

@@ -9,12 +9,12 @@ from typing import Any
 
 MUST = {"linear": 1.5, "slerp": 1.5, "ties": 5.0}
 ELEMENTWISE = (
-    "tall_mask", "consensus", "widen", "dare_linear", "della_linear", "breadcrumbs_ties", "ramplus_tl", "multislerp", "nuslerp"
-)  # fmt: skip
+    *("dare_ties", "breadcrumbs", "della", "sce", "arcee_fusion", "nearswap", "ram", "tall_mask", "consensus", "widen"),
+    *("dare_linear", "della_linear", "breadcrumbs_ties", "ramplus_tl", "multislerp", "nuslerp"),
+)
 SURVEYED = ("pcb", "emr", "ties_global", "consensus_ties")
 """Methods that look at the whole model before the first tensor is made."""
-FIRST = ("dare_ties", "breadcrumbs", "della", "sce", "arcee_fusion", "nearswap", "ram")
-PROCESS = dict.fromkeys((*FIRST, *ELEMENTWISE), 6.0) | dict.fromkeys(SURVEYED, 12.0)
+PROCESS = dict.fromkeys(ELEMENTWISE, 6.0) | dict.fromkeys(SURVEYED, 12.0)
 """What the whole process may take, as a multiple of `cp` of the output."""
 PEERS = (
     *("dare_linear", "della", "della_linear", "breadcrumbs", "breadcrumbs_ties", "sce", "arcee_fusion"),
