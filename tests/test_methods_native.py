@@ -130,6 +130,8 @@ def test_same_ranks_in_rows(method: str, shape: tuple[int, ...]) -> None:
     same(
         lambda: merge(ready, [torch.zeros(shape, dtype=torch.float64), far, far * 2, far.flip(0)], dtype=torch.float64)
     )
+    near = torch.randn(shape, dtype=torch.float64).round(decimals=1) + torch.randint(9, shape) * 2.0**-49
+    same(lambda: merge(ready, [far * 0, near, near.flip(0), -near], dtype=torch.float64))
 
 
 LOOPS = {

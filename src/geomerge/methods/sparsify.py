@@ -16,7 +16,7 @@ import torch
 
 from geomerge.methods.native import Pruning, Thinning
 from geomerge.methods.order import largest, largest_of_all
-from geomerge.methods.random import bernoulli, drawing, drawing_words, keep_, limit_of
+from geomerge.methods.random import bernoulli, drawing, drawing_words, keep_
 from geomerge.methods.selection import Selection
 from geomerge.methods.tile import Place, Scan, Tile
 from geomerge.methods.walk import Walk
@@ -255,36 +255,34 @@ class MagPrune:
     def measure(self, scan: Scan) -> None:
         return None
 
+    def line(self, k: int, n: int) -> tuple[float, float]:
+        """The keep probability of the smallest element of a row of n, and how much that of the next is larger."""
+        density, epsilon = self.density[k], self.epsilon[k]
+        return (density, 0.0) if n == 1 else (density - epsilon, 2 * epsilon / (n - 1))
+
     def by_rank(self, k: int, n: int) -> NDArray[np.float64]:
         """The keep probabilities of a row of n elements, by ascending rank."""
-        density, epsilon = self.density[k], self.epsilon[k]
-        return (
-            np.full(1, density)
-            if n == 1
-            else np.arange(n, dtype=np.float64) * (2 * epsilon / (n - 1)) + (density - epsilon)
-        )
+        start, step = self.line(k, n)
+        return np.arange(n, dtype=np.float64) * step + start
 
     def probabilities(self, delta: Tensor, k: int) -> Tensor:
         """The keep probabilities of one tile's rows: shape ``(rows, columns)``."""
         steps = torch.from_numpy(self.by_rank(k, delta.shape[-1])).to(delta)
         return torch.empty_like(delta).scatter_(-1, _ascending(delta.abs()), steps.expand_as(delta))
 
-    def prune(self, thinning: Thinning, pruning: Pruning, k: int, place: Place) -> object:
-        """Say for a compiled loop what `keep_` drops from a place on, as long as the value that is returned lives."""
+    def prune(self, thinning: Thinning, pruning: Pruning, k: int, place: Place) -> None:
+        """Say for a compiled loop what `keep_` drops from a place on."""
         if self.density[k] >= 1:
-            return None
+            return
         if self.density[k] <= 0:
             thinning.keep = math.inf
-            return None
-        shares = self.by_rank(k, max(place.scan.columns or 1, 1))
-        limits = limit_of(shares).astype(np.int64)
-        pruning.limits = limits.ctypes.data
-        pruning.shares = shares.ctypes.data if self.rescale == "inverse" else None
+            return
+        pruning.start, pruning.step = self.line(k, max(place.scan.columns or 1, 1))
+        pruning.rescale = self.rescale == "inverse"
         generator, half = drawing_words(place, f"della/{k}")
         if half is not None:
             pruning.spare, pruning.spared = half, 1
         thinning.draw(generator, 32)
-        return shares, limits
 
     def keep_(self, delta: Tensor, k: int, tile: Tile, stats: None) -> Tensor:
         if self.density[k] >= 1:

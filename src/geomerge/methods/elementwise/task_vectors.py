@@ -110,11 +110,10 @@ class TaskVectors(Elementwise):
             inputs = scan.stored(place.start, place.numel)
             if isinstance(step, MagPrune):
                 pruned = (native.Pruning * scan.experts)()
-                kept = [step.prune(*pair, k, place) for k, pair in enumerate(zip(thinned, pruned, strict=True))]
+                for k, pair in enumerate(zip(thinned, pruned, strict=True)):
+                    step.prune(*pair, k, place)
                 columns = max(scan.columns or 1, 1)
-                done = native.pruned(inputs, columns, thinned, pruned, rule, out, beginning, check=scan.checks)
-                del kept
-                return done
+                return native.pruned(inputs, columns, thinned, pruned, rule, out, beginning, check=scan.checks)
             assert isinstance(step, Thins)
             for k, each in enumerate(thinned):
                 step.thin(each, k, place, found)

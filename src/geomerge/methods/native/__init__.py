@@ -287,10 +287,11 @@ class Pruning(ctypes.Structure):
     """Which elements of a row survive, by their ranks: see `pruned.h`."""
 
     _fields_ = (
-        ("shares", ctypes.c_void_p),
-        ("limits", ctypes.c_void_p),
-        ("spare", ctypes.c_uint32),
+        ("start", ctypes.c_double),
+        ("step", ctypes.c_double),
+        ("rescale", ctypes.c_int32),
         ("spared", ctypes.c_int32),
+        ("spare", ctypes.c_uint32),
     )
 
 
@@ -315,7 +316,7 @@ def pruned(
     """
     some = max(_TOGETHER // columns, 1)
     experts = inputs.count - 1
-    scratch = call.address(some * columns * (8 * inputs.count + 4 * experts) + 32 * columns, "scratch")
+    scratch = call.address(some * columns * (8 * inputs.count + 4 * experts) + 24 * columns, "scratch")
     return inputs.call(
         "pruned", ctypes.c_int64(inputs.numel), ctypes.c_int64(columns), ctypes.c_int64(some), thinned, prunings,
         ctypes.byref(rule.packed()), call.doubles(rule.coefficients), call.doubles(rule.weights),
