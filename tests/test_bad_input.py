@@ -35,12 +35,13 @@ def _models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @dataclass(frozen=True)
 class Case:
-    """A recipe (and what is done to the models before), the error's class, and what its text must say."""
+    """A recipe (and what is done to the models before), the error's class, and what its text must say, and must not."""
 
     recipe: str
     error: type[gm.GeomergeError]
     says: tuple[str, ...]
     spoil: Callable[[], object] = lambda: None
+    unsaid: tuple[str, ...] = ()
 
 
 def change(model: str, **tensors: torch.Tensor | None) -> Callable[[], object]:
@@ -173,6 +174,28 @@ CASES: dict[str, Case] = {
         gm.RecipeError,
         ("<recipe>:5", "the base base is one of the experts, as ./base", "leave it out"),
     ),
+    "a base with a weight of its own": Case(
+        TIES.replace("- model: b", "- {model: base, parameters: {weight: 1}}\n- model: b")
+        + "parameters: {weight: 1}\n",
+        gm.RecipeError,
+        ("<recipe>:5", "'weight' stands beside the base base", "leave out"),
+    ),
+    "what all models share beside one of them": Case(
+        TIES.replace("- model: b", "- {model: b, parameters: {normalize: false}}") + "parameters: {weight: 1}\n",
+        gm.RecipeError,
+        ("<recipe>:5", "'normalize' is one value for all models", "the recipe's own `parameters`"),
+    ),
+    **{
+        f"the method {name}": Case(
+            LINEAR.replace("linear", name), gm.RecipeError, ("<recipe>:1", f"no method '{name}'", way)
+        )
+        for name, way in {
+            "opcm": "geomerge continue STATE EXPERT --method opcm",
+            "greedy_soup": "geomerge soup",
+            "trim": "steps: [trim: 0.5]",
+            "lines": "steps: [lines: {alpha: 0.3, beta: 0.7}]",
+        }.items()
+    },
     "nothing but the base": Case(
         "merge_method: pcb\nbase_model: base\nmodels: [{model: base}]\n",
         gm.RecipeError,
@@ -216,10 +239,13 @@ CASES: dict[str, Case] = {
     "dtype of integers": Case(LINEAR + "dtype: int8\n", gm.RecipeError, ("<recipe>:5", "'int8'", "float32")),
     "unknown out_dtype": Case(LINEAR + "out_dtype: f99\n", gm.RecipeError, ("<recipe>:5", "'f99'")),
     "density 0": Case(
-        TIES + "parameters: {weight: 1, density: 0}\n", gm.RecipeError, ("<recipe>:6", "density", "greater than 0")
+        TIES + "parameters: {weight: 1, density: 0}\n",
+        gm.RecipeError,
+        ("<recipe>:6", "density must lie in (0, 1], not 0"),
+        unsaid=("(for ",),
     ),
     "density above 1": Case(
-        TIES + "parameters:\n  weight: 1\n  density: [0.5, 1.5]\n", gm.RecipeError, ("density", "[0, 1]", "1.5")
+        TIES + "parameters:\n  weight: 1\n  density: [0.5, 1.5]\n", gm.RecipeError, ("density", "(0, 1]", "1.5")
     ),
     "negative density of one model": Case(
         TIES.replace("- model: b", "- {model: b, parameters: {density: -0.1}}") + "parameters: {weight: 1}\n",
@@ -269,7 +295,9 @@ CASES: dict[str, Case] = {
     ),
     # the models
     "no such model": Case(
-        LINEAR.replace("model: b", "model: bb"), gm.ModelError, ("bb", "no such file or directory", "did you mean 'b'")
+        LINEAR.replace("model: b", "model: bb"),
+        gm.ModelError,
+        ("<recipe>:4: bb: ", "no such file or directory", "did you mean 'b'"),
     ),
     "hub id while offline": Case(
         LINEAR.replace("model: b", "model: nobody/nothing"), gm.ModelError, ("nobody/nothing", "HF_HUB_OFFLINE")
@@ -277,7 +305,7 @@ CASES: dict[str, Case] = {
     "shape mismatch": Case(
         LINEAR,
         gm.IncompatibleModels,
-        (UP, "a: [24, 16]", "b: [24, 17]"),
+        ("<recipe>:4: ", UP, "a: [24, 16]", "b: [24, 17]"),
         change("b", model__layers__1__mlp__up_proj__weight=torch.ones(24, 17)),
     ),
     "as many elements in another shape": Case(
@@ -393,6 +421,7 @@ def test_refused(name: str, tmp_path: Path) -> None:
         gm.merge(case.recipe, "out")
     if case.error is not gm.GeomergeError:
         assert caught.value.exit_code == CODES.get(case.error, 3)
+    assert not any(text in str(caught.value) for text in case.unsaid)
     for text in case.says:
         assert text in str(caught.value), str(caught.value)
     assert "Traceback" not in str(caught.value)

@@ -373,8 +373,8 @@ def test_damage_is_found_in_what_a_step_would_drop() -> None:
 REFUSED = {
     "unknown step": ("sce", "steps: [{dar: 0.5}]\n", "'dar'", "'dare'", 9),
     "unknown parameter": ("sce", "steps: [{dare: {densty: 0.5}}]\n", "'densty'", "'density'", 9),
-    "density of zero": ("sce", "steps:\n  - dare: 0\n", "density must be greater than 0", None, 10),
-    "density above one": ("sce", "steps:\n  - trim: {density: 1.5}\n", r"density must lie in \[0, 1\]", None, 10),
+    "density of zero": ("sce", "steps:\n  - dare: 0\n", r"density must lie in \(0, 1\], not 0", None, 10),
+    "density above one": ("sce", "steps:\n  - trim: {density: 1.5}\n", r"density must lie in \(0, 1\]", None, 10),
     "no density": ("sce", "steps:\n  - trim\n", "needs the parameter 'density'", None, 10),
     "a step of the method's own": (
         "dare_ties",

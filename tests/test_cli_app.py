@@ -87,6 +87,52 @@ def test_unknown_parameters_are_code_2_with_the_line(run: Program, tmp_path: Pat
     assert "\n  did you mean 'slerp'" in err
 
 
+@pytest.mark.parametrize("verb", ["merge", "plan", "diagnose", "inspect"])
+def test_errors_as_json(run: Program, tmp_path: Path, verb: str) -> None:
+    """With --json stdout is one document, also when nothing comes of it: the error, which stderr tells as well."""
+    write_models(tmp_path)
+    missing = tmp_path / "bb"
+    recipe = write_recipe(tmp_path, "merge_method: slerp\nbase_model: {0}/a\nmodels: [{{model: {0}/bb}}]\n")
+    words = {
+        "merge": [recipe, tmp_path / "out"],
+        "plan": [recipe],
+        "diagnose": [tmp_path / "a", missing],
+        "inspect": [missing],
+    }
+    code, out, err = run(verb, *words[verb], "--json")
+    error = json.loads(out)["error"]
+    assert (code, error["exit_code"]) == (3, 3)
+    assert "no such file" in error["what"]
+    assert str(missing) in error["where"]
+    assert err.startswith(f"error: {error['where']}: {error['what']}\n  {error['hint']}")
+    assert run(verb, *words[verb])[1] == ""
+
+
+def test_errors_after_an_answer(run: Program, tmp_path: Path) -> None:
+    """What has been answered in JSON is not answered again."""
+    tensors = weights(1)
+    tensors["model.norm.weight"][3] = float("nan")
+    write_model(tmp_path / "damaged", tensors)
+    code, out, err = run("inspect", tmp_path / "damaged", "--json")
+    assert code == 3
+    assert list(json.loads(out)["not_finite"]) == ["model.norm.weight"]
+    assert "NaN" in err
+
+
+def test_a_directory_is_no_recipe(run: Program, tmp_path: Path) -> None:
+    write_models(tmp_path)
+    code, out, err = run("plan", tmp_path / "a")
+    assert (code, out) == (2, "")
+    assert err == f"error: {tmp_path / 'a'}: this is a directory, not a recipe\n  a recipe is a YAML text file\n"
+
+
+@pytest.mark.parametrize("words", [[], ["adapter"], ["lab"]])
+def test_the_help_says_whole_sentences(run: Program, words: list[str]) -> None:
+    commands = run(*words, "--help").out.partition("Commands:")[2]
+    assert commands
+    assert "..." not in commands
+
+
 def test_a_damaged_model_is_code_3(run: Program, tmp_path: Path) -> None:
     """A truncated file is named, and nothing appears under the output's name."""
     write_models(tmp_path)

@@ -138,6 +138,17 @@ class TestRefused:
         with pytest.raises(gm.DamagedCheckpoint, match="do not fit"):
             extract(root / "packed", "b", root / "out", base=root / "base")
 
+    def test_the_base_as_an_expert(self, root: Path) -> None:
+        with pytest.raises(gm.UsageError, match="the base and one of the experts"):
+            compress(root / "base", {**experts(root), "base": root / "a" / ".." / "base"}, root / "packed")
+        assert not (root / "packed").exists()
+
+    def test_hints_are_not_for_recipes(self, root: Path) -> None:
+        tiny.llama(root / "b", 9, vocab_size=41)
+        with pytest.raises(gm.IncompatibleModels, match="geomerge transplant") as caught:
+            compress(root / "base", experts(root), root / "packed")
+        assert "tokenizer_source" not in str(caught.value)
+
     @pytest.mark.parametrize(
         ("options", "says"), [({"method": "tal"}, "did you mean 'tall'"), ({"threshold": -1}, "negative")]
     )

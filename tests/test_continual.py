@@ -295,11 +295,11 @@ def sizes(state: Path) -> dict[str, int]:
 
 def test_the_state_does_not_grow(tmp_path: Path) -> None:
     """Five more experts: the same files, and all but the list of experts of the same size."""
-    family(tmp_path)
+    family(tmp_path, 6)
     continue_merge(tmp_path / "state", experts(tmp_path, 1), base=tmp_path / "0")
     before = sizes(tmp_path / "state")
-    for _ in range(5):
-        continue_merge(tmp_path / "state", [tmp_path / "2"])
+    for k in range(2, 7):
+        continue_merge(tmp_path / "state", [tmp_path / str(k)])
     assert sizes(tmp_path / "state") == before
     state = State.read(tmp_path / "state")
     assert state is not None
@@ -427,6 +427,11 @@ def test_bad_calls_are_refused(tmp_path: Path) -> None:
             continue_merge(state, [tmp_path / "2"], **wrong)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="is the input"):
         continue_merge(state, [state])
+    with pytest.raises(UsageError, match="is in this state already, as 1"):
+        continue_merge(state, experts(tmp_path, 2))
+    with pytest.raises(UsageError, match="is the base and one of the experts") as caught:
+        continue_merge(state, [tmp_path / "2", tmp_path / "1" / ".." / "0"])
+    assert caught.value.where is None
     assert tiny.digests(state) == before
     continue_merge(state, [tmp_path / "2"], method="opcm", parameters={"alpha": 0.4})
 
@@ -448,8 +453,9 @@ def test_bad_experts_are_refused(tmp_path: Path) -> None:
         ("other", ModelError),
         ("nowhere", ModelError),
     ):
-        with pytest.raises(error):
+        with pytest.raises(error) as caught:
             continue_merge(state, [tmp_path / name])
+        assert ":1: " not in str(caught.value)  # there is no recipe that has lines
         assert tiny.digests(state) == before
         assert not list(tmp_path.glob("*.partial"))
 

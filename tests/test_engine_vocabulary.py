@@ -54,7 +54,8 @@ def recipe(root: Path, names: str, more: str, *, base: str = "", method: str = "
     """A recipe over the named models, each with another weight."""
     text = f"merge_method: {method}\n" + (f"base_model: {root}/{base}\n" if base else "") + "models:\n"
     for k, name in enumerate(names.split()):
-        weight = f", parameters: {{weight: {k + 1}}}" if method != "slerp" else ""
+        expert = method != "slerp" and (method == "linear" or name != base)
+        weight = f", parameters: {{weight: {k + 1}}}" if expert else ""
         text += f"- {{model: {root}/{name}{weight}}}\n"
     return text + more
 

@@ -606,9 +606,9 @@ class TestCalls:
             gm.methods.ties(a, [b], weight=1, densty=0.5)
         with pytest.raises(UsageError, match="needs the parameter 'weight'"):
             gm.methods.ties(a, [b])
-        with pytest.raises(UsageError, match="greater than 0"):
+        with pytest.raises(UsageError, match=r"\(0, 1\], not 0"):
             gm.methods.ties(a, [b], weight=1, density=0)
-        with pytest.raises(UsageError, match=r"\[0, 1\]"):
+        with pytest.raises(UsageError, match=r"\(0, 1\], not 1.5"):
             gm.methods.ties(a, [b], weight=1, density=1.5)
         with pytest.raises(UsageError, match="2 values for 1 models"):
             gm.methods.ties(a, [b], weight=[1, 2])

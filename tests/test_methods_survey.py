@@ -348,7 +348,7 @@ def test_live_merges_survey(root: Path) -> None:
         ("tall_mask", {"task": 4}, "task is 4"),
         ("tall_mask", {"task": 0}, "must lie in"),
         ("consensus", {"k": 4}, "nothing would be left"),
-        ("pcb", {"density": 0}, "greater than 0"),
+        ("pcb", {"density": 0}, r"\(0, 1\]"),
         ("pcb", {"winsor": 0.5}, "must lie in"),
         ("ties", {"weight": 1, "scope": "model"}, "one of tensor, global"),
     ],

@@ -318,10 +318,16 @@ class TestParameters:
         """An alias is a method's name, too."""
         assert one(linear().replace("linear", "soup")).method == "soup"
 
-    def test_shared_parameter_beside_a_model_is_noted(self) -> None:
-        """mergekit accepts a parameter that all models share beside one of them, where it does nothing."""
-        recipe = one("merge_method: slerp\nbase_model: a\nmodels:\n- model: b\n  parameters: {t: 0.3}")
-        assert recipe.notes == ("r.yml:5: 't' is one value for all models and has no effect beside one of them",)
+    def test_shared_parameter_beside_a_model(self) -> None:
+        """mergekit accepts a parameter that all models share beside one of them, where it does nothing: a note, or refused."""
+        text = "merge_method: slerp\nbase_model: a\nmodels:\n- model: b\n  parameters: {t: 0.3}"
+        said = "r.yml:5: 't' is one value for all models and has no effect beside one of them"
+        assert one(f"{text}\ncompat: mergekit").notes == (said,)
+        assert refused(text) == f"{said}\n  move it to the recipe's own `parameters`"
+
+    def test_a_model_given_twice_is_noted(self) -> None:
+        recipe = one("merge_method: karcher\nmodels:\n- model: a\n- model: b\n- model: a")
+        assert recipe.notes == ("r.yml:5: a is given twice, and counts twice",)
 
     def test_inert_parameters_are_noted_and_left_out(self) -> None:
         """What never changes a result in mergekit is accepted with a note."""

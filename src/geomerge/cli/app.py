@@ -20,7 +20,7 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
-from geomerge.cli.console import Stopped, complain, show_warnings
+from geomerge.cli.console import Stopped, complain, owe_json, show_warnings, write_error
 from geomerge.errors import GeomergeError
 from geomerge.late import put_off
 from geomerge.version import __version__
@@ -101,10 +101,16 @@ def program(words: Sequence[str] = ()) -> typer.Typer:
         file, name = VERBS[verb].split(":")
         found = getattr(importlib.import_module(f"geomerge.cli.{file}"), name)
         if isinstance(found, typer.Typer):
-            app.add_typer(found, name=verb)
+            app.add_typer(found, name=verb, short_help=found.info.help)
+            for command in found.registered_commands:
+                command.short_help = _first_line(command.callback)
         else:
-            app.command(verb)(found)
+            app.command(verb, short_help=_first_line(found))(found)
     return app
+
+
+def _first_line(verb: object) -> str:
+    return (verb.__doc__ or "").strip().partition("\n")[0]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -119,32 +125,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     words = [word for word in given if word != DEBUG]
     debug = len(words) < len(given)
+    owe_json("--json" in words)
     for stream in (sys.stdout, sys.stderr):
         # θ on a terminal that knows only ASCII is to be shown as an escape, not to end the run.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+    def fail(kind: str, what: str, *, where: str | None = None, hint: str | None = None, exit_code: int) -> int:
+        complain(kind, what, where=where, hint=hint)
+        write_error(what, where=where, hint=hint, exit_code=exit_code)
+        return exit_code
+
     try:
         get_command(program(words)).main(args=words, prog_name="geomerge")
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except Stopped as stopped:
-        complain("interrupted", stopped.what, hint=stopped.hint)
-        return 130
+        return fail("interrupted", stopped.what, hint=stopped.hint, exit_code=130)
     except GeomergeError as error:
         if debug:
             traceback.print_exc()
-        complain("error", error.what, where=error.where, hint=error.hint)
-        return error.exit_code
+        return fail("error", error.what, where=error.where, hint=error.hint, exit_code=error.exit_code)
     except Exception as error:  # noqa: BLE001 - the last resort: whatever it is, the user gets a sentence
         if debug:
             traceback.print_exc()
         again = "" if debug else f"run it again with {DEBUG} for the traceback, and "
-        complain(
-            "error",
-            f"this is a bug in geomerge: {type(error).__name__}: {error}",
-            hint=f"{again}please report it with the recipe and the command",
-        )
-        return 1
+        what = f"this is a bug in geomerge: {type(error).__name__}: {error}"
+        return fail("error", what, hint=f"{again}please report it with the recipe and the command", exit_code=1)
     return 0
 
 

@@ -61,9 +61,26 @@ def wants_colour(stream: TextIO) -> bool:
 # -- results -----------------------------------------------------------------------------------------------------------
 
 
+_owed = False
+"""Whether a program waits for a JSON document."""
+
+
+def owe_json(owed: bool) -> None:
+    """Say that stdout is to get one JSON document, whatever happens."""
+    global _owed  # noqa: PLW0603 - one process, one stdout
+    _owed = owed
+
+
 def write_json(data: Any) -> None:
     """One JSON document on stdout. ASCII only: a name from a model cannot reach the terminal as it is."""
+    owe_json(False)
     sys.stdout.write(json.dumps(data, indent=2, allow_nan=False) + "\n")
+
+
+def write_error(what: str, *, where: str | None, hint: str | None, exit_code: int) -> None:
+    """What went wrong, for a program that still waits for its JSON document."""
+    if _owed:
+        write_json({"error": {"what": what, "where": where or None, "hint": hint, "exit_code": exit_code}})
 
 
 def write_lines(lines: Iterable[str]) -> None:

@@ -111,8 +111,7 @@ def _range(p: Parameter) -> str:
     if p.expert:
         text = "an expert's name or number"
     if p.within is not None:
-        low, high = (f"{bound:g}" for bound in p.within)
-        text += f" in {'(' if p.above == p.within[0] else '['}{low}, {high}]"
+        text += f" in {p.interval}"
     elif p.above is not None:
         text += f" above {p.above:g}"
     return text + (", more with `extrapolate`" if p.extrapolates else "")

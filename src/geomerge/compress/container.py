@@ -61,7 +61,7 @@ class Contents:
             raise UsageError(
                 "there are no compressed experts",
                 where=str(place),
-                hint="geomerge compress BASE EXPERT... OUT makes them",
+                hint="geomerge compress BASE EXPERT... --out DIR makes them",
             )
         data = read_json(path, what="description")
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import threading
 import time
@@ -21,8 +20,8 @@ from geomerge.checkpoint.writer import OutputDirectory
 from geomerge.compress.container import FILE, Contents, mask, vector
 from geomerge.engine.build import Builder
 from geomerge.engine.execute import Facts, Interrupted, Threads, Work
+from geomerge.engine.experts import plan_experts
 from geomerge.engine.plan import Node
-from geomerge.engine.planner import make_plan
 from geomerge.engine.run import Progress
 from geomerge.engine.sinks import FileSink
 from geomerge.errors import IncompatibleModels, UsageError, did_you_mean
@@ -31,7 +30,6 @@ from geomerge.methods.combine import added
 from geomerge.methods.elementwise.emr import unified
 from geomerge.methods.elementwise.tall_mask import tall_mask
 from geomerge.methods.tile import Scan, Segment, block_sums
-from geomerge.recipe import loads
 from geomerge.version import __version__
 
 METHODS = ("tall", "emr")
@@ -87,7 +85,7 @@ def compress(
         progress: Told how far it is.
 
     Raises:
-        UsageError: The place is taken; an unknown method; no expert.
+        UsageError: The place is taken; an unknown method; no expert, or one that is the base.
         ModelError: A model cannot be used, or they do not fit.
     """
     begun = time.perf_counter()
@@ -98,7 +96,7 @@ def compress(
     if not (math.isfinite(threshold) and threshold >= 0):
         raise UsageError(f"the threshold must not be negative, not {threshold}")
     kind = None if dtype is None else parse_dtype(dtype)
-    plan, opened = make_plan(_recipe(base, experts), allow_pickle=allow_pickle)
+    plan, opened = plan_experts(base, experts.values(), allow_pickle=allow_pickle)
     try:
         merged = [node for node in plan.output_nodes() if node.method is not None]
         if not merged:
@@ -145,13 +143,6 @@ def compress(
             checkpoint.close()
     own = sum(node.nbytes for node in merged) * len(experts)
     return Packed(final, contents, layout.nbytes, own, density, time.perf_counter() - begun)
-
-
-def _recipe(base: str | Path, experts: Mapping[str, str | Path]) -> Any:
-    """What lines the models up."""
-    models = [{"model": str(path), "parameters": {"weight": 1.0}} for path in experts.values()]
-    recipe = {"merge_method": "task_arithmetic", "base_model": str(base), "models": models}
-    return loads(json.dumps(recipe, ensure_ascii=False), "compress")
 
 
 def _concluded(

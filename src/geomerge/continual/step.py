@@ -21,14 +21,13 @@ from geomerge.continual.state import FILE, FOLDER, Known, State
 from geomerge.continual.work import Accumulate, SumFile, Write
 from geomerge.engine.build import Builder
 from geomerge.engine.execute import Facts, Threads, Work
+from geomerge.engine.experts import plan_experts
 from geomerge.engine.manifest import total_loss
 from geomerge.engine.matrices import is_weight
 from geomerge.engine.plan import InputModel, Node, Plan
-from geomerge.engine.planner import make_plan
 from geomerge.engine.run import Progress, write_model_files
 from geomerge.engine.sinks import FileSink
 from geomerge.errors import DamagedCheckpoint, IncompatibleModels, UsageError, did_you_mean
-from geomerge.recipe import loads
 from geomerge.version import __version__
 
 DEFAULT = "opcm"
@@ -85,7 +84,8 @@ def continue_merge(
         progress: Told how far the step is.
 
     Raises:
-        UsageError: There is no state and no base, or the directory is no state, or the method is not the state's.
+        UsageError: There is no state and no base, or the directory is no state, or the method is not the state's, or an
+            expert is the base, or in the state already.
         ModelError: A model cannot be opened, or does not fit, or the state is damaged.
         RunError: The disk is full, an input changed.
     """
@@ -102,7 +102,7 @@ def continue_merge(
             hint="give the base at the first step: geomerge continue STATE EXPERT --base BASE",
         )
     root = str(base) if base is not None else known.base.path  # type: ignore[union-attr]
-    plan, opened = make_plan(_recipe(root, experts), allow_pickle=allow_pickle)
+    plan, opened = plan_experts(root, experts, allow_pickle=allow_pickle)
     before: Checkpoint | None = None
     try:
         merged = [node for node in plan.output_nodes() if node.method is not None]
@@ -113,6 +113,7 @@ def continue_merge(
             _check_base(origin, known, place)
             before = known.open_sum(place)
             _check_sum(before, merged, place)
+            _check_new(added, known, place)
         now = known or State(rule, Known.of(origin, path=True))
         if base is not None:
             now = replace(now, base=Known.of(origin, path=True))
@@ -183,21 +184,6 @@ def _rule(known: State | None, method: str | None, parameters: Mapping[str, Any]
     return rule
 
 
-def _recipe(base: str, experts: Sequence[str | Path]) -> Any:
-    """What lines the models up: a recipe for the sum of their task vectors."""
-    recipe = {
-        "merge_method": "task_arithmetic",
-        "base_model": _absolute(base),
-        "models": [{"model": _absolute(str(expert)), "parameters": {"weight": 1.0}} for expert in experts],
-    }
-    return loads(json.dumps(recipe, ensure_ascii=False), "continue")
-
-
-def _absolute(reference: str) -> str:
-    path = Path(reference).expanduser()
-    return str(path.resolve()) if path.exists() else reference
-
-
 def _check_base(base: InputModel, known: State, place: Path) -> None:
     if base.fingerprint != known.base.fingerprint:
         raise IncompatibleModels(
@@ -206,6 +192,17 @@ def _check_base(base: InputModel, known: State, place: Path) -> None:
             where=str(place),
             hint="say with --base where that base is now",
         )
+
+
+def _check_new(added: Sequence[InputModel], known: State, place: Path) -> None:
+    taken = {each.fingerprint: each.model for each in known.experts}
+    for model in added:
+        if model.fingerprint in taken:
+            raise UsageError(
+                f"{model.ref} is in this state already, as {taken[model.fingerprint]}",
+                where=str(place),
+                hint="a state takes each expert once, and nothing was changed",
+            )
 
 
 def _check_sum(before: Checkpoint, merged: Sequence[Node], place: Path) -> None:

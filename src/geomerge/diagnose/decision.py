@@ -239,7 +239,7 @@ def _sound(flow: _Flow) -> Decision | None:
     if not flow.ask("Are the weights sound?", value, "all finite", "stop" if bad else "go on", passed=not bad):
         flow.reasons += [f"{each}: repair or retrain this parent, or leave it out" for each in bad[:5]]
         return flow.decide("do_not_merge")
-    value = blocking[0] if blocking else "yes"
+    value = "no" if blocking else "yes"
     if not flow.ask(
         "Do they fit?", value, "nothing that forbids it", "stop" if blocking else "go on", passed=not blocking
     ):

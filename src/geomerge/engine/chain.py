@@ -122,10 +122,9 @@ class Chain:
                         raise UsageError(f"{cls.name} needs the parameter {name!r} for every model: {p.doc}")
                 new = cls.make(values, count=len(self._lineup.others), compat=recipe.compat)
             except UsageError as error:
-                place = next((a.where for a in answers if _impossible(cls, a, values)), step.where)
-                raise RecipeError(
-                    f"the step {error.what} (for {part.name})", where=str(place), hint=error.hint
-                ) from None
+                blamed = next((a for a in answers if _impossible(cls, a, values)), None)
+                place, said = (blamed.where, blamed.said_of(part)) if blamed is not None else (step.where, "")
+                raise RecipeError(f"the step {error.what}{said}", where=str(place), hint=error.hint) from None
             assert isinstance(new, Step)
             made = self._made[key] = new
         return made

@@ -12,7 +12,7 @@ from geomerge.engine.schedule import Schedule
 from geomerge.errors import RecipeError, UsageError, did_you_mean
 from geomerge.methods import registry
 from geomerge.methods.base import Method, Span
-from geomerge.recipe.resolve import Lookup, scopes
+from geomerge.recipe.resolve import Lookup, Resolved, scopes
 from geomerge.recipe.values import Module, Recipe, Slice, Source, Where
 
 if TYPE_CHECKING:
@@ -110,12 +110,20 @@ class Lineup:
             )
 
     def _check_base(self) -> None:
-        """Refuse the base as an expert under another name: its task vector would be zero, and counted.
+        """Refuse the base as an expert, with a weight or under another name: its task vector would be zero, and counted.
 
         Where the base is an endpoint (SLERP and its like) the other may well be the same model: the result is that model.
         """
         if self.method.models == (1, 1) or "t" in self.method.parameters():
             return
+        listed = self.entrants[0].source
+        if listed is not None and listed.parameters:
+            name, setting = next(iter(listed.parameters.items()))
+            raise RecipeError(
+                f"{name!r} stands beside the base {self.entrants[0].model}, which is no expert here",
+                where=str(setting.where),
+                hint="leave out the base's parameters, or all of its entry: the others are compared with it",
+            )
         base = _place(self.entrants[0].model)
         for entrant in self.others:
             if base is not None and entrant.source is not None and _place(entrant.model) == base:
@@ -145,6 +153,7 @@ class Lineup:
         values: dict[str, Any] = {}
         key: list[Any] = []
         places: dict[str, list[Where]] = {}
+        answers: list[Resolved] = []
         for name, lookup in self._shared.items():
             found = lookup.at(part, t)
             if self.schedule is not None and name == "t":
@@ -154,6 +163,7 @@ class Lineup:
             if found is not None:
                 values[name] = found.value
                 places[name] = [found.where]
+                answers.append(found)
                 if self.method.parameters()[name].expert and isinstance(found.value, str):
                     values[name] = self._number(found.value, name, found.where)
             key.append(None if found is None else found.value)
@@ -162,6 +172,7 @@ class Lineup:
             if any(s is not None for s in several):
                 values[name] = self._fill(name, several)
                 places[name] = [s.where if s is not None else self.slice.where for s in several]
+                answers += [s for s in several if s is not None]
             key.append(tuple(None if s is None else s.value for s in several))
         frozen = tuple(key)
         made = self._made.get(frozen)
@@ -175,7 +186,9 @@ class Lineup:
                 )
             except UsageError as error:
                 place = self._blame(values, places)
-                raise RecipeError(f"{error.what} (for {part.name})", where=str(place), hint=error.hint) from None
+                blamed = next((answer for answer in answers if answer.where is place), None)
+                said = blamed.said_of(part) if blamed is not None else ""
+                raise RecipeError(f"{error.what}{said}", where=str(place), hint=error.hint) from None
             self._made[frozen] = made
         return made
 

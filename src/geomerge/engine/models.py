@@ -12,7 +12,7 @@ from geomerge.anatomy import Anatomy
 from geomerge.checkpoint.checkpoint import Checkpoint
 from geomerge.engine.adapted import open_model
 from geomerge.engine.plan import Operand
-from geomerge.errors import IncompatibleModels, RecipeError
+from geomerge.errors import IncompatibleModels, ModelError, RecipeError
 from geomerge.recipe.values import ModelRef
 from geomerge.tokens.vocabulary import Vocabulary
 
@@ -126,7 +126,11 @@ class Models:
         elif ref.revision is None and ref.path in self._stages:
             return self._stages[ref.path]
         if ref not in self._models:
-            self._models[ref] = self._open(ref)
+            try:
+                self._models[ref] = self._open(ref)
+            except ModelError as error:
+                error.where = ": ".join(str(place) for place in (where, error.where) if str(place or ""))
+                raise
         return self._models[ref]
 
     def _open(self, ref: ModelRef) -> Model:

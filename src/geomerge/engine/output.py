@@ -62,6 +62,8 @@ def describe_output(
             tie=False if untied else None,
         )
     notes = list(vocabularies.notes)
+    if config is None and any(member.config is not None for member in members):
+        notes.append(f"{donor} has no config.json, and neither has the output: put one beside its weights to load it")
     if untied and not aligned:
         notes.append("some parents tie their head to the embedding and others do not: the output stores both")
     copies, texts = donor_files(donor, without_tokenizer=vocabularies.plan is not None), dict[str, str]()

@@ -25,7 +25,7 @@ from geomerge.errors import IncompatibleModels, RecipeError
 from geomerge.methods import registry
 from geomerge.methods.base import Matrix, Method, Span
 from geomerge.recipe.resolve import check_filters
-from geomerge.recipe.values import ModelRef, Recipe
+from geomerge.recipe.values import ModelRef, Recipe, Where
 
 if TYPE_CHECKING:
     from geomerge.engine.planner import Planner
@@ -306,11 +306,18 @@ class RecipePlan:
             if refusal is not None:
                 return refusal
         shapes = ", ".join(f"{m}: {list(k.shape)}" for (m, _), k in zip(found, kinds, strict=True))
+        odd = next((m for (m, _), k in zip(found, kinds, strict=True) if k.shape != kinds[0].shape), None)
         return IncompatibleModels(
             f"the shapes of {part.name} differ: {shapes}",
-            where=str(self.recipe.where),
+            where=str(self._line_of(odd)),
             hint="only models of one architecture and size can be merged",
         )
+
+    def _line_of(self, model: Model | None) -> Where:
+        """Where the recipe names a model first; where it begins if it does not."""
+        slices = (each for module in self.recipe.modules for each in module.slices)
+        named = (source.where for each in slices for source in each.sources if model and source.model == model.ref)
+        return next(named, self.recipe.where)
 
     # -- the whole -----------------------------------------------------------------------------------------------------
 

@@ -69,6 +69,13 @@ class Parameter:
     extrapolates: bool = False
     expert: bool = False
 
+    @property
+    def interval(self) -> str:
+        """The values `within` which it must lie, as in ``(0, 1]``."""
+        assert self.within is not None
+        low, high = self.within
+        return f"{'(' if self.above == low else '['}{low:g}, {high:g}]"
+
     def check(self, value: Any, *, compat: str | None = None, extrapolate: bool = False) -> Any:
         """The value as the parameter's kind; raises `ValueError` with the reason when it cannot be one."""
         if value is None:
@@ -90,11 +97,11 @@ class Parameter:
         if not math.isfinite(number):
             raise ValueError(f"{self.name} must be finite, not {number}")
         if self.within and not extrapolate * self.extrapolates and not self.within[0] <= number <= self.within[1]:
-            low, high = self.within
             more = " (or set `extrapolate: true`)" if self.extrapolates else ""
-            raise ValueError(f"{self.name} must lie in [{low:g}, {high:g}], not {number:g}{more}")
+            raise ValueError(f"{self.name} must lie in {self.interval}, not {number:g}{more}")
         if self.above is not None and number <= self.above and compat is None:
-            raise ValueError(f"{self.name} must be greater than {self.above:g}, not {number:g}")
+            inside = f"lie in {self.interval}" if self.within else f"be greater than {self.above:g}"
+            raise ValueError(f"{self.name} must {inside}, not {number:g}")
         if self.kind is int:
             if number != int(number):
                 raise ValueError(f"{self.name} must be a whole number, not {number:g}")

@@ -111,6 +111,8 @@ def read_text(path: Path, file: str) -> str:
             raise RecipeError("this is a directory, not a recipe", where=file, hint=hint)
         with path.open("rb") as stream:
             data = stream.read(MAX_BYTES + 1)
+    except RecipeError:
+        raise
     except FileNotFoundError:
         raise RecipeError("there is no such file", where=file, hint="check the recipe's path") from None
     except (OSError, ValueError) as error:

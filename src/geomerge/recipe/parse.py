@@ -125,7 +125,11 @@ class _Reader(Reader):
         return (Module(name, cast("tuple[Slice, ...]", slices), parameters, where),)
 
     def read_models(self, node: Node, key: Key) -> tuple[Source, ...]:
-        return tuple(self._source(item, grammar.MODEL) for item in items(node, key))
+        sources = tuple(self._source(item, grammar.MODEL) for item in items(node, key))
+        for k, source in enumerate(sources):
+            if any(source.model == before.model for before in sources[:k]):
+                self._note(source.where, f"{source.model} is given twice, and counts twice")
+        return sources
 
     def read_sources(self, node: Node, key: Key) -> tuple[Source, ...]:
         sources = tuple(self._source(item, grammar.SOURCE) for item in items(node, key))
@@ -144,7 +148,10 @@ class _Reader(Reader):
         parameters: Parameters = found.get("parameters", {})
         for name, setting in parameters.items():
             if name in self.known and not self.known[name].per_model:
-                self._note(setting.where, f"{name!r} is one value for all models and has no effect beside one of them")
+                what = f"{name!r} is one value for all models and has no effect beside one of them"
+                if self.compat != "mergekit":
+                    raise refuse(setting.where, what, "move it to the recipe's own `parameters`")
+                self._note(setting.where, what)
         return Source(found["model"], found.get("layer_range"), parameters, node.where)
 
     def read_slices(self, node: Node, key: Key) -> tuple[Slice, ...]:

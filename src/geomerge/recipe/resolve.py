@@ -25,6 +25,12 @@ class Resolved(NamedTuple):
     where: Where
     entry: Entry
 
+    def said_of(self, part: Part) -> str:
+        """What a message adds of the tensor: nothing when the entry is for all of them."""
+        test = self.entry.filter
+        everywhere = (test is None or test.everywhere) and not isinstance(self.entry.value, tuple)
+        return "" if everywhere else f" (for {part.name})"
+
 
 class Unused(NamedTuple):
     """An entry that has decided no tensor's value, and its parameter."""

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from geomerge.methods.base import Parameter
 
 _BLOCKS = re.compile(r"\s*(\d{1,6})\s*(?:-\s*(\d{1,6})\s*)?")
-_LAX = "mergekit ignores unknown keys; with 'compat: mergekit' they become warnings here"
+_LAX = "mergekit ignores unknown keys; with 'compat: mergekit' they become notes here"
 
 
 def method_parameters(name: str) -> Mapping[str, Parameter]:
@@ -51,7 +51,7 @@ class Reader:
             try:
                 self.known = method_parameters(self.method)
             except UsageError as error:
-                raise RecipeError(error.what, where=str(method[1].where), hint=error.hint) from None
+                raise refuse(method[1].where, error.what, _elsewhere(self.method) or error.hint) from None
 
     # Mappings with fixed keys
 
@@ -316,6 +316,20 @@ def _beside(document: Table) -> tuple[str, ...]:
         known = grammar.BEFORE.get(name, ())
         found += [f"{grammar.STEP_ALIASES.get(name, name)}.{p}" for p in known if p in grammar.BESIDE]
     return tuple(found)
+
+
+def _elsewhere(name: str) -> str | None:
+    """What a method is that recipes do not know, but `geomerge methods` does."""
+    from geomerge.continual import RULES
+    from geomerge.search.soup import GreedySoup
+
+    step = name.removeprefix("step_")
+    if step in grammar.STEPS:
+        return f"it is a step: `steps: [{_SHOWN.get(_plain(step), f'{step}: 0.5')}]` beside a method"
+    rule = name.removeprefix("continual_")
+    if rule in RULES:
+        return f"experts are merged by it one after the other: `geomerge continue STATE EXPERT --method {rule}`"
+    return "a soup needs scores: `geomerge soup`" if name in (GreedySoup.name, *GreedySoup.aliases) else None
 
 
 def _plain(step: str) -> str:

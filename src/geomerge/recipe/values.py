@@ -22,13 +22,13 @@ Scalar = float | int | bool | str
 
 @dataclass(frozen=True, slots=True)
 class Where:
-    """A place in a recipe's file; ``str()`` gives ``file:line``."""
+    """A place in a recipe's file; ``str()`` gives ``file:line``, and nothing for a recipe that no user wrote."""
 
     file: str
     line: int
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}"
+        return f"{self.file}:{self.line}" if self.file else ""
 
 
 NOWHERE = Where("<recipe>", 1)

@@ -57,7 +57,7 @@ dtype: bfloat16
 
     def check(self, count: int, compat: str | None = None) -> None:
         if self.task > count:
-            raise ValueError(f"task is {self.task}, but there are {count} experts")
+            raise ValueError(f"task is {self.task}, but there are {count} experts: give one of 1 to {count}")
 
     def blend(self, tile: Tile, stats: Any) -> Tensor:
         deltas = tile.task_vectors()
@@ -80,7 +80,9 @@ class _Consensus(Elementwise):
 
     def check(self, count: int, compat: str | None = None) -> None:
         if self.k > count:
-            raise ValueError(f"k is {self.k}, but there are {count} experts: nothing would be left but the base")
+            raise ValueError(
+                f"k is {self.k}, but there are {count} experts: nothing would be left but the base; give 1 to {count}"
+            )
 
     def warning(self, told: Sequence[tuple[int, Mapping[str, Any]]]) -> str | None:
         numel = sum(n for n, found in told if "kept" in found)
