@@ -325,6 +325,34 @@ class TestParameters:
         assert one(f"{text}\ncompat: mergekit").notes == (said,)
         assert refused(text) == f"{said}\n  move it to the recipe's own `parameters`"
 
+    def test_all_mistakes_at_once(self) -> None:
+        """Keys, parameters, values and models: the first in the file's order, and where the others are."""
+        text = """\
+            merge_method: ties
+            base_modl: a
+            models:
+            - {model: b, parameters: {weigth: 1}}
+            - {modl: c}
+            - model: d
+              parameters: {density: [0.5, .nan]}
+            parameters: {normalise: true, weight: 1}
+            dtype: bfloat61
+            """
+        first, *more = refused(text).splitlines()
+        assert first == "r.yml:2: the recipe has no key 'base_modl'"
+        assert more[0] == "  did you mean 'base_model'?"
+        also = [line.strip() for line in more if line.startswith("  also ")]
+        assert [line.partition(": ")[0] for line in also] == [f"also r.yml:{n}" for n in (4, 5, 5, 7, 8, 9)]
+        assert also[0].endswith("ties has no parameter 'weigth' (did you mean 'weight'?)")
+        assert "needs 'model'" in also[2]
+        assert "'bfloat61'" in also[-1]
+
+    def test_very_many_mistakes(self) -> None:
+        message = refused("merge_method: tise\nmodels: [{model: a}]\n" + "".join(f"x{k}: 1\n" for k in range(30)))
+        assert message.startswith("r.yml:1: there is no method 'tise'")
+        assert message.count("also r.yml:") == 9
+        assert message.endswith("\n  and 21 more")
+
     def test_a_model_given_twice_is_noted(self) -> None:
         recipe = one("merge_method: karcher\nmodels:\n- model: a\n- model: b\n- model: a")
         assert recipe.notes == ("r.yml:5: a is given twice, and counts twice",)

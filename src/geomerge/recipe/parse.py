@@ -17,7 +17,7 @@ from geomerge.recipe.document import Node, Table, Text, plain, read_documents, r
 from geomerge.recipe.grammar import Key, Shape
 from geomerge.recipe.pipeline import in_order
 from geomerge.recipe.references import expand_home, parse_reference
-from geomerge.recipe.settings import Reader, entries, items, refuse
+from geomerge.recipe.settings import Abandoned, Reader, entries, items, refuse, together
 from geomerge.recipe.values import (
     AlignSpec,
     Component,
@@ -71,7 +71,12 @@ class _Reader(Reader):
     def recipe(self, text: str) -> Recipe:
         """The document's recipe; `text` is stored in it."""
         where = self.document.where
-        found = self._table(self.document, grammar.RECIPE)
+        try:
+            found = self._table(self.document, grammar.RECIPE)
+        except Abandoned:
+            found = {}
+        if self.problems:
+            raise together(self.problems)
         modules = found.pop("modules", None)
         if modules is None:
             modules = self._one_module(None, found, where, "'models', 'slices' and 'modules'")
@@ -125,14 +130,14 @@ class _Reader(Reader):
         return (Module(name, cast("tuple[Slice, ...]", slices), parameters, where),)
 
     def read_models(self, node: Node, key: Key) -> tuple[Source, ...]:
-        sources = tuple(self._source(item, grammar.MODEL) for item in items(node, key))
+        sources = self.each(items(node, key), lambda item: self._source(item, grammar.MODEL))
         for k, source in enumerate(sources):
             if any(source.model == before.model for before in sources[:k]):
                 self._note(source.where, f"{source.model} is given twice, and counts twice")
         return sources
 
     def read_sources(self, node: Node, key: Key) -> tuple[Source, ...]:
-        sources = tuple(self._source(item, grammar.SOURCE) for item in items(node, key))
+        sources = self.each(items(node, key), lambda item: self._source(item, grammar.SOURCE))
         lengths = [(s.layer_range[1] - s.layer_range[0], s) for s in sources if s.layer_range]
         for length, source in lengths:
             if length != lengths[0][0]:

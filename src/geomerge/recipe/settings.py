@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from geomerge.errors import RecipeError, UsageError, did_you_mean
 from geomerge.recipe import grammar
@@ -20,6 +20,8 @@ from geomerge.recipe.values import Entry, Filter, ModelRef, Scalar, Setting, Ste
 
 if TYPE_CHECKING:
     from geomerge.methods.base import Parameter
+
+T = TypeVar("T")
 
 _BLOCKS = re.compile(r"\s*(\d{1,6})\s*(?:-\s*(\d{1,6})\s*)?")
 _LAX = "mergekit ignores unknown keys; with 'compat: mergekit' they become notes here"
@@ -32,12 +34,21 @@ def method_parameters(name: str) -> Mapping[str, Parameter]:
     return registry.get(name).parameters()
 
 
+class Abandoned(RecipeError):
+    """What was read cannot be used; why is among the reader's `problems`."""
+
+
 class Reader:
-    """Reads the mappings, parameters, steps and single values of one document."""
+    """Reads the mappings, parameters, steps and single values of one document.
+
+    What is wrong with one key does not hide what is wrong with the next: errors are kept in `problems`, and raised
+    `together` in the end.
+    """
 
     def __init__(self, document: Table, compat: str | None) -> None:
         self.document = document
         self.notes: list[str] = []
+        self.problems: list[RecipeError] = []
         # The profile decides what happens to unknown keys, and the method which parameters there are: both come first.
         self.compat = compat
         keys = {key.name: key for key in grammar.RECIPE.keys}
@@ -51,7 +62,28 @@ class Reader:
             try:
                 self.known = method_parameters(self.method)
             except UsageError as error:
-                raise refuse(method[1].where, error.what, _elsewhere(self.method) or error.hint) from None
+                hint = _elsewhere(self.method) or error.hint
+                self.problems.append(refuse(method[1].where, error.what, hint))
+                self.method = ""  # whose parameters nobody knows
+
+    # Several problems at once
+
+    def _keep(self, problem: RecipeError) -> None:
+        if not isinstance(problem, Abandoned):
+            self.problems.append(problem)
+
+    def each(self, nodes: Iterable[Node], read: Callable[[Node], T]) -> tuple[T, ...]:
+        """What is read of every one of them."""
+        found = []
+        before = len(self.problems)
+        for node in nodes:
+            try:
+                found.append(read(node))
+            except RecipeError as problem:
+                self._keep(problem)
+        if len(self.problems) > before:
+            raise Abandoned("")
+        return tuple(found)
 
     # Mappings with fixed keys
 
@@ -64,22 +96,31 @@ class Reader:
             )
         keys = {key.name: key for key in shape.keys}
         found: dict[str, Any] = {}
+        failed: set[str] = set()
         for name, (where, value) in node.entries.items():
             key = keys.get(name)
             if key is None:
                 hint = grammar.UNIMPLEMENTED.get(name)
                 self._unknown(f"{shape.title} has no key {name!r}", where, hint or did_you_mean(name, keys))
             elif not empty(value):
-                found[name] = getattr(self, f"read_{key.kind}")(value, key)
+                try:
+                    found[name] = getattr(self, f"read_{key.kind}")(value, key)
+                except RecipeError as problem:
+                    self._keep(problem)
+                    failed.add(name)
         for key in shape.keys:
-            if key.required and key.name not in found:
-                raise refuse(node.where, f"{shape.title} needs {key.name!r}", key.hint)
+            if key.required and key.name not in found and key.name not in failed:
+                self.problems.append(refuse(node.where, f"{shape.title} needs {key.name!r}", key.hint))
+                failed.add(key.name)
+        if failed:
+            raise Abandoned("")
         return found
 
     def _unknown(self, what: str, where: Where, hint: str | None) -> None:
         if self.compat != "mergekit":
-            raise refuse(where, what, f"{hint}\n  {_LAX}" if hint else _LAX)
-        self._note(where, f"{what}; it is ignored" + (f" ({hint})" if hint else ""))
+            self.problems.append(refuse(where, what, f"{hint}\n  {_LAX}" if hint else _LAX))
+        else:
+            self._note(where, f"{what}; it is ignored" + (f" ({hint})" if hint else ""))
 
     def _note(self, where: Where, what: str) -> None:
         self.notes.append(f"{where}: {what}")
@@ -361,6 +402,26 @@ def entries(node: Node, key: Key) -> Mapping[str, tuple[Where, Node]]:
 
 def empty(node: Node) -> bool:
     return isinstance(node, Text) and node.empty
+
+
+def together(problems: Sequence[RecipeError]) -> RecipeError:
+    """One error of several: the first, and the others in its hint."""
+    first, *more = problems
+    if not more:
+        return first
+    shown = [f"also {problem.where}: {problem.what}{_meaning(problem.hint)}" for problem in more[:_SHOWN_PROBLEMS]]
+    if len(more) > len(shown):
+        shown.append(f"and {len(more) - len(shown)} more")
+    return RecipeError(first.what, where=first.where, hint="\n  ".join([*([first.hint] if first.hint else []), *shown]))
+
+
+def _meaning(hint: str | None) -> str:
+    """A misspelt word's correction, in parentheses."""
+    said = (hint or "").partition("\n")[0]
+    return f" ({said})" if said.startswith("did you mean") else ""
+
+
+_SHOWN_PROBLEMS = 9
 
 
 def refuse(where: Where, what: str, hint: str | None = None) -> RecipeError:
