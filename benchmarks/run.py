@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -152,9 +153,8 @@ class Bench:
             process=median(processes), ratio=ratio, best=min(engines) / min(copies),
         )  # fmt: skip
 
-    def ratios(self, size: str) -> None:
-        """Engine and process over `cp`, all methods taking turns: medians and quartiles, shown and not kept."""
-        methods = ("linear", "slerp", "ties", *PROCESS)
+    def ratios(self, size: str, methods: Sequence[str]) -> None:
+        """Engine and process over `cp`, the methods taking turns: medians and quartiles, shown and not kept."""
         copies: list[float] = []
         runs: dict[str, list[tuple[float, float, float]]] = {method: [] for method in methods}
         for _ in range(self.runs):
@@ -322,6 +322,7 @@ def main() -> None:
         "--only", choices=["engine", "ratios", "peer", "memory", "many", "accuracy", "geometry", "all"], default="all"
     )
     parser.add_argument("--sizes", nargs="*", default=["0.5B", "1.5B"])
+    parser.add_argument("--methods", nargs="*", default=["linear", "slerp", "ties", *PROCESS], help="of the ratios")
     args = parser.parse_args()
     bench = Bench(args.runs, args.peer if args.peer.exists() else None)
     for size in args.sizes:
@@ -342,7 +343,7 @@ def main() -> None:
             bench.engine(method, args.sizes[0])
     bench.runs = args.runs
     if args.only == "ratios":
-        bench.ratios(args.sizes[0])
+        bench.ratios(args.sizes[0], args.methods)
     if wanted("geometry"):
         bench.search()
         for size in args.sizes:
