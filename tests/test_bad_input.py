@@ -196,6 +196,11 @@ CASES: dict[str, Case] = {
             "lines": "steps: [lines: {alpha: 0.3, beta: 0.7}]",
         }.items()
     },
+    "a selection among one expert": Case(
+        "merge_method: sce\nbase_model: base\nmodels: [{model: a}]\nparameters: {select_topk: 0.1}\n",
+        gm.RecipeError,
+        ("<recipe>:4", "select_topk below 1 needs 2 experts"),
+    ),
     "nothing but the base": Case(
         "merge_method: pcb\nbase_model: base\nmodels: [{model: base}]\n",
         gm.RecipeError,
@@ -222,7 +227,14 @@ CASES: dict[str, Case] = {
             gm.RecipeError,
             ("<recipe>:6", f"{method}: density must", f"not {density:g}"),
         )
-        for method, density in (("pcb", 0), ("pcb", 1.1), ("consensus_ties", 0), ("knots", 0), ("doge_ta", 1.5))
+        for method, density in (
+            ("pcb", 0),
+            ("pcb", 1.1),
+            ("consensus_ties", 0),
+            ("knots", 0),
+            ("doge_ta", 1.5),
+            ("twin", 0),
+        )
     },
     "a scope that is none": Case(
         TIES.replace("ties", "knots") + "parameters: {scope: model}\n",

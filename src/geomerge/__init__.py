@@ -29,9 +29,13 @@ from geomerge.errors import (
 from geomerge.version import __version__
 
 if TYPE_CHECKING:
-    from geomerge import diagnose, evaluate, methods, moe, observe, search
+    from geomerge import methods, observe
     from geomerge.api import continue_merge, inspect, load_recipe, merge, merge_state_dicts, plan, transplant
+    from geomerge.diagnose.run import diagnose
+    from geomerge.evaluate.run import evaluate
     from geomerge.export import export_gguf
+    from geomerge.moe.build import moe
+    from geomerge.search.run import search
 
 __all__ = [
     "DamagedCheckpoint",

@@ -129,6 +129,8 @@ def run_plan(
     try:
         if isinstance(executor, str):
             executor = named(executor, threads, shard_size)
+        if threads is not None and threads < 1:
+            raise UsageError(f"there must be 1 thread at least, not {threads}")
         builder = make_builder(plan, opened, device, tile)
         nodes = list(plan.output_nodes())
         layout = layout_of(plan, shard_size)

@@ -16,7 +16,7 @@ import dataclasses
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from geomerge.errors import UsageError, did_you_mean
 
@@ -229,7 +229,13 @@ class Method:
                 meta = f.metadata.get(_METADATA)
                 if meta is not None:
                     name = f.name.rstrip("_")
-                    kind = _KINDS[str(f.type)]
+                    said = f.type.__name__ if isinstance(f.type, type) and not get_args(f.type) else str(f.type)
+                    if said not in _KINDS:
+                        known = ", ".join(_KINDS)
+                        raise TypeError(
+                            f"the parameter {f.name!r} of {cls.__name__} is {said}, which is none of {known}"
+                        )
+                    kind = _KINDS[said]
                     meta = meta | {"choices": tuple(meta["choices"])}
                     found[name] = Parameter(name=name, attribute=f.name, kind=kind, **meta)
             cls._parameters = found  # type: ignore[attr-defined]

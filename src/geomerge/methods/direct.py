@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
 from geomerge.checkpoint.dtypes import from_torch
-from geomerge.errors import IncompatibleModels, UsageError
+from geomerge.errors import IncompatibleModels, UsageError, did_you_mean
 from geomerge.methods.base import Matrix, Method
 from geomerge.methods.kernel import Open, prepare, survey_scan
 from geomerge.methods.rest import is_matrix
@@ -66,6 +66,12 @@ class Function:
         tile: int = TILE,
         **parameters: Any,
     ) -> Any:
+        if compat not in (None, "mergekit"):
+            raise UsageError(f"there is no profile {compat!r}", hint=did_you_mean(str(compat), ("mergekit",)))
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise UsageError(
+                f"the dtype must be a floating-point one of torch, not {dtype!r}", hint="such as torch.bfloat16"
+            )
         inputs, count = self._inputs(models, base)
         values = {name.rstrip("_"): value for name, value in parameters.items()}
         method = self.method.make(values, count=count, compat=compat, extrapolate=extrapolate)
@@ -98,7 +104,15 @@ class Function:
             base = flat.pop(0)  # type: ignore[assignment]
         if len(flat) != 1 or isinstance(flat[0], torch.Tensor | Mapping) or (use == "required" and base is None):
             raise UsageError(f"call {self.method.name}({shape}, …)")
+        if not isinstance(flat[0], Iterable):
+            raise UsageError(f"call {self.method.name}({shape}, …), with a list, not {type(flat[0]).__name__}")
         models: list[Weights] = list(flat[0])
+        for each in ([] if base is None else [base]) + models:
+            if not isinstance(each, torch.Tensor | Mapping):
+                hint = "torch.from_numpy makes tensors of arrays, module.state_dict() gives those of a module"
+                raise UsageError(f"a model is a tensor or a mapping of tensors, not {type(each).__name__}", hint=hint)
+            if isinstance(each, torch.Tensor) and not each.is_floating_point():
+                raise UsageError(f"tensors of {each.dtype} are not merged", hint="convert them, if they are weights")
         if use == "ignored" and base is not None:
             raise UsageError(f"{self.method.name} knows no base; list all models alike")
         return ([base, *models] if base is not None else models), len(models)

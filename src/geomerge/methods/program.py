@@ -52,6 +52,11 @@ class Value:
     def __init__(self, tile: Recorded, at: int) -> None:
         self._tile, self._at = tile, at
 
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(function, "__name__", str(function))
+        raise TypeError(f"torch.{name} cannot be recorded: use the elements' own operations, those of {__name__}.Value")
+
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"{name!r} cannot be recorded: {__name__} knows no such operation")
 

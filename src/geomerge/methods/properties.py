@@ -19,20 +19,21 @@ IDENTICAL = "identical"
 """Identical experts give that expert (all models identical, where there is one expert beside a base)."""
 
 SCALE = "scale"
-"""Multiplying all models by c > 0 multiplies the output by c (so do their task vectors and the merged one)."""
+"""Multiplying all task vectors by c > 0, while the base stays, multiplies the merged one by c. Where there is no base, or
+models are interpolated with it, all models are multiplied; so for the next two."""
 
 SIGN = "sign"
-"""Negating all models, and so their task vectors, negates the output."""
+"""Negating all task vectors negates the merged one."""
 
 ROTATION = "rotation"
-"""Rotating the rows and columns of all models, and so of their task vectors, rotates the output."""
+"""Rotating the rows and columns of all task vectors rotates the merged one."""
 
 MEANING = {
     PERMUTATION: "the order of the experts does not matter",
     BASE: "experts equal to the base give the base",
     SINGLE: "a single expert is returned",
     IDENTICAL: "identical experts give that expert",
-    SCALE: "scaling all task vectors scales the merged one",
-    SIGN: "negating all task vectors negates the merged one",
-    ROTATION: "rotating all task vectors rotates the merged one",
+    SCALE: "scaling all task vectors scales the merged one (or all models, where there is no base or it is interpolated with)",
+    SIGN: "negating all task vectors (or models, likewise) negates the merged one",
+    ROTATION: "rotating all task vectors (or models, likewise) rotates the merged one",
 }

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import itertools
+import logging
 import pkgutil
 from typing import TypeVar
 
@@ -15,6 +17,11 @@ from geomerge.methods.base import Method
 M = TypeVar("M", bound=type[Method])
 
 _FAMILIES = ("span", "elementwise", "matrix")
+
+GROUP = "geomerge.methods"
+"""The entry points of other packages: modules that register methods."""
+
+_log = logging.getLogger("geomerge")
 
 _registered: dict[str, type[Method]] = {}
 
@@ -36,6 +43,11 @@ def _load() -> None:
         package = importlib.import_module(f"geomerge.methods.{family}")
         for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
             importlib.import_module(module.name)
+    for point in importlib.metadata.entry_points(group=GROUP):
+        try:
+            point.load()
+        except Exception as error:  # noqa: BLE001 - another package's mistake must not take away the methods that are here
+            _log.warning("the methods of %s cannot be loaded: %s: %s", point.value, type(error).__name__, error)
 
 
 @functools.cache

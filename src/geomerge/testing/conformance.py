@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from geomerge.errors import NotFiniteError
+from geomerge.errors import NotFiniteError, UsageError
 from geomerge.methods import native, properties, registry
 from geomerge.methods.base import Method
 from geomerge.testing.inputs import KINDS, merge, models
@@ -81,6 +81,14 @@ class Case:
                     values[name] = [_WEIGHTS[k % len(_WEIGHTS)] * values[name] for k in order]
         return self.method.make(values | ({} if plain else dict(self.values)), count=self.count)
 
+    def possible(self) -> bool:
+        """Whether the method takes these parameters for so many models."""
+        try:
+            self.made()
+        except UsageError:
+            return False
+        return True
+
     def models(self, shape: Sequence[int] = (24, 40), kind: str = "dense") -> list[Tensor]:
         """Inputs for the method, base first."""
         return models(self.inputs, shape, kind)
@@ -106,7 +114,8 @@ def cases(
         for values in [{}, thinned] if thinned else [{}]:
             for count in counts:
                 if count >= low and (high is None or count <= high):
-                    found += [Case(method, count, b, values, given.get(name, {})) for b in based]
+                    made = [Case(method, count, b, values, given.get(name, {})) for b in based]
+                    found += [case for case in made if not values or case.possible()]
     return found
 
 
@@ -260,9 +269,14 @@ def _pairs(case: Case, name: str, kind: str, shape: tuple[int, int]) -> Iterator
                 merge(case.made(), inputs),
             )
     else:
+        # Of two models that are interpolated both are transformed, else the task vectors, while the base stays.
+        exact = [torch.round(m * 2**20) / 2**20 for m in inputs]  # so that sums with the base are exact
+        between = case.method.models == (1, 1) or "t" in case.method.parameters()
+        still = exact[0] if case.based and not between else torch.zeros_like(exact[0])
+        merged = merge(case.made(), exact)
         for what, transform in _transforms(name, inputs[0]):
-            moved = merge(case.made(), [transform(m) for m in inputs])
-            yield what, moved, transform(merge(case.made(), inputs))
+            moved = [still + transform(m - still) for m in exact]
+            yield what, merge(case.made(), moved), still + transform(merged - still)
 
 
 def _transforms(name: str, like: Tensor) -> list[tuple[str, Transform]]:

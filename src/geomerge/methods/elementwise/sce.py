@@ -69,6 +69,10 @@ dtype: bfloat16
     energy_floor: float = parameter(0.0, within=(0, 1), doc="equal weights below this total energy (mergekit: 1e-6)")
     divisor_floor: float = parameter(0.0, within=(0, 1), doc="smallest divisor (mergekit: 1e-6)")
 
+    def check(self, count: int, compat: str | None = None) -> None:
+        if self.select_topk < 1 and count < 2 and compat is None:
+            raise ValueError("select_topk below 1 needs 2 experts at least: positions of one have no variance")
+
     def measure(self, scan: Scan) -> tuple[Selection | None, list[float]]:
         selection = None
         if self.select_topk < 1 and scan.numel:

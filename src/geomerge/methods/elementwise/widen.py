@@ -15,7 +15,7 @@ from geomerge.methods.base import Elementwise, parameter
 from geomerge.methods.combine import added
 from geomerge.methods.functions import exp
 from geomerge.methods.gram import Gram
-from geomerge.methods.properties import BASE, PERMUTATION, SCALE, SIGN, SINGLE
+from geomerge.methods.properties import BASE, PERMUTATION, SINGLE
 from geomerge.methods.registry import register
 from geomerge.methods.tile import Scan, Tile
 
@@ -67,7 +67,7 @@ class Widen(Elementwise):
         "A model that was trained far from the base (continued pre-training, another language) with fine-tunes of the base. "
         "All models need the same vocabulary: see the recipe's `tokenizer`."
     )
-    properties: ClassVar[frozenset[str]] = frozenset({PERMUTATION, BASE, SINGLE, SCALE, SIGN})
+    properties: ClassVar[frozenset[str]] = frozenset({PERMUTATION, BASE, SINGLE})
     recorded: ClassVar[bool] = True
     example: ClassVar[str] = """\
 merge_method: widen

@@ -46,7 +46,7 @@ dtype: bfloat16
 """
 
     weight: tuple[float | None, ...] = per_model(None, doc="wₜ, the factor of the exclusive vector; by default 1/T")
-    density: float = parameter(0.1, within=(0, 1), doc="share of the rank that the exclusive vectors keep")
+    density: float = parameter(0.1, within=(0, 1), above=0, doc="share of the rank that the exclusive vectors keep")
     lambda_: float = parameter(0.3, doc="factor of the summed task vectors in the shared expert")
     rest: str = parameter(
         "uncompressed",
