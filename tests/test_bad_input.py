@@ -442,6 +442,12 @@ def test_refused(name: str, tmp_path: Path) -> None:
     assert not Path("hacked").exists()
 
 
+def test_an_output_where_no_directory_can_be() -> None:
+    """Linux's /proc says of a new directory that there is no such file, however often it is asked."""
+    with pytest.raises(gm.RunError, match="cannot be made"):
+        gm.merge(LINEAR, "/proc/geomerge/out")
+
+
 def test_planning_finds_all_but_bad_numbers(tmp_path: Path) -> None:
     """What is wrong with a recipe or a model's structure is found by `plan`, before any weight is read."""
     for name in ("filter that matches nothing", "t above 1", "missing base", "weights that sum to 0"):

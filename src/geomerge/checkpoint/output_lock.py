@@ -39,6 +39,9 @@ def take_lock(partial: Path, out: Path, *, shared: bool = False) -> tuple[int, s
     while True:
         try:
             partial.mkdir(parents=True, exist_ok=True)
+        except OSError as error:  # in /proc, "no such file", and not for a moment
+            raise RunError(f"the output cannot be made: {error.strerror}", where=str(partial)) from None
+        try:
             names = [p.name for p in partial.iterdir()]
             if names and LOCK not in names:
                 raise UsageError("exists and was not made by geomerge", where=str(partial), hint="move it away first")
