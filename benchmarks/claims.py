@@ -110,6 +110,8 @@ def recipe(name: str, parameters: Mapping[str, Any], experts: list[str], base: s
     method = registry.get(name)
     said = dict(parameters)
     schedule = said.pop("schedule", None)
+    if "full_weights" in method.parameters():
+        said["full_weights"] = True  # the suites' experts are whole, also where a method is made for adapters
     two = method.base_use == "required" and method.models == (1, 1)
     first = experts[0] if two or name == "layer_adaptive_slerp" else base
     data: dict[str, Any] = {"merge_method": name, "models": [{"model": e} for e in experts], "parameters": said}

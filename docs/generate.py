@@ -12,11 +12,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from geomerge.cli.catalogue import catalogue
-from geomerge.methods.base import Elementwise, Matrix, Method, Parameter, Span
+from geomerge.cli.catalogue import catalogue, cost
+from geomerge.methods.base import Method, Parameter
 from geomerge.methods.chain import Step
 from geomerge.methods.elementwise.task_vectors import TaskVectors
-from geomerge.methods.properties import MEANING
+from geomerge.methods.properties import NAMES, meaning
 
 FOLDER = Path(__file__).parent / "methods"
 NOTICE = "<!-- Made by docs/generate.py from the method's class: edit that, then run `make docs`. -->"
@@ -26,6 +26,9 @@ BASE = {
     "optional": "A base model is optional; with one, the method works on task vectors (differences from the base).",
     "ignored": "A base model is not needed. One that is named but not listed counts as one more model.",
 }
+
+
+GUIDES = {"continual": " See the [guide](../continual.md).", "search": " See the [guide](../search.md)."}
 
 
 def pages() -> dict[str, str]:
@@ -54,7 +57,9 @@ def page(method: type[Method]) -> str:
     if method.properties:
         parts += ["## What stays true", _properties(method)]
     if not issubclass(method, Step):
-        parts.append(f"## Family and cost\n\n{_cost(method)}")
+        parts.append(
+            f"## Family and cost\n\n**{method.family.capitalize()}**: {cost(method)}{GUIDES.get(method.family, '')}"
+        )
     return "\n\n".join(parts) + "\n"
 
 
@@ -135,8 +140,7 @@ def _allowed(p: Parameter) -> str:
     if p.expert:
         text = "an expert's name or number"
     if p.within:
-        low, high = p.within
-        text += f" in {'(' if p.above == low else '['}{low:g}, {high:g}]"
+        text += f" in {p.interval}"
     return f"{text}; beyond with `extrapolate: true`" if p.extrapolates else text
 
 
@@ -152,44 +156,15 @@ def _compat(method: type[Method]) -> str:
 
 
 def _properties(method: type[Method]) -> str:
-    said = [f"- {MEANING[name].capitalize()}." for name in MEANING if name in method.properties]
-    lacking = [MEANING[name] for name in MEANING if name not in method.properties]
-    text = "At the default parameters, and tested for this method:\n\n" + "\n".join(said)
+    said = [f"- {_sentence(meaning(name, method))}" for name in NAMES if name in method.properties]
+    lacking = [meaning(name, method).rstrip(",") for name in NAMES if name not in method.properties]
+    what = "Of task arithmetic with this step" if issubclass(method, Step) else "At the default parameters"
+    text = f"{what}, and tested:\n\n" + "\n".join(said)
     return f"{text}\n\nNot so in general: {'; '.join(lacking)}." if lacking else text
 
 
-def _cost(method: type[Method]) -> str:
-    if issubclass(method, Span):
-        text = "**Span**: the output is a linear combination of the inputs. "
-        if method.needs_gram is not Span.needs_gram:
-            return text + "The coefficients do not depend on the weights, so each input is read once."
-        return text + (
-            "Each tensor is read twice: once to measure the inputs' inner products (a K×K matrix, from which the "
-            "coefficients follow), once to combine them. The manifest `geomerge.json` records the coefficients of every "
-            "tensor."
-        )
-    if method.family == "continual":
-        return (
-            "**Continual**: a step reads the base, the new expert and the running sum, and replaces the state; its time and "
-            "memory are the same however many experts went before ([guide](../continual.md))."
-        )
-    if method.family == "search":
-        return "**Search**: averages are blended in memory and scored, one for each model ([guide](../search.md))."
-    if issubclass(method, Matrix):
-        return (
-            "**Matrix**: the output is a function of whole weight matrices. Each input is read once, and the matrices of one "
-            "tensor are in memory together in float64; `geomerge plan` says how much that takes and how long it may last. "
-            "Each matrix is computed by one thread, several matrices side by side, so that the bits do not depend on the "
-            "number of threads."
-        )
-    assert issubclass(method, Elementwise)
-    text = "**Elementwise**: each output element is a function of the same element of the inputs. "
-    if method.measure is Elementwise.measure:
-        return text + "Nothing is measured beforehand, so each input is read once."
-    return text + (
-        "Where the parameters ask for statistics of a tensor (thresholds, norms, counts), these are measured in passes of "
-        "their own before the tensor is read for the output; no tensor is ever sorted or held whole."
-    )
+def _sentence(words: str) -> str:
+    return f"{words[0].upper()}{words[1:]}."
 
 
 def main(check: bool) -> int:

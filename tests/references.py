@@ -176,6 +176,13 @@ def outliers(tau: Array, density: float, gamma: float) -> Array:
     return tau * (top(tau, cut + int(density * tau.size + 1e-9)) - top(tau, cut))
 
 
+def outliers_of_rows(tau: Array, density: float, gamma: float) -> Array:
+    """The same in each slice along the last dimension."""
+    if tau.ndim < 2 or not tau.size:
+        return outliers(tau, density, gamma)
+    return np.array([outliers(row, density, gamma) for row in tau.reshape(-1, tau.shape[-1])]).reshape(tau.shape)
+
+
 def keep_probability(tau: Array, density: float, epsilon: float) -> Array:
     """density − ε + 2ε·rank/(n−1), ranks ascending in |τ| along the last dimension."""
     if tau.ndim == 0 or tau.shape[-1] <= 1:

@@ -174,6 +174,21 @@ CASES: dict[str, Case] = {
         gm.RecipeError,
         ("<recipe>:5", "the base base is one of the experts, as ./base", "leave it out"),
     ),
+    "a base that is an expert of a method with a parameter called t": Case(
+        TIES.replace("- model: b", "- model: ./base").replace("ties", "iwudi"),
+        gm.RecipeError,
+        ("<recipe>:5", "the base base is one of the experts, as ./base"),
+    ),
+    "whole checkpoints where adapters are merged": Case(
+        TIES.replace("ties", "knots"),
+        gm.RecipeError,
+        ("<recipe>:4", "knots merges LoRA adapters here, and a is a whole checkpoint", "full_weights: true"),
+    ),
+    "whole checkpoints where a parameter says that they are adapters": Case(
+        TIES.replace("ties", "optmerge") + "parameters: {mode: lora}\n",
+        gm.RecipeError,
+        ("<recipe>:4", "optmerge merges LoRA adapters here, and a is a whole checkpoint", "BASE+ADAPTER"),
+    ),
     "a base with a weight of its own": Case(
         TIES.replace("- model: b", "- {model: base, parameters: {weight: 1}}\n- model: b")
         + "parameters: {weight: 1}\n",

@@ -22,7 +22,7 @@ from geomerge.engine.plan import Plan
 from geomerge.engine.planner import make_plan
 from geomerge.engine.run import run_in_memory
 from geomerge.engine.shards import finalize, run_shard
-from geomerge.methods import after, before, registry
+from geomerge.methods import after, before, native, registry
 from geomerge.methods.chain import Step, thinned
 from geomerge.methods.kernel import prepare
 from geomerge.methods.tile import Scan, TensorSource
@@ -180,6 +180,12 @@ PRESETS = {
     "dare_linear": ("task_arithmetic", "", "rescale: true", "dare: {density: 0.4}"),
     "ties": ("ties", "", "", "trim: {density: 0.4}"),
     "breadcrumbs": ("task_arithmetic", "", "gamma: 0.02", "breadcrumbs: {density: 0.4, gamma: 0.02}"),
+    "breadcrumbs ": (
+        "task_arithmetic",
+        "",
+        "gamma: 0.1, scope: row",
+        "breadcrumbs: {density: 0.4, gamma: 0.1, scope: row}",
+    ),
     "della_linear": ("task_arithmetic", "", "epsilon: 0.2", "della: {density: 0.4, epsilon: 0.2}"),
     "breadcrumbs_ties": ("ties", "normalize: false", "gamma: 0.02", "breadcrumbs: {density: 0.4, gamma: 0.02}"),
     "dare_ties": ("ties", "normalize: false", "", "dare: {density: 0.4}"),
@@ -192,12 +198,12 @@ PRESETS = {
 def test_published_variants_are_presets_of_a_chain(preset: str, dtype: str) -> None:
     """Bit for bit, also where the preset computes in float32."""
     method, beside, own, step = PRESETS[preset]
-    said = registry.get(preset).chain.split()  # type: ignore[attr-defined]
+    said = registry.get(preset.strip()).chain.split()  # type: ignore[attr-defined]
     assert [before.get(said[0]), said[2]] == [before.get(step.split(":")[0]), method]
     head = HEAD.replace("float64", dtype)
     both = []
     for name, more in (
-        (preset, f"parameters: {{weight: 1, density: 0.4, {own}}}\n"),
+        (preset.strip(), f"parameters: {{weight: 1, density: 0.4, {own}}}\n"),
         (method, f"parameters: {{weight: 1, {beside}}}\nsteps: [{{{step}}}]\n"),
     ):
         plan, inputs = make_plan(recipe(name, more.replace(", }", "}"), head))
@@ -470,3 +476,36 @@ def test_the_grammar_knows_the_steps() -> None:
         }
     assert set(before.STEPS) == set(grammar.BEFORE)
     assert {name: tuple(step.parameters()) for name, step in after.AFTER.items()} == grammar.AFTER
+
+
+class Counting(TensorSource):
+    """A source that knows how many elements were read of it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        super().__init__(tensor)
+        self.elements = 0
+
+    def read(self, start: int, out: Tensor) -> None:
+        self.elements += out.numel()
+        super().read(start, out)
+
+
+@pytest.mark.parametrize("steps", [["dare"], ["dare", "della"], ["dare", "trim"], ["trim", "dare"]])
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
+def test_a_chain_is_one_pass(method: str, steps: list[str]) -> None:
+    """Every input is read once for the output, however many steps there are; only what measures is a pass more."""
+    count, shape = 2, (30, 50)
+    sources = [Counting(t.view(shape)) for t in torch.randn(count + 1, 1500, dtype=torch.float64)]
+
+    def open_scan(**tiling: Any) -> Scan:
+        return Scan(sources, shape, name="w", seed=1, tile=256, **tiling)
+
+    made: list[Step] = [before.get(s).make({"density": 0.5}, count=count) for s in steps]
+    merge = registry.get(method).make({"weight": 1.0}, count=count)
+    with native.turned_off():  # which go to the elements past `read`
+        prepared = prepare(merge, thinned(open_scan, made, shape, count), shape)
+        assert any(source.elements for source in sources) == ("trim" in steps)
+        before_it = [source.elements for source in sources]
+        for segment in prepared.scan.segments:
+            list(prepared.tiles(segment))
+    assert [s.elements - n for s, n in zip(sources, before_it, strict=True)] == [1500] * (count + 1)

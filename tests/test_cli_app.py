@@ -103,7 +103,8 @@ def test_errors_as_json(run: Program, tmp_path: Path, verb: str) -> None:
     error = json.loads(out)["error"]
     assert (code, error["exit_code"]) == (3, 3)
     assert "no such file" in error["what"]
-    assert str(missing) in error["where"]
+    assert error["where"].endswith(str(missing))
+    assert (error["where"] == str(missing)) == (verb in {"diagnose", "inspect"}), "only a recipe has lines"
     assert err.startswith(f"error: {error['where']}: {error['what']}\n  {error['hint']}")
     assert run(verb, *words[verb])[1] == ""
 

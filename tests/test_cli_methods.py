@@ -7,7 +7,7 @@ import json
 import pytest
 
 from cli_samples import Program
-from geomerge.cli.catalogue import catalogue
+from geomerge.cli.catalogue import catalogue, cost
 from geomerge.methods import registry
 from geomerge.recipe import loads
 from geomerge.recipe.grammar import AFTER
@@ -40,6 +40,7 @@ def test_one_method(run: Program) -> None:
     """Formula, paper, parameters with ranges and both profiles' defaults, properties in words, an example."""
     _, out, _ = run("methods", "slerp")
     method = registry.get("slerp")
+    assert " ".join(f"cost {cost(method)}".split()) in " ".join(out.split())
     for text in (method.title, " ".join(method.formula.split()), "Shoemake 1985", "identical experts give that expert"):
         assert text in " ".join(out.split())
     lines = [" ".join(line.split()) for line in out.splitlines()]
@@ -110,8 +111,11 @@ def test_json(run: Program) -> None:
     assert one in everything
     assert set(one) == {
         "name", "usage", "aliases", "family", "title", "formula", "paper", "when", "models", "base", "properties",
-        "parameters", "example",
+        "cost", "parameters", "example",
     }  # fmt: skip
+    assert all(m["cost"].endswith(".") for m in everything)
+    assert "read once" in next(m["cost"] for m in everything if m["name"] == "linear")
+    assert "read twice" in next(m["cost"] for m in everything if m["name"] == "model_stock")
     density = next(p for p in one["parameters"] if p["name"] == "density")
     assert density == {
         "name": "density", "type": "number", "per_model": True, "required": False, "default": 1.0,

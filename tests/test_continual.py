@@ -33,7 +33,7 @@ from geomerge.errors import (
     UsageError,
 )
 from geomerge.methods.matrix.opcm import cleaned
-from geomerge.methods.properties import MEANING
+from geomerge.methods.properties import NAMES
 
 Array = ref.Array
 GOLDEN = json.loads((Path(__file__).parent / "data" / "golden_optimised.json").read_text())
@@ -253,7 +253,7 @@ def test_declared_properties(method: str) -> None:
             ),
         }[name]()
 
-    for name in MEANING:
+    for name in NAMES:
         assert all(holds(name, taus) for taus in (free, tied)) == (name in RULES[method].properties), name
 
 

@@ -186,6 +186,7 @@ def test_a_stage_of_matrices(family: dict[str, tiny.Tensors]) -> None:
 def test_a_stage_that_is_computed_while_a_tile_is_read(method: str, family: dict[str, tiny.Tensors]) -> None:
     """A matrix method may use tiles itself: they are not those of the merge that waits for it."""
     first = f"merge_method: {method}\nbase_model: base\nmodels: [{{model: a}}, {{model: b}}]\ndtype: float32\n"
+    first += "parameters: {full_weights: true}\n" if method == "knots" else ""
     second = "merge_method: linear\nmodels: [{model: c}, {model: STAGE}, {model: a}]\nparameters: {weight: 1}\n"
     gm.merge(first, "stage-model")
     together = f"name: stage\n{first}---\n{second.replace('STAGE', 'stage')}"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -15,8 +17,16 @@ from geomerge.methods import native, properties, registry, tile
 from geomerge.methods.base import Elementwise, parameter
 from geomerge.methods.random import words
 from geomerge.methods.tile import Scan, Tile
-from geomerge.testing import CHECKS, Case, cases, check_properties_complete
-from geomerge.testing.conformance import check_loops, check_not_finite, check_properties_hold, check_seed, check_tiles
+from geomerge.testing import CHECKS, Case, cases, check_processes_agree, check_properties_complete
+from geomerge.testing.conformance import (
+    check_endpoints,
+    check_loops,
+    check_not_finite,
+    check_properties_hold,
+    check_rounding,
+    check_seed,
+    check_tiles,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +48,21 @@ def test_lists_all_its_properties(method: str) -> None:
     check_properties_complete(method)
 
 
+BY_ROWS = [replace(case, values={"density": 0.5, "gamma": 0.1, "scope": "row"}) for case in cases("breadcrumbs")[::2]]
+
+
+@pytest.mark.parametrize("case", BY_ROWS, ids=str)
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_conforms_by_rows(case: Case, check: Callable[[Case], None]) -> None:
+    """Breadcrumbs, where its shares are of rows."""
+    check(case)
+
+
+def test_processes_agree() -> None:
+    """The bits of every method are those of another process."""
+    check_processes_agree()
+
+
 # The suite itself: methods with one fault each, and the check that finds it.
 
 
@@ -51,7 +76,7 @@ class Faultless(Elementwise):
     formula: ClassVar[str] = "θ = θ₀ + c·τ₁"
     when: ClassVar[str] = "In tests."
     example: ClassVar[str] = "merge_method: faultless"
-    properties: ClassVar[frozenset[str]] = frozenset(properties.MEANING) - {properties.PERMUTATION}
+    properties: ClassVar[frozenset[str]] = frozenset(properties.NAMES) - {properties.PERMUTATION}
 
     c: float = parameter(1.0, within=(0, 1), doc="factor")
 
@@ -73,10 +98,32 @@ class DrawsFromTorch(Faultless):
         return super().blend(tile, stats).mul_(torch.rand(()))
 
 
+class CancelsInFloat32(Faultless):
+    """Says that float32 is enough, where it is not."""
+
+    single: ClassVar[bool] = True
+
+    def blend(self, tile: Tile, stats: None) -> Tensor:
+        return super().blend(tile, stats).add_(1e6).sub_(1e6)
+
+
+@dataclass(frozen=True)
+class MissesItsEnd(Faultless):
+    """Interpolates, but not up to the other model."""
+
+    interpolates: ClassVar[bool] = True
+    models: ClassVar[tuple[int, int | None]] = (1, 1)
+
+    t: float = parameter(1.0, within=(0, 1), doc="where between the models")
+
+    def blend(self, tile: Tile, stats: None) -> Tensor:
+        return tile.base.add_(tile.task_vectors()[0], alpha=0.9 * self.t)
+
+
 class ClaimsPermutation(Faultless):
     """Lists a property that it lacks."""
 
-    properties: ClassVar[frozenset[str]] = frozenset(properties.MEANING)
+    properties: ClassVar[frozenset[str]] = frozenset(properties.NAMES)
 
 
 class HidesScale(Faultless):
@@ -141,6 +188,7 @@ def test_a_third_partys_method(check: Callable[[Case], None]) -> None:
         (DrawsFromTorch, check_seed, "same seed"),
         (ClaimsPermutation, check_properties_hold, "permutation"),
         (ForgetsTheBase, check_properties_hold, "base"),
+        (CancelsInFloat32, check_rounding, "units in the last place"),
         pytest.param(HasTwoFaces, check_loops, "differs from torch", marks=compiled),
     ],
 )
@@ -162,6 +210,30 @@ def test_the_suite_finds_what_is_not_refused(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(Scan, "_finite", property(lambda self: True, lambda self, value: None), raising=False)
     with pytest.raises(AssertionError, match="went through"):
         check_not_finite(case(Faultless))
+
+
+def test_the_suite_finds_what_depends_on_the_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Here the hash of a string, which each process draws anew."""
+    (tmp_path / "hashing.py").write_text(
+        "from geomerge.methods.registry import register\n"
+        "from geomerge.methods.span.linear import Linear\n\n\n"
+        "@register\n"
+        "class Hashing(Linear):\n"
+        "    name, aliases = 'hashing', ()\n\n"
+        "    def coefficients(self, gram):\n"
+        "        return super().coefficients(gram) * (1 + hash('word') % 1000)\n"
+    )
+    monkeypatch.setattr(registry, "_registered", dict(registry._registered))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    importlib.import_module("hashing")
+    with pytest.raises(AssertionError, match="hashing-1 gives other bits"):
+        check_processes_agree("hashing")
+
+
+def test_the_suite_finds_a_missed_endpoint() -> None:
+    """t = 1 is to give the other model."""
+    with pytest.raises(AssertionError, match="t = 1 gives no end"):
+        check_endpoints(case(MissesItsEnd, 1))
 
 
 @compiled

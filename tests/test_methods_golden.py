@@ -36,11 +36,12 @@ def test_ties(case: str, normalize: bool) -> None:
 
 
 def test_breadcrumbs_of_rows() -> None:
-    """The paper's rows: ⌊0.13·16⌋ = 2 outliers away, ⌊0.5·16⌋ = 8 of the rest kept, row after row."""
-    rows = [
-        gm.methods.breadcrumbs(torch.zeros(16), [row], weight=1, density=0.5, gamma=0.13) for row in MATRICES[0]
-    ]  # fmt: skip
-    found = torch.stack(rows).numpy()
+    """The paper's rows: ⌊0.13·16⌋ = 2 outliers away, ⌊0.5·16⌋ = 8 of the rest kept, of each row; or row after row."""
+    settings = {"weight": 1, "density": 0.5, "gamma": 0.13}
+    matrix = MATRICES[0]
+    found = gm.methods.breadcrumbs(torch.zeros_like(matrix), [matrix], scope="row", **settings)
+    rows = [gm.methods.breadcrumbs(torch.zeros(16), [row], **settings) for row in matrix]
+    assert torch.equal(found, torch.stack(rows))
     np.testing.assert_allclose(found, expected("breadcrumbs_rowwise_keep0.5_remove0.13"), rtol=RTOL, atol=0)
 
 

@@ -476,6 +476,12 @@ class TestBreadcrumbs:
         x = vector(1, 1, -1, 1)
         assert near(gm.methods.breadcrumbs(zero(x), [x], weight=1, density=0.5, gamma=0.25), 0, 1, -1, 0)
 
+    def test_rows(self) -> None:
+        """Of each row of four one outlier goes and one element stays; of equal ones the first go first."""
+        x = vector(1, -2, 3, -4, 7, 7, 7, 1).view(2, 4)
+        found = gm.methods.breadcrumbs(zero(x), [x], weight=1, density=0.25, gamma=0.25, scope="row")
+        assert near(found.view(-1), 0, 0, 3, 0, 0, 7, 0, 0)
+
     def test_more_than_there_is(self) -> None:
         """γ = 0.3 and density 0.9 of ten: 3 go, the other 7 stay; `outliers_yield`: 9 must stay, so one goes."""
         x = vector(1, 2, 3, 4, 5, 6, 7, 8, 9, 10)

@@ -185,7 +185,7 @@ def test_the_layers_of_the_cases_differ(tasks: int) -> None:
 GLOBAL: dict[str, dict[str, Any]] = {
     "doge_ta": {"steps": 3, "density": 0.3},
     "resm": {"rank_mode": "layer", "epsilon": 1.0, "gamma": 4.0},
-    "knots": {"scope": "global", "density": 0.2},
+    "knots": {"scope": "global", "density": 0.2, "full_weights": True},
 }
 
 

@@ -163,6 +163,12 @@ ROWS = [
         thinned(lambda t: ref.outliers(t, 0.6, 0.05), W[3], elect=True, normalize=False),
         {"weight": W[3], "density": 0.6, "gamma": 0.05},
     ),
+    Row(
+        "breadcrumbs",
+        3,
+        thinned(lambda t: ref.outliers_of_rows(t, 0.6, 0.15), W[3], elect=False, normalize=False),
+        {"weight": W[3], "density": 0.6, "gamma": 0.15, "scope": "row"},
+    ),
     Row("sce", 1, ref.sce),
     Row("sce", 3, ref.sce),
     Row("sce", 3, lambda b, x: ref.sce(b, x, 0.4), {"select_topk": 0.4}),

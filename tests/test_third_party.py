@@ -49,9 +49,11 @@ def test_the_suite_of_ten_lines(package: Path) -> None:
     (text,) = blocks("CONTRIBUTING.md", "A method in another package", "python")
     for name in ("geometric", "cautious"):
         (package / f"test_{name}.py").write_text("import mine\n" + text.replace("my_method", name))
-    done = run(package, "pytest", "-q", "-p", "no:cacheprovider", package)
+    done = run(package, "pytest", "-o", "addopts=", "-p", "no:cacheprovider", package)
     assert done.returncode == 0, done.stdout[-3000:]
-    assert int(done.stdout.rsplit("\n", 2)[-2].split()[0]) > 40
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed, done.stdout[-3000:]
+    assert int(passed[1]) > 40
 
 
 def test_entry_points(package: Path) -> None:

@@ -153,7 +153,8 @@ def transplant(
     Raises:
         GeomergeError: See `geomerge.errors`.
     """
-    return merge(transplant_recipe(model, donor, missing=missing, sparsity=sparsity, pad_to=pad_to), out, **options)
+    recipe = transplant_recipe(model, donor, missing=missing, sparsity=sparsity, pad_to=pad_to)
+    return merge(loads(recipe, ""), out, **options)
 
 
 def transplant_recipe(

@@ -464,3 +464,22 @@ def test_plan_and_diagnose(run: Program, base: Path, adapter: Path, tmp_path: Pa
     ours, theirs = dense(adapter, Q), dense(other, Q)
     assert task.norms == pytest.approx((ours.norm().item(), theirs.norm().item()))
     assert task.cosine == pytest.approx((ours * theirs).sum().item() / (ours.norm() * theirs.norm()).item())
+
+
+@pytest.mark.parametrize("method", ["knots", "optmerge"])
+def test_methods_for_adapters(base: Path, adapter: Path, tmp_path: Path, method: str) -> None:
+    """They take adapters as such; what these were merged into has to be admitted, and gives the same model."""
+    other = write_adapter(tmp_path / "other", factors(Q, 16, 16, 2, 3), str(base))
+    geomerge.merge(f"merge_method: passthrough\nmodels: [{{model: {other}}}]\n", tmp_path / "merged")
+    mode = ", mode: lora" if method == "optmerge" else ""
+
+    def recipe(second: Path, admitted: str) -> str:
+        models = f"[{{model: {base}+{adapter}}}, {{model: {second}}}]"
+        parameters = f"{{full_weights: {admitted}{mode}}}"
+        return f"merge_method: {method}\nbase_model: {base}\nmodels: {models}\nparameters: {parameters}\n"
+
+    found = geomerge.merge_state_dicts(recipe(other, "false"))
+    assert not torch.equal(found[f"{Q}.weight"], weights(base)[f"{Q}.weight"])
+    close(geomerge.merge_state_dicts(recipe(tmp_path / "merged", "true")), found, 1e-6)
+    with pytest.raises(RecipeError, match="merged is a whole checkpoint"):
+        geomerge.merge_state_dicts(recipe(tmp_path / "merged", "false"))

@@ -16,7 +16,7 @@ import tiny
 from cli_samples import Program
 from geomerge.lab.suite import load_suite
 from geomerge.search.objective import Half, Measured
-from geomerge.search.soup import Tried, greedy_soup
+from geomerge.search.soup import GreedySoup, Tried, greedy_soup
 from geomerge.search.study import Objective
 
 
@@ -97,6 +97,15 @@ def test_never_worse_than_the_best_model(models: tuple[list[str], list[torch.Ten
     value, low, high = found.difference
     assert low <= value <= high
     assert value == pytest.approx(found.held_out[0].value - found.held_out[2].value)
+
+
+def test_identical_models(models: tuple[list[str], list[torch.Tensor], torch.Tensor], tmp_path: Path) -> None:
+    """The property that its page lists: they give that model, bit for bit."""
+    paths, weights, target = models
+    tiny.save(tmp_path / "again", {"layer.weight": weights[3]})
+    found = greedy_soup([paths[3], str(tmp_path / "again")], Objective(("x",)), judge=Distance(target))
+    assert torch.equal(gm.merge_state_dicts(found.recipe)["layer.weight"], weights[3])
+    assert GreedySoup.properties == {"identical"}
 
 
 @pytest.mark.parametrize("paths", [["a"], ["a", "a"]])

@@ -94,7 +94,7 @@ def extract(
     budget, place = checked(rank, energy), to_torch(parse_dtype(dtype))
     opened = Models(allow_pickle=allow_pickle)
     try:
-        pair = [opened.get(parse_reference(str(each), NOWHERE), NOWHERE) for each in (base, tuned)]
+        pair = [opened.get(parse_reference(str(each), NOWHERE)) for each in (base, tuned)]
         work = _Extraction(pair[0], pair[1], budget, seed)
         if progress is not None:
             progress.start(len(work.names), 0)

@@ -53,3 +53,42 @@ def step_of(method: type[Method]) -> str | None:
     called = {method.name, *method.aliases}
     steps = {entry: step for entry, step in catalogue().items() if step.family == "step" and step is not method}
     return next((entry for entry, step in steps.items() if step.name in called), None)
+
+
+def cost(method: type[Method]) -> str:
+    """What it reads, and what it holds in memory."""
+    from geomerge.methods.base import Elementwise, Matrix, Span
+    from geomerge.methods.chain import Step
+
+    if issubclass(method, Step):
+        return "done in the run of its method; what it measures of a tensor takes a pass of its own."
+    if issubclass(method, Span):
+        text = "the output is a linear combination of the inputs. "
+        if method.needs_gram is not Span.needs_gram:
+            return text + "The coefficients do not depend on the weights, so each input is read once."
+        return text + (
+            "Each tensor is read twice: once to measure the inputs' inner products (a K×K matrix, from which the "
+            "coefficients follow), once to combine them. The manifest `geomerge.json` records the coefficients of every "
+            "tensor."
+        )
+    if method.family == "continual":
+        return (
+            "a step reads the base, the new expert and the running sum, and replaces the state; its time and memory are the "
+            "same however many experts went before."
+        )
+    if method.family == "search":
+        return "averages are blended in memory and scored, one for each model."
+    if issubclass(method, Matrix):
+        return (
+            "the output is a function of whole weight matrices. Each input is read once, and the matrices of one tensor are "
+            "in memory together in float64; `geomerge plan` says how much that takes and how long it may last. Each matrix "
+            "is computed by one thread, several matrices side by side, so that the bits do not depend on the number of "
+            "threads."
+        )
+    text = "each output element is a function of the same element of the inputs. "
+    if issubclass(method, Elementwise) and method.measure is Elementwise.measure:
+        return text + "Nothing is measured beforehand, so each input is read once."
+    return text + (
+        "Where the parameters ask for statistics of a tensor (thresholds, norms, counts), these are measured in passes of "
+        "their own before the tensor is read for the output; no tensor is ever sorted or held whole."
+    )

@@ -56,10 +56,10 @@ def _show_all(found: dict[str, type[Method]]) -> None:
 
 
 def _show_one(name: str, method: type[Method]) -> None:
-    from geomerge.cli.catalogue import step_of
+    from geomerge.cli.catalogue import cost, step_of
     from geomerge.cli.console import facts, heading, show, table, write_lines
     from geomerge.methods.chain import Step
-    from geomerge.methods.properties import MEANING
+    from geomerge.methods.properties import NAMES, meaning
 
     aliases = f" (also {', '.join(method.aliases)})" if method.aliases else ""
     rows = [
@@ -69,18 +69,22 @@ def _show_one(name: str, method: type[Method]) -> None:
         ("paper", method.paper),
         ("when", method.when),
     ]
+    properties = "; ".join(meaning(p, method) for p in NAMES if p in method.properties) or "none of the tested ones"
     if issubclass(method, Step):
-        rows.append(("family", f"step, {'before' if method.before else 'after'} a method; a base is {method.base_use}"))
+        rows += [
+            ("family", f"step, {'before' if method.before else 'after'} a method; a base is {method.base_use}"),
+            ("properties", f"with task arithmetic: {properties}"),
+        ]
     else:
-        properties = [MEANING[p] for p in MEANING if p in method.properties]
         rows += [
             ("models", f"{method.models_text()}; the base is {method.base_use}"),
             ("family", method.family),
-            ("properties", "; ".join(properties) or "none of the tested ones"),
+            ("properties", properties),
         ]
         step = step_of(method)
         if step is not None:
             rows.append(("as a step", f"before another method: `geomerge methods {step}`"))
+    rows.append(("cost", cost(method)))
     show(facts(rows))
     parameters = method.parameters()
     if parameters:
@@ -128,6 +132,8 @@ def _word(value: Any) -> str:
 
 
 def _as_json(name: str, method: type[Method]) -> dict[str, Any]:
+    from geomerge.cli.catalogue import cost
+
     return {
         "name": name,
         "usage": method.usage(),
@@ -140,6 +146,7 @@ def _as_json(name: str, method: type[Method]) -> dict[str, Any]:
         "models": {"least": method.models[0], "most": method.models[1]},
         "base": method.base_use,
         "properties": sorted(method.properties),
+        "cost": cost(method),
         "parameters": [
             {
                 "name": p.name,

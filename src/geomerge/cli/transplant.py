@@ -37,14 +37,15 @@ def transplant(
     Rows of tokens that both have are A's. Each other token is written as a sparse sum of shared tokens in B's embedding
     (orthogonal matching pursuit), and the same sum is taken of A's rows; likewise in the head.
     """
-    from geomerge.api import load_recipe, transplant_recipe
+    from geomerge.api import transplant_recipe
     from geomerge.checkpoint.layout import parse_size
     from geomerge.cli.merge import write_output
     from geomerge.diagnose.guarded import guarded_plan
+    from geomerge.recipe import loads
 
     size = parse_size(shard_size)
     text = transplant_recipe(model, donor, missing=missing, sparsity=sparsity, pad_to=pad_to)
-    plan, opened = guarded_plan(load_recipe(text), allow_pickle=allow_pickle)
+    plan, opened = guarded_plan(loads(text, ""), allow_pickle=allow_pickle)
     write_output(
         "transplanting",
         plan,

@@ -74,7 +74,7 @@ def extract(
     contents = Contents.read(place)
     number = contents.number(task)
     recipe = {"merge_method": "passthrough", "models": [{"model": str(base)}]}
-    plan, opened = make_plan(loads(json.dumps(recipe), "extract"), allow_pickle=allow_pickle)
+    plan, opened = make_plan(loads(json.dumps(recipe), ""), allow_pickle=allow_pickle)
     try:
         if plan.inputs[0].fingerprint != contents.fingerprint:
             raise IncompatibleModels(

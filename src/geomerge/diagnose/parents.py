@@ -88,8 +88,8 @@ def open_parents(
         raise UsageError("a diagnosis compares at least two models", hint="geomerge diagnose A B")
     opened = Models(given, allow_pickle=allow_pickle)
     try:
-        models = [opened.get(parse_reference(r, _NOWHERE), _NOWHERE) for r in said]
-        root = None if base is None else opened.get(parse_reference(str(base), _NOWHERE), _NOWHERE)
+        models = [opened.get(parse_reference(r, _NOWHERE)) for r in said]
+        root = None if base is None else opened.get(parse_reference(str(base), _NOWHERE))
         _check_distinct(models, root)
         yield _line_up(models, root, opened.inputs)
     finally:

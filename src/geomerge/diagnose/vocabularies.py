@@ -90,7 +90,7 @@ def overview(models: Sequence[str], *, allow_pickle: bool = False) -> Overview:
     """
     opened = Models(allow_pickle=allow_pickle)
     try:
-        found = [opened.get(parse_reference(text, NOWHERE), NOWHERE) for text in models]
+        found = [opened.get(parse_reference(text, NOWHERE)) for text in models]
         first = found[0]
         sources: list[Any] = ["base", "union", "intersection", *dict.fromkeys(m.ref for m in found[1:])]
         return Overview(

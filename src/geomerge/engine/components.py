@@ -60,7 +60,7 @@ class Components(Models):
                 f"{', '.join(c or '(one)' for c in known)}"
             )
 
-    def get(self, ref: ModelRef, where: object) -> Model:
+    def get(self, ref: ModelRef, where: object = None) -> Model:
         """The model that a recipe names, under the template's names."""
         model = self._under.get(ref, where)
         if model is self.template:

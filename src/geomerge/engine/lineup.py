@@ -114,7 +114,7 @@ class Lineup:
 
         Where the base is an endpoint (SLERP and its like) the other may well be the same model: the result is that model.
         """
-        if self.method.models == (1, 1) or "t" in self.method.parameters():
+        if not self.method.adds_to_base():
             return
         listed = self.entrants[0].source
         if listed is not None and listed.parameters:
@@ -189,8 +189,22 @@ class Lineup:
                 blamed = next((answer for answer in answers if answer.where is place), None)
                 said = blamed.said_of(part) if blamed is not None else ""
                 raise RecipeError(f"{error.what}{said}", where=str(place), hint=error.hint) from None
+            if made.adapters_only:
+                self._check_adapters()
             self._made[frozen] = made
         return made
+
+    def _check_adapters(self) -> None:
+        """Refuse whole checkpoints where the method is made for LoRA adapters."""
+        for entrant in self.others:
+            files = entrant.model.checkpoint
+            if files is None or files.adapter is None:
+                raise RecipeError(
+                    f"{self.method.name} merges LoRA adapters here, and {entrant.model} is a whole checkpoint",
+                    where=str(entrant.source.where if entrant.source else self.slice.where),
+                    hint="name it as BASE+ADAPTER (`geomerge adapter extract` makes an adapter of a fine-tuned model); for a "
+                    "checkpoint that an adapter was merged into set the parameter `full_weights: true`",
+                )
 
     def _number(self, name: str, parameter: str, where: Where) -> int:
         """Which expert is meant by a name: its reference as the recipe writes it, or the last part of that; from 1."""

@@ -108,8 +108,8 @@ class Models:
         """Make an earlier recipe's result known under its name."""
         self._stages[name] = model
 
-    def get(self, ref: ModelRef, where: object) -> Model:
-        """The model that a recipe names.
+    def get(self, ref: ModelRef, where: object = None) -> Model:
+        """A model; `where` a recipe names it, if one does.
 
         Raises:
             RecipeError: It asks for an adapter on an earlier document's result.
@@ -129,7 +129,7 @@ class Models:
             try:
                 self._models[ref] = self._open(ref)
             except ModelError as error:
-                error.where = ": ".join(str(place) for place in (where, error.where) if str(place or ""))
+                error.where = ": ".join(filter(None, (str(where or ""), error.where)))
                 raise
         return self._models[ref]
 

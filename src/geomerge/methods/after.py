@@ -12,6 +12,7 @@ from typing import ClassVar
 from geomerge.methods.base import BaseUse, parameter
 from geomerge.methods.before import STEPS, example
 from geomerge.methods.chain import Step
+from geomerge.methods.properties import BASE, PERMUTATION, ROTATION, SCALE, SIGN
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Scale(After):
     paper: ClassVar[str] = "Ilharco et al. 2023, Editing models with task arithmetic (its λ), arXiv:2212.04089"
     formula: ClassVar[str] = "θ = θ₀ + s·(θ_merged − θ₀)"
     when: ClassVar[str] = "After a method without a λ of its own, or to take some tensors (norms, say) from the base."
+    properties: ClassVar[frozenset[str]] = frozenset({PERMUTATION, BASE, SCALE, SIGN, ROTATION})
     example: ClassVar[str] = example(
         "scale: [{role: norm, value: 0}, {value: 0.9}]", more="parameters: {density: 0.3, weight: 1.0}\n"
     )
@@ -54,6 +56,7 @@ class Lines(After):
     when: ClassVar[str] = (
         "After any method, when the merge forgets what the base can do, or after a sum of many task vectors."
     )
+    properties: ClassVar[frozenset[str]] = frozenset({PERMUTATION, BASE, SCALE, SIGN, ROTATION})
     example: ClassVar[str] = example(
         "lines: {alpha: auto, beta: 0.5}", "task_arithmetic", "parameters: {weight: 1.0}\n"
     )
@@ -80,6 +83,7 @@ class Aim(After):
     when: ClassVar[str] = (
         "After a method that moves far from the base (TIES, sums of many), to keep what the base can do."
     )
+    properties: ClassVar[frozenset[str]] = frozenset({PERMUTATION, BASE, SCALE, SIGN})
     example: ClassVar[str] = example(
         "aim: {statistics: ./act.safetensors, omega: 0.4}", more="parameters: {density: 0.2, weight: 1.0}\n"
     )

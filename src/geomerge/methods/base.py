@@ -174,6 +174,8 @@ class Method:
         models: Smallest and largest number of models *without* the base (``None``: no limit); for a method whose
             `base_use` is ``ignored``, of all models.
         base_use: See `BaseUse`.
+        interpolates: It goes from the base to the other models, one of which may well be the base; else it adds task vectors
+            to a base that is given.
         properties: Which metamorphic properties hold, by the names of `geomerge.methods.properties`.
         mergekit: Parameter values that the profile ``compat: mergekit`` puts in place of the defaults.
         rows: The method needs whole rows (slices along the last dimension) in a tile.
@@ -188,12 +190,18 @@ class Method:
     family: ClassVar[str]
     models: ClassVar[tuple[int, int | None]] = (1, None)
     base_use: ClassVar[BaseUse] = "required"
+    interpolates: ClassVar[bool] = False
     properties: ClassVar[frozenset[str]] = frozenset()
     mergekit: ClassVar[Mapping[str, Any]] = {}
     example: ClassVar[str]
 
     known: Any = field(default=None, kw_only=True, repr=False, compare=False)
     """What `survey` found, or `known_of` it; `None` before. No parameter: nobody sets it but what runs the survey."""
+
+    @property
+    def adapters_only(self) -> bool:
+        """Whether it is made for LoRA adapters: a plan refuses whole checkpoints, unless ``full_weights`` admits them."""
+        return False
 
     @property
     def surveys(self) -> int:
@@ -298,6 +306,11 @@ class Method:
         number = f"exactly {low}" if low == high else f"at least {low}" if high is None else f"{low} to {high}"
         beside = " beside the base" if cls.base_use == "required" else ""
         return f"{number} model{'' if low == high == 1 or (high is None and low == 1) else 's'}{beside}"
+
+    @classmethod
+    def adds_to_base(cls) -> bool:
+        """Whether it adds task vectors to a base that is given."""
+        return cls.base_use != "ignored" and not cls.interpolates
 
     @classmethod
     def usage(cls) -> str:

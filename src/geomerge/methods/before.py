@@ -13,9 +13,10 @@ from geomerge.methods.chain import Piece, Shape, Step
 from geomerge.methods.kernel import Once, Open
 from geomerge.methods.linalg import one_thread, truncate
 from geomerge.methods.order import placed
+from geomerge.methods.properties import BASE, PERMUTATION, ROTATION, SCALE, SIGN
 from geomerge.methods.rest import is_matrix
 from geomerge.methods.selection import Selection
-from geomerge.methods.sparsify import Magnitude, MagPrune, Outliers, Random, Rescale, Sparsifier, measure
+from geomerge.methods.sparsify import Magnitude, MagPrune, Outliers, Random, Rescale, RowOutliers, Sparsifier, measure
 from geomerge.methods.tile import Scan, Tile
 from geomerge.methods.walk import whole
 
@@ -108,6 +109,7 @@ class Trim(_Sparse):
     paper: ClassVar[str] = "Yadav et al. 2023, TIES-Merging, arXiv:2306.01708"
     formula: ClassVar[str] = "τ̂ = τ ⊙ m,  mᵢ = 1 for the density·n largest |τᵢ|"
     when: ClassVar[str] = "Before a method that takes all elements, when most of a fine-tune's small changes are noise."
+    properties: ClassVar[frozenset[str]] = frozenset({PERMUTATION, BASE, SCALE, SIGN})
     example: ClassVar[str] = example("trim: 0.2", "sce")
 
     top_k: str = parameter(
@@ -129,6 +131,7 @@ class Dare(_Sparse):
     paper: ClassVar[str] = "Yu et al. 2024, Language models are Super Mario (DARE), arXiv:2311.03099"
     formula: ClassVar[str] = "τ̂ = τ ⊙ m/p,  m ~ Bernoulli(p),  p = density"
     when: ClassVar[str] = "Fine-tunes with small task vectors, before any method that works from a base."
+    properties: ClassVar[frozenset[str]] = frozenset({BASE, SCALE, SIGN})
     example: ClassVar[str] = example("dare: 0.5", "sce", "seed: 42\n")
 
     rescale: bool = parameter(True, doc="make up for what was dropped")
@@ -147,6 +150,7 @@ class Della(_Sparse):
     paper: ClassVar[str] = "Deep et al. 2024, DELLA-Merging, arXiv:2406.11617"
     formula: ClassVar[str] = "τ̂ = τ ⊙ m/q,  m ~ Bernoulli(q),  q = density − ε + 2ε·rank/(n−1)"
     when: ClassVar[str] = "As the step DARE, when large task-vector elements should survive more often than small ones."
+    properties: ClassVar[frozenset[str]] = frozenset({BASE, SCALE, SIGN})
     example: ClassVar[str] = example("della: {density: 0.5, epsilon: 0.1}", "sce", "seed: 42\n")
 
     rescale: bool = parameter(True, doc="make up for what was dropped")
@@ -172,16 +176,23 @@ class Breadcrumbs(_Sparse):
     paper: ClassVar[str] = "Davari & Belilovsky 2023, Model Breadcrumbs, arXiv:2312.06795"
     formula: ClassVar[str] = "τ̂ keeps ranks [n − γn − density·n, n − γn) of |τ|"
     when: ClassVar[str] = "Where outliers of single task vectors spoil what the method makes of them."
+    properties: ClassVar[frozenset[str]] = frozenset({PERMUTATION, BASE, SCALE, SIGN})
     example: ClassVar[str] = example("breadcrumbs: {density: 0.9, gamma: 0.01}", "tsvm")
 
     gamma: tuple[float, ...] = per_model(0.01, within=(0, 1), doc="share of the largest elements that is dropped")
+    scope: str = parameter(
+        "tensor",
+        choices=("tensor", "row"),
+        doc="what density and gamma are shares of: each tensor (mergekit), or each row along the last dimension (published)",
+    )
 
     @property
     def idle(self) -> bool:
         return super().idle and max(self.gamma) == 0
 
     def sparsifier(self) -> Sparsifier:
-        return Outliers(self.density, self.gamma, rescale=self.rescaling)
+        step = RowOutliers if self.scope == "row" else Outliers
+        return step(self.density, self.gamma, rescale=self.rescaling)
 
 
 @dataclass(frozen=True)
@@ -196,6 +207,7 @@ class SvdCompress(Step):
     )
     formula: ClassVar[str] = "τ̂ = Uₖ Σₖ Vₖᵀ,  the k largest singular triplets of τ"
     when: ClassVar[str] = "To drop the noise of a fine-tune's weak directions before another method."
+    properties: ClassVar[frozenset[str]] = frozenset({PERMUTATION, BASE, SCALE, SIGN, ROTATION})
     example: ClassVar[str] = example("svd_compress: {energy: 0.9}", more="parameters: {density: 0.3, weight: 1.0}\n")
 
     rank: int | None = parameter(None, within=(0, 1e9), doc="singular triplets that are kept")

@@ -27,7 +27,10 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Step(Method):
-    """One step before a method: parameters as a method has them, a name, and what it does to a tensor's task vectors."""
+    """One step before a method: parameters as a method has them, a name, and what it does to a tensor's task vectors.
+
+    Its properties are those of task arithmetic (weights 1) with the step.
+    """
 
     family: ClassVar[str] = "step"
     before: ClassVar[bool] = True

@@ -6,6 +6,13 @@ change below a method's threshold that breaks a property takes it off the list. 
 neutral parameters (weights of 1, the defaults else), the others of all parameters.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from geomerge.methods.base import Method
+
 PERMUTATION = "permutation"
 """The order of the experts (with their parameters) does not matter. An only expert changes places with the base."""
 
@@ -28,12 +35,24 @@ SIGN = "sign"
 ROTATION = "rotation"
 """Rotating the rows and columns of all task vectors rotates the merged one."""
 
-MEANING = {
-    PERMUTATION: "the order of the experts does not matter",
-    BASE: "experts equal to the base give the base",
-    SINGLE: "a single expert is returned",
-    IDENTICAL: "identical experts give that expert",
-    SCALE: "scaling all task vectors scales the merged one (or all models, where there is no base or it is interpolated with)",
-    SIGN: "negating all task vectors (or models, likewise) negates the merged one",
-    ROTATION: "rotating all task vectors (or models, likewise) rotates the merged one",
-}
+NAMES = (PERMUTATION, BASE, SINGLE, IDENTICAL, SCALE, SIGN, ROTATION)
+
+
+def meaning(name: str, method: type[Method]) -> str:
+    """A property in words, of that method."""
+    what = {
+        "required": "all task vectors",
+        "optional": "all task vectors, or all models without a base,",
+        "ignored": "",
+    }
+    moved = what[method.base_use] if method.adds_to_base() else "all models"
+    result = "the merged one" if moved == "all task vectors" else "the result"
+    return {
+        PERMUTATION: "the order of the experts does not matter",
+        BASE: "experts equal to the base give the base",
+        SINGLE: "a single expert is returned",
+        IDENTICAL: "identical experts give that expert",
+        SCALE: f"scaling {moved} scales {result}",
+        SIGN: f"negating {moved} negates {result}",
+        ROTATION: f"rotating {moved} rotates {result}",
+    }[name]

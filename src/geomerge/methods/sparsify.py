@@ -199,8 +199,8 @@ class Random:
 
 
 @dataclass(frozen=True)
-class Outliers:
-    """The ⌊density·n⌋ largest magnitudes after the ⌊gamma·n⌋ very largest are taken away (Breadcrumbs).
+class _Ends:
+    """The ⌊density·n⌋ largest magnitudes of n after the ⌊gamma·n⌋ very largest are taken away (Breadcrumbs).
 
     Where the two do not go together (density + gamma > 1), all that is left after the outliers is kept. With `yielding`
     the outliers give way instead, as in mergekit: ⌊density·n⌋ elements are kept whatever gamma says.
@@ -210,20 +210,32 @@ class Outliers:
     gamma: Sequence[float]
     yielding: bool = False
     rescale: Rescale = "none"
+
+    def ends(self, k: int, n: int) -> tuple[int, int]:
+        """Of n elements of an expert by descending magnitude, which are kept: from the one rank up to the other."""
+        first, count = (math.floor(share[k] * n + 1e-9) for share in (self.gamma, self.density))
+        if self.yielding:
+            first = min(first, n - count)
+        return first, min(first + count, n)
+
+    def inverse(self) -> list[float]:
+        return _inverse(self.density)
+
+
+@dataclass(frozen=True)
+class Outliers(_Ends):
+    """Both ends of each tensor."""
+
     rows: bool = False
 
     def measure(self, scan: Scan) -> list[Selection]:
-        n = scan.numel
-        top = [math.floor(g * n + 1e-9) for g in self.gamma]
-        if self.yielding:
-            top = [min(t, n - math.floor(d * n + 1e-9)) for t, d in zip(top, self.density, strict=True)]
-        both = [min(t + math.floor(d * n + 1e-9), n) for t, d in zip(top, self.density, strict=True)]
+        top, both = zip(*(self.ends(k, scan.numel) for k in range(scan.experts)), strict=True)
 
         def twice(tile: Tile) -> list[Tensor]:
             found = magnitudes(tile)
             return found + found
 
-        return largest(scan, twice, top + both, [*range(scan.experts)] * 2)
+        return largest(scan, twice, [*top, *both], [*range(scan.experts)] * 2)
 
     def keep_(self, delta: Tensor, k: int, tile: Tile, stats: list[Selection]) -> Tensor:
         outliers = stats[k].shrink_(delta.clone(), tile, ("top", k))
@@ -235,8 +247,21 @@ class Outliers:
             into.drop, into.drop_equal, into.drop_left = stats[k].limits(place)
             into.keep, into.equal, into.left = stats[len(self.density) + k].limits(place)
 
-    def inverse(self) -> list[float]:
-        return _inverse(self.density)
+
+@dataclass(frozen=True)
+class RowOutliers(_Ends):
+    """Both ends of each row, that is of each slice along the last dimension."""
+
+    rows: bool = True
+
+    def measure(self, scan: Scan) -> None:
+        return None
+
+    def keep_(self, delta: Tensor, k: int, tile: Tile, stats: None) -> Tensor:
+        first, last = self.ends(k, delta.shape[-1])
+        ascending = _ascending(delta.abs().flip(-1))  # so that of equal magnitudes the first columns are the largest
+        descending = (delta.shape[-1] - 1 - ascending).flip(-1)
+        return delta.mul_(torch.zeros_like(delta).scatter_(-1, descending[:, first:last], 1.0))
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ BEFORE: Mapping[str, tuple[str, ...]] = {
     "dare": _THIN,
     "della": (*_THIN, "epsilon"),
     "magprune": (*_THIN, "epsilon"),
-    "breadcrumbs": (*_THIN, "gamma"),
+    "breadcrumbs": (*_THIN, "gamma", "scope"),
     "svd_compress": ("rank", "ratio", "energy", "rest", "matrix"),
     "tsv_compress": ("rank", "ratio", "energy", "rest", "matrix"),
 }

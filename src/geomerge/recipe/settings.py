@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from geomerge.methods.base import Parameter
 
 T = TypeVar("T")
+W = TypeVar("W")
 
 _BLOCKS = re.compile(r"\s*(\d{1,6})\s*(?:-\s*(\d{1,6})\s*)?")
 _LAX = "mergekit ignores unknown keys; with 'compat: mergekit' they become notes here"
@@ -72,16 +73,16 @@ class Reader:
         if not isinstance(problem, Abandoned):
             self.problems.append(problem)
 
-    def each(self, nodes: Iterable[Node], read: Callable[[Node], T]) -> tuple[T, ...]:
+    def each(self, written: Iterable[W], read: Callable[[W], T]) -> tuple[T, ...]:
         """What is read of every one of them."""
-        found = []
-        before = len(self.problems)
-        for node in nodes:
+        found, whole = [], True
+        for one in written:
             try:
-                found.append(read(node))
+                found.append(read(one))
             except RecipeError as problem:
                 self._keep(problem)
-        if len(self.problems) > before:
+                whole = False
+        if not whole:
             raise Abandoned("")
         return tuple(found)
 
@@ -131,7 +132,9 @@ class Reader:
         settings = {}
         beside = _beside(self.document)
         inert = (*grammar.INERT["*"], *grammar.INERT.get(self.method, ()))
-        for name, (where, value) in entries(node, key).items():
+
+        def read(written: tuple[str, tuple[Where, Node]]) -> None:
+            name, (where, value) = written
             if name in self.known or name in beside:
                 settings[name] = self._setting(name, value, where)
             elif name in inert:
@@ -139,6 +142,8 @@ class Reader:
                 self._note(where, f"the parameter {name!r} has no effect")
             elif self.method:
                 self._unknown(f"{self.method} has no parameter {name!r}", where, _meant(name, (*self.known, *beside)))
+
+        self.each(entries(node, key).items(), read)
         return settings
 
     def _setting(self, name: str, node: Node, where: Where) -> Setting:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from geomerge.errors import RunError, UsageError
 from geomerge.methods.base import BaseUse, Method
+from geomerge.methods.properties import IDENTICAL
 from geomerge.search.run import Held, paired
 from geomerge.search.study import Objective, Study
 
@@ -39,6 +40,7 @@ class GreedySoup(Method):
     family: ClassVar[str] = "search"
     models: ClassVar[tuple[int, int | None]] = (2, None)
     base_use: ClassVar[BaseUse] = "ignored"
+    properties: ClassVar[frozenset[str]] = frozenset({IDENTICAL})
     example: ClassVar[str] = """\
 geomerge soup ./seed-1 ./seed-2 ./seed-3 --tasks score.py:accuracy --merge ./soup
 """

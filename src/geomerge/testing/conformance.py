@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -124,7 +129,7 @@ def check_declaration(case: Case) -> None:
     method = case.method
     for attribute in ("name", "title", "paper", "formula", "when", "example", "family"):
         assert getattr(method, attribute).strip(), f"{method.name} has no {attribute}"
-    assert method.properties <= set(properties.MEANING), f"unknown properties: {method.properties}"
+    assert method.properties <= set(properties.NAMES), f"unknown properties: {method.properties}"
     assert f"merge_method: {method.name}" in method.example
     assert all(p.doc for p in method.parameters().values())
     made = case.made()
@@ -198,6 +203,31 @@ def check_loops(case: Case) -> None:
         assert torch.equal(found, expected), f"{kind} models of {dtype}: the compiled loop differs from torch"
 
 
+def check_rounding(case: Case) -> None:
+    """A result is that of the same models in float64, rounded once: within one unit in the last place, for every dtype."""
+    for kind, dtype in itertools.product(KINDS, DTYPES):
+        inputs = [m.to(dtype) for m in case.models(kind=kind)]
+        with native.turned_off():
+            exact = merge(case.made(), [m.double() for m in inputs])
+        error = (merge(case.made(), inputs, dtype=dtype).double() - exact).abs()
+        _, exponent = torch.frexp(exact.abs().clamp(min=torch.finfo(dtype).tiny))
+        unit = torch.ldexp(torch.full_like(exact, torch.finfo(dtype).eps), exponent - 1)
+        worst = float((error / unit).max())
+        assert worst <= 1, f"{kind} models of {dtype}: {worst:.2f} units in the last place off the result in float64"
+
+
+def check_endpoints(case: Case) -> None:
+    """What interpolates with one other model by a parameter t gives the base at its least, the other model at its most."""
+    t = case.method.parameters().get("t")
+    if not case.method.interpolates or case.count > 1 or t is None or t.within is None:
+        return
+    for kind, dtype in itertools.product(KINDS, DTYPES):
+        inputs = [m.to(dtype) for m in case.models(kind=kind)]
+        for bound, end in zip(t.within, inputs, strict=True):
+            made = case.method.make({**case.made().values(), "t": bound}, count=1)
+            assert torch.equal(merge(made, inputs, dtype=dtype), end), f"t = {bound:g} gives no end of {kind} models"
+
+
 def check_properties_hold(case: Case) -> None:
     """Each property that the class lists holds on every kind of models."""
     for name in sorted(case.method.properties):
@@ -213,11 +243,58 @@ def check_properties_complete(method: str, parameters: Mapping[str, Mapping[str,
         parameters: As for `cases`.
     """
     alike = cases(method, parameters=parameters)
-    for name in sorted(set(properties.MEANING) - registry.get(method).properties):
+    for name in sorted(set(properties.NAMES) - registry.get(method).properties):
         # A property that cannot even be stated (`single` of a method for two) is not one that holds.
         stated = [c for c in alike if name != properties.SINGLE or c.count == 1]
         assert not stated or any(any(violations(c, name)) for c in stated), f"{method} keeps {name!r}: list it"
 
+
+def digests(*names: str, parameters: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, str]:
+    """Of the result of every case of the named methods, or of all: its SHA-256."""
+    found = {}
+    for case in cases(*names, parameters=parameters):
+        inputs = [m.to(torch.float32) for m in case.models((31, 67))]
+        out = merge(case.made(), inputs, seed=5)
+        found[str(case)] = hashlib.sha256(out.numpy().tobytes()).hexdigest()
+    return found
+
+
+def check_processes_agree(*names: str, parameters: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+    """Another process, with other hashes of strings and one thread, computes the very bits of this one.
+
+    Args:
+        names: Of methods; all that are registered, if none are given.
+        parameters: As for `cases`.
+    """
+    methods = [registry.get(name) for name in names or registry.all_methods()]
+    asked = {"modules": sorted({m.__module__ for m in methods}), "names": names, "parameters": dict(parameters or {})}
+    environment = {
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        "PYTHONHASHSEED": "123",
+        "OMP_NUM_THREADS": "1",
+    }
+    there = subprocess.run(
+        [sys.executable, "-c", _ELSEWHERE],
+        env=os.environ | environment,
+        input=json.dumps(asked),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert there.returncode == 0, there.stderr
+    found = json.loads(there.stdout)
+    for case, digest in digests(*names, parameters=parameters).items():
+        assert found[case] == digest, f"{case} gives other bits in another process"
+
+
+_ELSEWHERE = """
+import importlib, json, sys
+from geomerge.testing.conformance import digests
+asked = json.load(sys.stdin)
+for module in asked["modules"]:
+    importlib.import_module(module)
+print(json.dumps(digests(*asked["names"], parameters=asked["parameters"])))
+"""
 
 CHECKS: tuple[Callable[[Case], None], ...] = (
     check_declaration,
@@ -226,6 +303,8 @@ CHECKS: tuple[Callable[[Case], None], ...] = (
     check_tiles,
     check_seed,
     check_loops,
+    check_rounding,
+    check_endpoints,
     check_properties_hold,
 )
 
@@ -269,10 +348,8 @@ def _pairs(case: Case, name: str, kind: str, shape: tuple[int, int]) -> Iterator
                 merge(case.made(), inputs),
             )
     else:
-        # Of two models that are interpolated both are transformed, else the task vectors, while the base stays.
         exact = [torch.round(m * 2**20) / 2**20 for m in inputs]  # so that sums with the base are exact
-        between = case.method.models == (1, 1) or "t" in case.method.parameters()
-        still = exact[0] if case.based and not between else torch.zeros_like(exact[0])
+        still = exact[0] if case.based and case.method.adds_to_base() else torch.zeros_like(exact[0])
         merged = merge(case.made(), exact)
         for what, transform in _transforms(name, inputs[0]):
             moved = [still + transform(m - still) for m in exact]

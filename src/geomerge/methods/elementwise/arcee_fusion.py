@@ -81,6 +81,7 @@ class ArceeFusion(Elementwise):
     formula: ClassVar[str] = "θ = θ₀ + Δ·[I ≥ median(I) + 1.5·IQR(I)],  I = |Δ|·KL(softmax θ₁ ‖ softmax θ₀) by rows"
     when: ClassVar[str] = "To bring the most telling changes of one model into another and leave all else untouched."
     models: ClassVar[tuple[int, int | None]] = (1, 1)
+    interpolates: ClassVar[bool] = True
     properties: ClassVar[frozenset[str]] = frozenset({BASE, IDENTICAL})
     recorded: ClassVar[bool] = True
     example: ClassVar[str] = """\

@@ -9,7 +9,7 @@ from geomerge.methods.base import parameter, per_model
 from geomerge.methods.elementwise.task_vectors import TaskVectors
 from geomerge.methods.properties import BASE, PERMUTATION, SCALE, SIGN
 from geomerge.methods.registry import register
-from geomerge.methods.sparsify import Outliers, Sparsifier
+from geomerge.methods.sparsify import Outliers, RowOutliers, Sparsifier
 
 
 @dataclass(frozen=True)
@@ -21,15 +21,25 @@ class _Breadcrumbs(TaskVectors):
     outliers_yield: bool = parameter(
         False, doc="where density + gamma > 1, keep outliers rather than fewer elements (mergekit)"
     )
+    scope: str = parameter(
+        "tensor",
+        choices=("tensor", "row"),
+        doc="what density and gamma are shares of: each tensor (mergekit), or each row along the last dimension (published)",
+    )
 
     def sparsifier(self) -> Sparsifier:
-        return Outliers(self.density, self.gamma, self.outliers_yield, self.rescaling)
+        step = RowOutliers if self.scope == "row" else Outliers
+        return step(self.density, self.gamma, self.outliers_yield, self.rescaling)
 
 
 @register
 @dataclass(frozen=True)
 class Breadcrumbs(_Breadcrumbs):
-    """Task arithmetic on task vectors without their smallest and very largest elements."""
+    """Task arithmetic on task vectors without their smallest and very largest elements.
+
+    The published code counts in each row (``scope: row``); a row shorter than 1/density
+    then keeps nothing. By default shares are of each tensor, as in mergekit.
+    """
 
     name: ClassVar[str] = "breadcrumbs"
     title: ClassVar[str] = "Model Breadcrumbs"

@@ -27,6 +27,7 @@ class NearSwap(Elementwise):
     formula: ClassVar[str] = "θ = θ₀ + w (θ₁ − θ₀),  w = min(1, t/max(|θ₁ − θ₀|, 10⁻⁶))"
     when: ClassVar[str] = "To flavour one model with another without changing any weight by more than t."
     models: ClassVar[tuple[int, int | None]] = (1, 1)
+    interpolates: ClassVar[bool] = True
     properties: ClassVar[frozenset[str]] = frozenset({BASE, IDENTICAL, SIGN})
     recorded: ClassVar[bool] = True
     example: ClassVar[str] = """\

@@ -67,7 +67,7 @@ class TaskVectors(Elementwise):
 
     @property
     def single(self) -> bool:
-        return not isinstance(self.sparsifier(), MagPrune)
+        return not self.sparsifier().rows
 
     def measure(self, scan: Scan) -> Any:
         return measure(self.sparsifier(), scan)

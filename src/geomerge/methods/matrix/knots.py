@@ -44,7 +44,8 @@ class Knots(Matrix):
     paper: ClassVar[str] = "Stoica et al. 2025, Model merging with SVD to tie the Knots, arXiv:2410.19735"
     formula: ClassVar[str] = "θ = θ₀ + λ·U·TIES(ΣV₁ᵀ, …, ΣV_Tᵀ),  [τ₁ … τ_T] = UΣ[V₁ … V_T]ᵀ"
     when: ClassVar[str] = (
-        "Low-rank adapters of one base; λ near 0.6 (vision) or 0.5 (language). For full fine-tunes take ties."
+        "Low-rank adapters of one base; λ near 0.6 (vision) or 0.5 (language). Whole checkpoints are refused, unless "
+        "`full_weights: true` says that they are as good as adapters; for full fine-tunes take ties."
     )
     properties: ClassVar[frozenset[str]] = frozenset({PERMUTATION, BASE, SCALE, SIGN})
     example: ClassVar[str] = """\
@@ -64,6 +65,12 @@ dtype: bfloat16
         choices=("tensor", "global"),
         doc="what density is a share of: the coordinates of each weight, or of all weights together (as published)",
     )
+
+    full_weights: bool = parameter(False, doc="take whole checkpoints, such as those that adapters were merged into")
+
+    @property
+    def adapters_only(self) -> bool:
+        return not self.full_weights
 
     @property
     def surveys(self) -> int:

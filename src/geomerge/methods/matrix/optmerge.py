@@ -47,7 +47,7 @@ class Optmerge(Matrix):
     example: ClassVar[str] = """\
 merge_method: optmerge
 base_model: ./base
-models: [{model: ./charts}, {model: ./geometry}, {model: ./ocr}]
+models: [{model: ./base+./charts-lora}, {model: ./base+./ocr-lora}]
 parameters: {mode: lora}
 dtype: bfloat16
 """
@@ -60,7 +60,14 @@ dtype: bfloat16
     mode: str = parameter("full", choices=("full", "lora"), doc="how the experts were trained: all weights, or LoRA")
     lr: float | None = parameter(None, within=(0, math.inf), doc="step size; by default 1e-5 (full) or 1e-4 (lora)")
     steps: int = parameter(300, within=(0, math.inf), doc="steps of Adam (full) or of descent with momentum (lora)")
+    full_weights: bool = parameter(
+        False, doc="take whole checkpoints with mode lora, such as those that adapters were merged into"
+    )
     closed_form: bool = parameter(False, doc="the minimiser closest to the start, instead of steps towards it")
+
+    @property
+    def adapters_only(self) -> bool:
+        return self.mode == "lora" and not self.full_weights
 
     def merge(self, deltas: Tensor) -> Tensor:
         full = self.mode == "full"

@@ -39,6 +39,7 @@ class Slerp(Span):
     )
     models: ClassVar[tuple[int, int | None]] = (1, 1)
     base_use: ClassVar[BaseUse] = "required"
+    interpolates: ClassVar[bool] = True
     properties: ClassVar[frozenset[str]] = frozenset({BASE, IDENTICAL, SCALE, SIGN, ROTATION})
     mergekit: ClassVar[dict[str, Any]] = {"lerp_threshold": 0.9995, "zero_angle": True}
     takes_statistics: ClassVar[bool] = True
