@@ -3,6 +3,7 @@
     make claims                                  # all suites, three seeds; builds what is not there
     python benchmarks/claims.py --suites mlp:tiny --seeds 0
     python benchmarks/claims.py --methods tsvm iso_c      # only these; the other rows stay as they were measured
+    python benchmarks/claims.py --methods chains          # the steps after a method
 
 A method runs at its defaults and on a small grid. The grid's best is chosen on the validation split and reported on the test
 split. Methods for two models are compared with the others on pairs of experts.
@@ -11,9 +12,11 @@ split. Methods for two models are compared with the others on pairs of experts.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import re
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,12 +24,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 
 import geomerge
+from geomerge.anatomy.memory_names import on_disk
 from geomerge.engine.live import LiveMerge
 from geomerge.lab.build import build
 from geomerge.lab.suite import Suite, load_suite
 from geomerge.methods import registry
+from geomerge.observe import activations
 from geomerge.recipe import loads
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,6 +60,7 @@ GRID: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "lore": {},
     "wudi": {"lr": (1e-5, 1e-3)},
     "optmerge": {"mode": ("full", "lora")},
+    "svd_compress": {"weight": WEIGHTS, "ratio": (0.1, 0.3)},
     **{
         name: {"lambda": (1.0, 0.3, 0.5, 1.5)}
         for name in (
@@ -76,16 +83,38 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 }  # fmt: skip
 """Settings where a method's own default does not exist."""
 
+STATISTICS = "act.safetensors"
+CHAINS: Mapping[str, tuple[str, list[dict[str, Any]]]] = {
+    "task_arithmetic → lines": (
+        "task_arithmetic",
+        [{"weight": 1.0, "steps": [{"lines": {"alpha": "auto", "beta": b}}]} for b in (0.5, 0.0, 0.25, 1.0)],
+    ),
+    "ties → lines": (
+        "ties",
+        [{"weight": 1.0, "steps": [{"lines": {"alpha": a, "beta": b}}]} for a in (0.5, 1.0) for b in (0.5, 1.0)],
+    ),
+    "ties → aim": (
+        "ties",
+        [
+            {"weight": 1.0, "lambda": f, "steps": [{"aim": {"statistics": STATISTICS, "omega": o}}]}
+            for f in (1.0, 2.0)
+            for o in (0.4, 0.8)
+        ],
+    ),
+}
+"""Steps after a method: a row's name → the method, and the settings of its grid, the default first."""
+
 LEFT_OUT = {
     "passthrough": "takes one model",
     "chat_vector": "is for a base that was pre-trained further",
-    "tall_mask": "gives one expert back (docs/compress.md)",
-    "svd_compress": "prepares task vectors for other methods",
+    "tall_mask": "gives one expert back ([compress](compress.md))",
 }
 
 
 def settings(name: str) -> list[dict[str, Any]]:
     """The parameter settings of a method, its default first."""
+    if name in CHAINS:
+        return CHAINS[name][1]
     method = registry.get(name)
     known = method.parameters()
     required = {n: 1.0 for n, p in known.items() if p.required and n == "weight"}
@@ -107,18 +136,22 @@ def settings(name: str) -> list[dict[str, Any]]:
 
 def recipe(name: str, parameters: Mapping[str, Any], experts: list[str], base: str) -> str:
     """The YAML of a merge of experts."""
+    name = CHAINS[name][0] if name in CHAINS else name
     method = registry.get(name)
-    said = dict(parameters)
-    schedule = said.pop("schedule", None)
+    given = dict(parameters)
+    steps = given.pop("steps", None)
+    schedule = given.pop("schedule", None)
     if "full_weights" in method.parameters():
-        said["full_weights"] = True  # the suites' experts are whole, also where a method is made for adapters
+        given["full_weights"] = True  # the suites' experts are whole, also where a method is made for adapters
     two = method.base_use == "required" and method.models == (1, 1)
     first = experts[0] if two or name == "layer_adaptive_slerp" else base
-    data: dict[str, Any] = {"merge_method": name, "models": [{"model": e} for e in experts], "parameters": said}
+    data: dict[str, Any] = {"merge_method": name, "models": [{"model": e} for e in experts], "parameters": given}
     if method.base_use != "ignored":
         data["base_model"] = first
     if schedule:
         data["schedule"] = schedule
+    if steps:
+        data["steps"] = steps
     return json.dumps(data) + "\n"
 
 
@@ -130,11 +163,28 @@ class Bench:
         self.tasks = {name: task for name, task in suite.tasks().items() if name in suite.experts}
         self.module = suite.load("base")
         self.live = LiveMerge(dict(suite.models), self.module)
+        save_file(self.seen(), STATISTICS)
         self.own = {("test", t): self.accuracy(suite.load(t), t, "test") for t in self.tasks}
         self.base = {t: self.accuracy(suite.load("base"), t, "test") for t in self.tasks}
 
     def accuracy(self, module: torch.nn.Module, task: str, split: Any) -> float:
         return float(self.tasks[task].correct(module, split).mean())
+
+    def seen(self) -> dict[str, torch.Tensor]:
+        """What the base's layers see in the validation splits of all tasks."""
+
+        class Asked(torch.nn.Module):
+            def __init__(self, base: torch.nn.Module) -> None:
+                super().__init__()
+                self.base = base
+
+            def forward(self, task: Any) -> None:
+                task.correct(self.base, "validation")
+
+        base = self.suite.load("base")
+        found = activations(Asked(base), [(task,) for task in self.tasks.values()])
+        stored = on_disk(base)
+        return {stored(name.removeprefix("base.")): vector.contiguous() for name, vector in found.items()}
 
     def scores(self, name: str, parameters: Mapping[str, Any], experts: list[str], split: str) -> np.ndarray:
         """Blend one setting and score it on the tasks of its experts."""
@@ -143,7 +193,8 @@ class Bench:
 
 
 def methods(experts: int) -> Iterator[str]:
-    """The methods that take so many experts."""
+    """The methods that take so many experts, and the chains."""
+    yield from CHAINS
     for name, method in sorted(registry.all_methods().items()):
         if name in LEFT_OUT:
             continue
@@ -158,7 +209,7 @@ def measure(suite: Suite, groups: list[list[str]], only: Sequence[str]) -> dict[
     bench = Bench(suite)
     found: dict[str, dict[str, list[float]]] = {}
     for name in methods(len(groups[0])):
-        if only and name not in only:
+        if only and name not in only and not (name in CHAINS and "chains" in only):
             continue
         rows: dict[str, list[float]] = {"default": [], "tuned": [], "normalised": []}
         chosen = []
@@ -209,12 +260,20 @@ def table(rows: Mapping[str, Mapping[str, list[float]]]) -> list[str]:
         if name.startswith("("):
             lines.append(f"| *{name[1:-1]}* | {interval(row['default'])} | | | |")
             continue
-        texts = [json.dumps(c).replace('"', "").strip("{}") for c in row["chosen"]]
+        texts = [said(c) for c in row["chosen"]]
         most = max(texts, key=texts.count) or "defaults"
         lines.append(
             f"| {name} | {interval(row['default'])} | {interval(row['tuned'])} | {interval(row['normalised'])} | {most} |"
         )
     return lines
+
+
+def said(setting: Mapping[str, Any]) -> str:
+    """A setting in a cell: of a chain what its steps say."""
+    shown = {k: v for k, v in setting.items() if k not in ("steps", "weight")} if "steps" in setting else dict(setting)
+    for step in setting.get("steps", []):
+        shown |= {k: v for values in step.values() for k, v in values.items() if k != "statistics"}
+    return json.dumps(shown).replace('"', "").strip("{}")
 
 
 LADDER = {
@@ -288,6 +347,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    with tempfile.TemporaryDirectory() as scratch, contextlib.chdir(scratch):
+        claims(args)
+
+
+def claims(args: argparse.Namespace) -> None:
+    """Measure the suites, in a working directory for what lies between."""
     file = DOCS / "claims.json"
     results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     for name in args.suites:
@@ -311,7 +376,8 @@ def main() -> None:
 
 def write(results: Mapping[str, Any]) -> None:
     """The tables into docs/claims.md between their markers, and the figure."""
-    lines: list[str] = []
+    left = "; ".join(f"`{name}` {reason}" for name, reason in LEFT_OUT.items())
+    lines = [f"Left out: {left}.", ""]
     lines += ["### Beside the published ladder", "", *ladder(results), ""]
     for title, rows in results.items():
         lines += [f"### {title}", "", *table(rows), ""]

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -267,6 +268,24 @@ def test_activations_of_a_vision_language_model(named: str, tmp_path: Path) -> N
         base = a[old(name)].double()
         expected = base + (1 - x / x.max()) * (plain[old(name)] - base)
         assert torch.allclose(got[old(name)], expected, rtol=1e-12), name
+
+
+def test_activations_have_the_names_on_disk(tmp_path: Path) -> None:
+    """transformers 5 calls a ViT's weights otherwise in memory than in its files."""
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}
+    config = transformers.ViTConfig(num_hidden_layers=2, **sizes)
+    for name in ("va", "vb"):
+        transformers.ViTModel(config, add_pooling_layer=False).save_pretrained(tmp_path / name)
+    model = transformers.ViTModel.from_pretrained(tmp_path / "va", add_pooling_layer=False)
+    found = activations(model, [{"pixel_values": torch.randn(2, 3, 8, 8)}])
+    assert set(found) <= set(tiny.read(tmp_path / "va"))
+    assert any(name not in model.state_dict() for name in found)
+    save_file(found, "act.safetensors")
+    text = "merge_method: task_arithmetic\nbase_model: va\nmodels: [{model: vb}]\nparameters: {weight: 1}\n"
+    plain, got = read(text), read(text + "steps: [{aim: {statistics: act.safetensors}}]\n")
+    a, b = (tiny.read(tmp_path / name) for name in ("va", "vb"))
+    moved = {n for n in found if not torch.equal(a[n], b[n])}  # a new model's norms are ones
+    assert {n for n in plain if not torch.equal(plain[n], got[n])} == moved
 
 
 def test_activations_of_a_language_model_that_is_the_base_of_a_vlm(tmp_path: Path) -> None:

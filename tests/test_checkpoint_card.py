@@ -47,6 +47,7 @@ def test_body() -> None:
     """Method, parents with role, revision and fingerprint, the recipe as it was, how to make it again."""
     text = card(ONE, LOCAL, title="SLERP", paper="Shoemake 1985", command="geomerge merge recipe.yml out")
     assert "A merge of 2 models with the method **SLERP** (`slerp`)" in text
+    assert "A merge of 1 model onto a base with the method" in card(ONE, LOCAL, onto_base=True)
     assert "Shoemake 1985." in text
     assert "| owner/one | base | `aaaaaaaaaaaa` | apache-2.0 | `ffffffffffffffff` |" in text
     assert "| my-expert |  |  | not stated | `dddddddddddddddd` |" in text

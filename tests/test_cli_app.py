@@ -185,6 +185,12 @@ def test_a_bug_is_a_sentence_and_a_traceback_only_with_debug(run: Program, monke
         assert "in broken" in err
 
 
+def test_what_the_system_refuses_is_no_bug(run: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file and the system's reason, whichever verb met them."""
+    monkeypatch.setattr("geomerge.recipe.json_schema", lambda: Path("/nowhere/to/be/found").read_bytes())
+    assert run("schema") == (1, "", "error: /nowhere/to/be/found: No such file or directory\n")
+
+
 def test_known_errors_show_a_traceback_with_debug(run: Program) -> None:
     """`--debug` also tells where a foreseen error was raised."""
     assert "Traceback" not in run("methods", "tis").err
@@ -297,3 +303,21 @@ def test_facts_in_a_pipe_are_those_of_a_terminal(
     monkeypatch.setenv("COLUMNS", "200")
     console.show_facts(rows)
     assert capsys.readouterr().out == plain
+
+
+def test_numbers_are_never_cut(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Columns of numbers that a terminal has no room for go below, in a table of their own; calls break before arguments."""
+    monkeypatch.setenv("COLUMNS", "60")
+    names = [f"model-of-{k} (parent)" for k in range(5)]
+    rows = [[f"task {t}", *(f"{10 * t + k}.0 ± 4.0" for k in range(5))] for t in range(3)]
+    console.show(console.table(["task", *names], rows, right=names))
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 60
+    assert all(name in out for name in names)
+    assert all(cell in out for row in rows for cell in row[1:])
+    assert out.count("task 1") == 3
+    console.show(console.table(["tensors", "how"], [["x" * 40, "layer_adaptive_slerp(t=0.25)"]]))
+    assert [line.split()[-1] for line in capsys.readouterr().out.splitlines()[1:]] == [
+        "layer_adaptive_slerp",
+        "(t=0.25)",
+    ]

@@ -143,11 +143,12 @@ def test_interrupted_before_anything_was_written(run: Program, tmp_path: Path, m
 
 
 def test_a_resumed_run_says_so(run: Program, tmp_path: Path) -> None:
-    """--resume without anything to resume is an ordinary run."""
+    """--resume without anything to resume is an ordinary run, and says that it was."""
     write_models(tmp_path)
     code, out, _ = run("merge", write_recipe(tmp_path), tmp_path / "out", "--resume")
     assert code == 0
-    assert "\nresumed" not in out
+    assert "\nresumed  nothing: no earlier run had finished a tensor\n" in out
+    assert "\nresumed" not in run("merge", write_recipe(tmp_path), tmp_path / "out", "--force").out
 
 
 def test_lines_come_after_two_seconds_and_then_every_five(capsys: pytest.CaptureFixture[str]) -> None:

@@ -76,7 +76,7 @@ def test_the_program(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ("merge", recipe, root / "out", "--shard-size", SIZE, "--quiet", "--shard")
     code, out, err = run(*words, "2/2")
     assert (code, err) == (0, "")
-    assert "geomerge finalize OUT" in out
+    assert f"geomerge finalize {root / 'out'}\n" in out
     assert run("finalize", root / "out").code == 1
     assert run(*words, "1/2", "--json").code == 0
     assert run("finalize", root / "out", "--json").code == 0

@@ -385,6 +385,25 @@ def test_what_does_not_fit_is_refused(changes: dict[str, Any], message: str, tmp
     assert not (tmp_path / "out").exists()
 
 
+def test_what_is_wrong_is_said_before_the_base_is_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An output that is there; a device that is not. Of transformers' bars nothing is seen."""
+    dense(tmp_path / "a", "llama", 1)
+    experts = [{"source_model": str(tmp_path / "a"), "positive_prompts": [text]} for text in ("sums", "poems")]
+    said = {"base_model": str(tmp_path / "a"), "gate_mode": "hidden", "experts": experts}
+    (tmp_path / "moe.yml").write_text(json.dumps(said, indent=1))
+    words = ["moe", str(tmp_path / "moe.yml"), str(tmp_path / "out"), "--quiet"]
+    capsys.readouterr()
+    assert main([*words, "--device", "bananas"]) == 2
+    assert "the device 'bananas' cannot be used" in capsys.readouterr().err
+    assert main(words) == 0
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("geomerge.moe.build.prompt_gates", lambda *args, **options: 1 / 0)
+    assert main(words) == 2
+    assert "exists" in capsys.readouterr().err
+
+
 def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`geomerge moe` writes the model and says so; a wrong file's line is named."""
     tiny.llama(tmp_path / "a", 1)

@@ -95,6 +95,12 @@ class GateFailed(GeomergeError, AssertionError):
     exit_code = 4
 
 
+def first_line(error: BaseException) -> str:
+    """What a library's error says first: some say pages."""
+    said = str(error).strip().splitlines()
+    return said[0] if said else type(error).__name__
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str | None:
     """A hint that names the closest of the `known` words, or lists them when they are few."""
     words = sorted(set(known))

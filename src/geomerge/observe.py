@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from geomerge.anatomy.memory_names import on_disk
 from geomerge.errors import UsageError
 
 if TYPE_CHECKING:
@@ -23,14 +24,15 @@ def activations(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
     """Mean |xⱼ| of each input feature j of every linear layer and norm.
 
     Args:
-        model: A PyTorch module; its parameters' names are those of the checkpoint. It is put into evaluation mode meanwhile.
+        model: A PyTorch module; its parameters' names are those of the checkpoint, or transformers knows what they are there.
+            It is put into evaluation mode meanwhile.
         batches: What the model is called with, one after the other: mappings of keyword arguments (as tokenizers give them),
             tuples of arguments, or single tensors. Positions that an ``attention_mask`` of shape ``(batch, length)`` leaves out
             do not count.
 
     Returns:
-        Weight name → float64 vector: of the input features for Linear and GPT-2's Conv1D, of its own elements for LayerNorm
-        and RMSNorm. Layers that no batch reaches and heads that share their weight with an embedding are left out.
+        Weight name on disk → float64 vector: of the input features for Linear and GPT-2's Conv1D, of its own elements for
+        LayerNorm and RMSNorm. Layers that no batch reaches and heads that share their weight with an embedding are left out.
 
     Raises:
         UsageError: No batch reaches any such layer.
@@ -70,7 +72,8 @@ def activations(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
         model.train(training)
         for handle in handles:
             handle.remove()
-    found = {name: (total / counts[name]).cpu() for name, total in sums.items() if counts[name]}
+    stored = on_disk(model)
+    found = {stored(name): (total / counts[name]).cpu() for name, total in sums.items() if counts[name]}
     if not found:
         raise UsageError("no batch reached a linear layer or norm of the model", hint="are there any batches?")
     return found

@@ -353,7 +353,10 @@ class TestCallable:
             ("def score(path): return 1 / 0", RunError, "ZeroDivisionError"),
             ("def score(path): return 'much'", RunError, "no numbers"),
             ("def score(path): return [[1], [2]]", RunError, "shape"),
-            ("def score(path): return []", RunError, "no samples"),
+            ("def score(path): return []", RunError, "returned no values"),
+            ("def score(path): pass", RunError, "returned nothing[\\s\\S]*`return`"),
+            ("def score(path): return [1, float('nan')]", RunError, "nan for sample 2 of 2"),
+            ("def score(path): return 97.5\nscore.metric = 'accuracy'", RunError, "97.5 as an accuracy"),
             ("def score(path): return {'value': 1}", RunError, "no 'values'"),
             ("def score(model): return 1\nscore.kind = 'speech'", UsageError, "kind is 'speech'"),
         ],
@@ -364,6 +367,11 @@ class TestCallable:
         """What is wrong with the user's file is said with its name."""
         with pytest.raises(error, match=match):
             evaluate(language_models / "a", self.write(tmp_path, text + "\n"))
+
+    def test_a_file_without_a_function(self, language_models: Path) -> None:
+        """Is refused at once, not looked up among lm-eval's tasks."""
+        with pytest.raises(UsageError, match=r"mine\.py names no function[\s\S]*mine\.py:FUNCTION"):
+            evaluate(language_models / "a", "mine.py")
 
     def test_a_function_itself(self, language_models: Path) -> None:
         """The Python face takes functions."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 import geomerge as gm
 import tiny
 import token_samples
+from cli_samples import Program
 from geomerge.engine.schedule import Schedule
 from geomerge.recipe.values import NOWHERE
 from geomerge.search.objective import Half, Measured, TextJudge
@@ -72,6 +73,14 @@ class TestSpaces:
         assert len(five.box) == 11
         assert space("anchors:3").point("S") is None
         assert space("six_scalars").point("S") is None
+
+    def test_a_role_that_no_tensor_has(self) -> None:
+        """The roles that there are, not the nearest word, which is the same."""
+        made = Schedule({"attention": 0.2, "default": 0.5}, NOWHERE)
+        for role in ("mlp", "norm"):
+            made(cast("Any", Part(role, 0.0)))
+        with pytest.raises(gm.RecipeError, match="roles are: mlp, norm"):
+            made.check_used()
 
     @pytest.mark.parametrize("name", ["seven_scalars", "anchors:1", "anchors:x", ""])
     def test_unknown(self, name: str) -> None:
@@ -168,7 +177,7 @@ class TestSearch:
         assert seen[-1][2:] == (3, 0.0)
 
     def test_wrong_parents_write_nothing(self) -> None:
-        with pytest.raises(gm.GeomergeError):
+        with pytest.raises(gm.ModelError, match="nowhere"):
             search(make_study({**STUDY, "parents": ["a", "nowhere"]}), "out", judge=Near())
         assert not Path("out").exists()
 
@@ -226,6 +235,9 @@ BAD = {
     "seed": ({**STUDY, "seed": -1}, "'seed'"),
     "space": ({**STUDY, "space": "six"}, "no search space"),
     "limit": ({**STUDY, "objective": {"tasks": ["x"], "limit": 0}}, "'limit'"),
+    "method": ({**STUDY, "method": "slurp"}, "no method 'slurp'"),
+    "dtype": ({**STUDY, "dtype": "float17"}, "float17"),
+    "recipe's keys": ({**STUDY, "recipe": {"paramters": {}}}, "paramters"),
     "recipe": ({**STUDY, "recipe": {"schedule": "S"}}, "the study itself sets"),
 }
 
@@ -242,6 +254,9 @@ class TestStudyFiles:
         file = tmp_path / "study.yml"
         file.write_text("parents: [a, b]\nobjective: lab:skills\nbudget: 0\n")
         with pytest.raises(gm.RecipeError, match=r"study\.yml:3.*at least one trial"):
+            load_study(file)
+        file.write_text("parents: [a, b]\nobjective: lab:skills\nrecipe: {paramters: {}}\n")
+        with pytest.raises(gm.RecipeError, match=r"study\.yml:3.*paramters"):
             load_study(file)
         file.write_text("- a\n- b\n")
         with pytest.raises(gm.RecipeError, match="not a list"):
@@ -275,3 +290,48 @@ class TestTaskJudge:
         assert sorted([*one.samples[name], *other.samples[name]]) == pytest.approx(sorted(rows))
         assert len(one.samples[name]) >= 1
         assert one.value == pytest.approx(one.samples[name].mean())
+
+
+OWN = """
+import os, signal, pathlib
+def near(model):
+    asked = pathlib.Path("asked")
+    asked.write_text(asked.read_text() + "x" if asked.exists() else "x")
+    if len(asked.read_text()) == NUMBER:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return (-model.state_dict()["model.layers.1.mlp.up_proj.weight"].abs().mean(1)).tolist()
+"""
+
+
+@pytest.mark.usefixtures("parents")
+class TestVerb:
+    @pytest.fixture
+    def run(self, capsys: pytest.CaptureFixture[str]) -> Program:
+        return Program(capsys)
+
+    def write(self, term: int = 0) -> None:
+        Path("own.py").write_text(OWN.replace("NUMBER", str(term)))
+        Path("s.yml").write_text("parents: [a, b]\nobjective: own.py:near\nbudget: 4\n")
+
+    def test_bad_places_are_refused_before_the_search(self, run: Program) -> None:
+        """A report's, a merge's and the results' own: nothing was scored."""
+        self.write()
+        assert run("search", "s.yml", "--report", "no/x.html").code == 2
+        assert run("search", "s.yml", "--merge", "a").code == 2
+        code, _, err = run("search", "s.yml", "--out", "/proc/x")
+        assert (code, err) == (1, "error: /proc/x: No such file or directory\n")
+        assert not Path("asked").exists()
+
+    def test_terminated_and_resumed(self, run: Program) -> None:
+        """SIGTERM is Ctrl-C: the best so far is written; --resume goes on, and says so where there is nothing."""
+        self.write(term=3)
+        code, out, err = run("search", "s.yml", "--resume")
+        assert code == 130, err
+        assert "nothing to go on with in s: the search begins" in err
+        assert "interrupted" in out
+        assert Path("s/best.yml").is_file()
+        self.write()
+        code, out, err = run("search", "s.yml", "--resume")
+        assert code == 0, err
+        assert "nothing to go on with" not in err
+        assert "4 (budget)" in out

@@ -114,6 +114,15 @@ def test_too_few(paths: list[str]) -> None:
         greedy_soup(paths, Objective(("x",)), judge=Distance(torch.zeros(6, 4)))
 
 
+def test_models_of_other_shapes(tmp_path: Path) -> None:
+    """What keeps them apart is said of the models, not of a recipe that the user never wrote."""
+    for name, rows in (("a", 6), ("b", 5)):
+        tiny.save(tmp_path / name, {"layer.weight": torch.randn(rows, 4)})
+    with pytest.raises(gm.GeomergeError, match=r"layer\.weight") as caught:
+        greedy_soup([str(tmp_path / n) for n in "ab"], Objective(("x",)), judge=Distance(torch.zeros(6, 4)))
+    assert "recipe" not in str(caught.value)
+
+
 def test_no_score(models: tuple[list[str], list[torch.Tensor], torch.Tensor]) -> None:
     paths, _, _ = models
     with pytest.raises(gm.RunError, match="no model could be scored"):

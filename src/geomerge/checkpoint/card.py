@@ -51,6 +51,7 @@ def model_card(
     paper: str | None = None,
     library: str = "transformers",
     command: str = "geomerge merge recipe.yml output",
+    onto_base: bool = False,
     warnings: Sequence[str] = (),
 ) -> str:
     """Write the card.
@@ -65,6 +66,7 @@ def model_card(
         paper: The method's publication.
         library: The hub's ``library_name``.
         command: How to make the model again.
+        onto_base: The base is what the others' task vectors are added to, and none of them.
         warnings: Further sentences that a user of the model should read.
 
     Returns:
@@ -82,7 +84,8 @@ def model_card(
         "tags:",
         *(f"- {_yaml(tag)}" for tag in dict.fromkeys(["merge", "geomerge", method])),
     ]
-    models = "model" if len(parents) == 1 else "models"
+    added = sum(not p.base for p in parents) if onto_base else len(parents)
+    models = f"{added} {'model' if added == 1 else 'models'}{' onto a base' if added < len(parents) else ''}"
     source = f" {_markdown(paper)}." if paper else ""
     return "\n".join(
         [
@@ -92,7 +95,7 @@ def model_card(
             f"# {_markdown(name)}",
             "",
             (
-                f"A merge of {len(parents)} {models} with the method **{_markdown(title or method)}** (`{_code(method)}`), "
+                f"A merge of {models} with the method **{_markdown(title or method)}** (`{_code(method)}`), "
                 f"made by [geomerge](https://github.com/geomerge/geomerge) {version}.{source}"
             ),
             "",

@@ -30,6 +30,12 @@ def check_place(out: Path, partial: Path, inputs: Iterable[Path], *, force: bool
         ) from None
 
 
+def check_free(out: Path | str, *, force: bool = False) -> None:
+    """Refuse a place that is taken, before work that comes ahead of the writing; errors as in `check_place`."""
+    place = Path(out).resolve()
+    check_place(place, place.with_name(f"{place.name}.partial") if place.name else place, (), force=force)
+
+
 def _check(out: Path, partial: Path, inputs: Iterable[Path], *, force: bool) -> None:
     where = str(out)
     if not out.name or os.path.ismount(out):

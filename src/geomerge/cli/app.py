@@ -136,6 +136,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_error(what, where=where, hint=hint, exit_code=exit_code)
         return exit_code
 
+    def bug(error: Exception) -> int:
+        if debug:
+            traceback.print_exc()
+        again = "" if debug else f"run it again with {DEBUG} for the traceback, and "
+        what = f"this is a bug in geomerge: {type(error).__name__}: {error}"
+        return fail("error", what, hint=f"{again}please report it with the recipe and the command", exit_code=1)
+
     try:
         get_command(program(words)).main(args=words, prog_name="geomerge")
     except SystemExit as end:
@@ -146,12 +153,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         return fail("error", error.what, where=error.where, hint=error.hint, exit_code=error.exit_code)
-    except Exception as error:  # noqa: BLE001 - the last resort: whatever it is, the user gets a sentence
+    except OSError as error:
+        if error.filename is None or not error.strerror:
+            return bug(error)
         if debug:
             traceback.print_exc()
-        again = "" if debug else f"run it again with {DEBUG} for the traceback, and "
-        what = f"this is a bug in geomerge: {type(error).__name__}: {error}"
-        return fail("error", what, hint=f"{again}please report it with the recipe and the command", exit_code=1)
+        return fail("error", error.strerror, where=os.fspath(error.filename), exit_code=1)
+    except Exception as error:  # noqa: BLE001 - the last resort: whatever it is, the user gets a sentence
+        return bug(error)
     return 0
 
 

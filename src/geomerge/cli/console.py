@@ -26,6 +26,8 @@ _UNLIMITED = 100_000
 _GAP = 2
 _LAST = 24
 """To what width a table's last column is broken before any other is."""
+_LEAST = 14
+"""To what width a column that is no number can be broken at all."""
 
 
 class Stopped(Exception):
@@ -111,8 +113,9 @@ def show(*parts: RenderableType) -> None:
     write_lines(line.rstrip() for line in captured.get().splitlines())
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[str] = ()) -> Table:
-    """A table without lines. On a narrow terminal first the last column is broken, then the others.
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[str] = ()) -> RenderableType:
+    """A table without lines. On a narrow terminal first the last column is broken, then the others; where the numbers alone
+    are too wide, they are shown in several tables below each other, each with the columns that are no numbers.
 
     Args:
         columns: The headings.
@@ -120,18 +123,46 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Seque
         right: The headings of columns of numbers, which are never broken.
     """
     from rich.cells import cell_len
-    from rich.table import Table
+    from rich.console import Group
 
     cells = [list(row) for row in rows]
+    room = _width() or _UNLIMITED
     widths = [max(cell_len(row[i]) for row in [columns, *cells]) + _GAP for i in range(len(columns))]
-    left = (_width() or _UNLIMITED) - sum(widths[:-1])
+    numbers = [i for i, column in enumerate(columns) if column in right]
+    leading = sum(min(width, _LEAST) for i, width in enumerate(widths) if i not in numbers)
+    if len(numbers) < 2 or leading + sum(widths[i] for i in numbers) <= room + _GAP:
+        return _table(columns, cells, widths, numbers, room)
+    pieces: list[list[int]] = [[]]
+    for i in numbers:
+        if pieces[-1] and leading + sum(widths[n] for n in [*pieces[-1], i]) > room + _GAP:
+            pieces.append([])
+        pieces[-1].append(i)
+    made: list[RenderableType] = []
+    for piece in pieces:
+        kept = [i for i in range(len(columns)) if i in piece or i not in numbers]
+        own = [kept.index(i) for i in piece]
+        part = _table(
+            [columns[i] for i in kept], [[r[i] for i in kept] for r in cells], [widths[i] for i in kept], own, room
+        )
+        made += ["", part] if made else [part]
+    return Group(*made)
+
+
+def _table(
+    columns: Sequence[str], cells: list[list[str]], widths: Sequence[int], numbers: Sequence[int], room: int
+) -> Table:
+    from rich.cells import cell_len
+    from rich.table import Table
+
     made = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0), header_style="bold")
-    for column in columns:
-        number = column in right
-        made.add_column(column, justify="right" if number else "left", no_wrap=number, overflow="fold")
-    made.columns[-1].max_width = max(left, _LAST)
+    for i, column in enumerate(columns):
+        made.add_column(column, justify="right" if i in numbers else "left", no_wrap=i in numbers, overflow="fold")
+    last = max(room - sum(widths[:-1]), _LAST)
+    made.columns[-1].max_width = last
     for row in cells:
-        made.add_row(*row)
+        # A call that has to be broken is broken before its arguments, not in one of its numbers.
+        broken = row[-1].replace("(", " (", 1) if " " not in row[-1] and cell_len(row[-1]) > last else row[-1]
+        made.add_row(*row[:-1], broken)
     return made
 
 

@@ -20,7 +20,7 @@ def demo(
 
     The experts ship with geomerge: six skills of a small language model, trained by `geomerge lab build skills`.
     """
-    from geomerge.cli.console import clean, duration, facts, heading, show, table
+    from geomerge.cli.console import Stopped, clean, duration, facts, heading, show, table
     from geomerge.cli.evaluate_page import watch
     from geomerge.lab.demo import run_demo
 
@@ -28,8 +28,11 @@ def demo(
         if not quiet:
             typer.echo(text, err=True)
 
-    with watch(quiet=quiet) as progress:
-        made = run_demo(out, say=say, progress=progress)
+    try:
+        with watch(quiet=quiet) as progress:
+            made = run_demo(out, say=say, progress=progress)
+    except KeyboardInterrupt:
+        raise Stopped(f"what was made lies in {out}", "the same command begins anew there") from None
     tasks = [t.name for t in made.scores.tasks]
     rows = []
     for model in made.scores.models:

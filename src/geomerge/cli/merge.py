@@ -14,7 +14,7 @@ from geomerge.cli.options import AllowPickle, AsJson, Compat, Quiet, Requantize,
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from rich.table import Table
+    from rich.console import RenderableType
 
     from geomerge.checkpoint.checkpoint import Checkpoint
     from geomerge.cli.progress import Silent
@@ -104,7 +104,7 @@ def merge(
     if json:
         write_json(as_json(plan, report, progress))
     else:
-        show_report(plan, report, progress, shard)
+        show_report(plan, report, progress, shard, resume=resume)
 
 
 def write_output(
@@ -152,7 +152,7 @@ def write_output(
     if json:
         write_json(as_json(plan, report, progress))
     else:
-        show_report(plan, report, progress)
+        show_report(plan, report, progress, resume=resume)
 
 
 def _left(recipe: str, out: Path, options: list[str]) -> tuple[str, str | None]:
@@ -202,7 +202,7 @@ def _codes(report: Report) -> str:
     return text if not beyond else f"{text}; {len(beyond)} lose more than {ALLOWED} times what their parents lose"
 
 
-def _codes_table(report: Report) -> Table:
+def _codes_table(report: Report) -> RenderableType:
     """What each kind of tensor lost over the blocks, beside what its parents' codes lose, the worst first."""
     from geomerge.cli.console import clean, table
     from geomerge.cli.patterns import split
@@ -223,7 +223,9 @@ def _codes_table(report: Report) -> Table:
     return table(columns, [cells for _, cells in sorted(rows, key=lambda row: -row[0])], right=columns[1:])
 
 
-def show_report(plan: Plan, report: Report, progress: Silent, shard: str | None = None) -> None:
+def show_report(
+    plan: Plan, report: Report, progress: Silent, shard: str | None = None, *, resume: bool = False
+) -> None:
     """Tell the user what a run did."""
     from geomerge.cli.console import amount, clean, count, duration, heading, show, show_facts
     from geomerge.cli.plan_page import rounding
@@ -236,9 +238,12 @@ def show_report(plan: Plan, report: Report, progress: Silent, shard: str | None 
         ("output", f"{count(report.tensors, 'tensor')}, {speed}"),
     ]
     if shard is not None:
-        rows.append(("next", "when all shards are made: geomerge finalize OUT"))
+        whole = report.out.with_name(report.out.name.removesuffix(".partial"))
+        rows.append(("next", f"when all shards are made: geomerge finalize {clean(shlex.quote(str(whole)))}"))
     if report.resumed:
         rows.append(("resumed", f"{count(report.resumed, 'tensor')} were finished before"))
+    elif resume:
+        rows.append(("resumed", "nothing: no earlier run had finished a tensor"))
     if plan.stages[-1].compat is not None:
         rows.append(("profile", f"compat: {clean(plan.stages[-1].compat)}"))
     loss = rounding(plan, report.rounding_loss)

@@ -28,10 +28,12 @@ def moe(
     or at random. The output is a Mixtral, Qwen2-MoE, Qwen3-MoE or DeepSeek-style model that transformers loads.
     """
     from geomerge.checkpoint.layout import parse_size
+    from geomerge.checkpoint.output_place import check_free
     from geomerge.cli.merge import write_output
     from geomerge.moe.build import plan_moe
 
     size = parse_size(shard_size)
+    check_free(out, force=force)
     plan, opened = plan_moe(config, allow_pickle=allow_pickle, device=device)
     write_output(
         "building",

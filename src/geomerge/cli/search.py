@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from pathlib import Path
+import signal
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -32,21 +33,31 @@ def search(
     Presets first, then a sampler's proposals. Candidates are blended in memory; the winner is scored
     on samples that the search has not seen. Interrupted, it keeps what is known; --resume goes on.
     """
+    from geomerge.checkpoint.output_place import check_free
     from geomerge.cli.console import Stopped, write_json
-    from geomerge.errors import UsageError
     from geomerge.search import run
     from geomerge.search.study import load_study
 
-    if merge is not None and merge.exists():
-        raise UsageError("the output exists", where=str(merge), hint="name another directory for --merge")
+    if merge is not None:
+        check_free(merge)
+    if report is not None:
+        from geomerge.report.build import check_place
+
+        check_place(report, None)
     read = load_study(study)
     folder = out or study.with_suffix("")
     if folder == study:
         folder = study.with_name(study.name + ".search")
+    if resume and not quiet and not (folder / run.STORAGE).exists():
+        typer.echo(f"nothing to go on with in {folder}: the search begins", err=True)
+    # Batch systems end a job with SIGTERM: what is known is then concluded as after Ctrl-C.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         found = run.search(read, folder, resume=resume, progress=None if quiet else _Lines(), allow_pickle=allow_pickle)
     except KeyboardInterrupt:
         raise Stopped("no trial was finished") from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if merge is not None:
         from geomerge.api import merge as write
 
@@ -99,7 +110,8 @@ def _show(found: Found, folder: Path, merged: Path | None, report: Path | None) 
     rows += [("report", clean(report))] if report else []
     parts = list(found.held_out[0].parts)
     # A line for each task: there may be more of them than a terminal has room for side by side.
-    names = [clean(h.name) for h in found.held_out]
+    short = [PurePath(h.name).name for h in found.held_out]
+    names = [clean(s if short.count(s) == 1 else h.name) for s, h in zip(short, found.held_out, strict=True)]
     scores = [("objective", *(f"{h.value:.4f}" for h in found.held_out))]
     scores += [(clean(part), *(f"{h.parts[part]:.4f}" for h in found.held_out)) for part in parts]
     show(

@@ -11,9 +11,8 @@ This is the one part of a diagnosis that loads the models (through transformers)
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from itertools import combinations
@@ -23,8 +22,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from geomerge.errors import ModelError, UsageError
+from geomerge.errors import ModelError, UsageError, first_line
 from geomerge.late import without_gradients
+from geomerge.quietly import quiet_transformers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -240,12 +240,12 @@ def _states(model: _Loaded, ids: list[int], device: str) -> list[Tensor]:
 def _load(name: str, folder: Path, device: str, dtype: str) -> _Loaded:
     import transformers
 
-    with _quiet(transformers):
+    with quiet_transformers():
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         except Exception as error:  # noqa: BLE001 - the library raises whatever a damaged file leads to
             raise ModelError(
-                f"its tokenizer cannot be loaded: {_first_line(error)}",
+                f"its tokenizer cannot be loaded: {first_line(error)}",
                 where=name,
                 hint="CKA needs texts cut into tokens; leave out --cka and --probe to compare the weights only",
             ) from None
@@ -254,27 +254,9 @@ def _load(name: str, folder: Path, device: str, dtype: str) -> _Loaded:
                 str(folder), dtype=getattr(torch, dtype), local_files_only=True, use_safetensors=True
             )
         except Exception as error:  # noqa: BLE001 - see above
-            raise ModelError(f"it cannot be loaded by transformers: {_first_line(error)}", where=name) from None
+            raise ModelError(f"it cannot be loaded by transformers: {first_line(error)}", where=name) from None
     try:
         module = module.to(device).eval()
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"the device {device!r} cannot be used: {_first_line(error)}") from None
+        raise UsageError(f"the device {device!r} cannot be used: {first_line(error)}") from None
     return _Loaded(module, tokenizer, name)
-
-
-def _first_line(error: Exception) -> str:
-    said = str(error).strip().splitlines()
-    return said[0] if said else type(error).__name__
-
-
-@contextlib.contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    before, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(before)
-        if bars:
-            transformers.logging.enable_progress_bar()

@@ -12,12 +12,13 @@ what a matrix method makes of them not on λ, so that is done once, too; a candi
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from geomerge.anatomy import memory_names
 from geomerge.checkpoint.checkpoint import Checkpoint
 from geomerge.checkpoint.dtypes import to_torch
 from geomerge.checkpoint.reader import resident
@@ -106,7 +107,7 @@ class ModuleSink:
     def __init__(self, module: torch.nn.Module, plan: Plan) -> None:
         state = module.state_dict(keep_vars=True)
         prefix = str(getattr(module, "base_model_prefix", "")) + "."
-        renamed = _renaming(module)
+        renamed = memory_names.in_memory(module)
         self._flat: dict[str, Tensor] = {}
         touched: set[int] = set()
         for node in plan.output_nodes():
@@ -142,20 +143,6 @@ class ModuleSink:
         """See `geomerge.engine.sinks.Sink`."""
         flat = self._flat.get(node.name)
         return None if flat is None or flat.dtype != to_torch(node.dtype) else in_memory(flat)
-
-
-def _renaming(module: torch.nn.Module) -> Callable[[str], str]:
-    """From a tensor's name on disk to its name in memory: transformers 5 keeps some architectures under other names."""
-    try:
-        from transformers import PreTrainedModel
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightRenaming, rename_source_key
-    except ImportError:  # an earlier version, which has no such table
-        return lambda name: name
-    if not isinstance(module, PreTrainedModel):
-        return lambda name: name
-    table = [each for each in get_model_conversion_mapping(module) if isinstance(each, WeightRenaming)]
-    return lambda name: str(rename_source_key(name, table, [])[0])
 
 
 def _needed(node: Node) -> bool:

@@ -30,7 +30,7 @@ from geomerge.engine.plan import InputModel, Node, Plan
 from geomerge.engine.processes import Processes, interpreted, suitable
 from geomerge.engine.sinks import FileSink, MemorySink
 from geomerge.engine.survey import survey_bytes, surveyed
-from geomerge.errors import ModelError, RunError, UsageError, did_you_mean
+from geomerge.errors import ModelError, RunError, UsageError, did_you_mean, first_line
 from geomerge.methods import native, registry
 from geomerge.methods.tile import TILE
 from geomerge.version import __version__
@@ -403,8 +403,7 @@ def make_builder(plan: Plan, opened: Sequence[Checkpoint], device: str, tile: in
         try:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else "unknown"
-            raise UsageError(f"the device {device!r} cannot be used: {reason}") from None
+            raise UsageError(f"the device {device!r} cannot be used: {first_line(error)}") from None
     # A device wants tiles that are worth a transfer; a core wants tiles that stay in its cache.
     return Builder(
         plan,
@@ -478,5 +477,6 @@ def _card(plan: Plan, name: str, said: Sequence[str]) -> str:
         version=__version__,
         library=library,
         warnings=said,
+        onto_base=mixture or (method is not None and method.adds_to_base()),
         command=f"geomerge {MIXTURE if mixture else 'merge'} recipe.yml output",
     )

@@ -84,9 +84,11 @@ class Schedule:
         self._curves = [self._curve(key, value) for key, value in said.items()]
         self._biases = [self._curve(key, value) for key, value in bias.items()]
         self._used: set[str] = set()
+        self._roles: set[str] = set()
 
     def __call__(self, part: Part) -> float:
         u = self._depth(part)
+        self._roles.add(part.role)
         value = _interpolate(self._find(self._curves, part) or self._default, u)
         bias = self._find(self._biases, part)
         return value if bias is None else min(max(value + _interpolate(bias, u), 0.0), 1.0)
@@ -107,9 +109,12 @@ class Schedule:
         asked = [key for key, _, _ in self._curves if key in self._own] + [key for key, _, _ in self._biases]
         for key in asked:
             if key not in self._used:
+                known = ALIASES.get(key, key) in ROLES
                 raise self._refuse(
                     f"the schedule's {key!r} is neither the role of a tensor nor a piece of its name",
-                    did_you_mean(key, (*ROLES, *WORDS)),
+                    f"the merged tensors' roles are: {', '.join(sorted(self._roles))}"
+                    if known
+                    else did_you_mean(key, (*ROLES, *WORDS)),
                 )
 
     def _find(self, curves: list[Curve], part: Part) -> list[float] | None:

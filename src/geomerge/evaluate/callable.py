@@ -92,7 +92,7 @@ class CallableTask:
             raise
         except Exception as error:
             raise RunError(f"the function failed: {type(error).__name__}: {error}", where=self.name) from error
-        return _samples(found, self.name)
+        return _samples(found, self.name, self.metric)
 
     def _kind(self) -> str:
         return str(getattr(self.function, "kind", "causal-lm"))
@@ -151,7 +151,7 @@ def callable_task(reference: str) -> CallableTask:
     return CallableTask(found, f"{path.name}:{function}", hashlib.sha256(source).hexdigest()[:16])
 
 
-def _samples(found: Any, name: str) -> Samples:
+def _samples(found: Any, name: str, metric: str) -> Samples:
     """Samples from whatever the function returned."""
     import numpy as np
 
@@ -160,6 +160,8 @@ def _samples(found: Any, name: str) -> Samples:
         if "values" not in found:
             raise RunError("the function's mapping has no 'values'", where=name)
         found, weights, hashes = found["values"], found.get("weights"), found.get("hashes")
+    if found is None:
+        raise RunError("the function returned nothing", where=name, hint="does it lack a `return`?")
     if hasattr(found, "detach"):
         found = found.detach().cpu().double().numpy()
     try:
@@ -168,5 +170,17 @@ def _samples(found: Any, name: str) -> Samples:
         raise RunError(f"the function returned something that is no numbers: {error}", where=name) from None
     if values.ndim != 1:
         raise RunError(f"the function returned values of shape {values.shape}, not one a sample", where=name)
+    if not len(values):
+        raise RunError("the function returned no values: there must be one a sample", where=name)
+    if not np.isfinite(values).all():
+        first = int(np.flatnonzero(~np.isfinite(values))[0])
+        raise RunError(f"the function returned {values[first]} for sample {first + 1} of {len(values)}", where=name)
+    if metric == "accuracy" and not ((values >= 0) & (values <= 1)).all():
+        outside = values[(values < 0) | (values > 1)][0]
+        raise RunError(
+            f"the function returned {outside:g} as an accuracy",
+            where=name,
+            hint="accuracies lie in 0 to 1; set the function's attribute `metric` to another name for anything else",
+        )
     names = [str(i) for i in range(len(values))] if hashes is None else [str(h) for h in hashes]
     return Samples.of(values, (hash_text(n) for n in names), weights=weights)

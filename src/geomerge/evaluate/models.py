@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from geomerge.checkpoint.hub import is_hub_id
-from geomerge.errors import ModelError, UsageError
+from geomerge.errors import ModelError, UsageError, first_line
 from geomerge.evaluate.scores import ModelRow, Role
 from geomerge.evaluate.task import Settings
+from geomerge.quietly import quiet_transformers
 
 if TYPE_CHECKING:
     from torch import nn
@@ -154,25 +155,18 @@ class Model:
             import transformers
 
             dtype = "auto" if settings.dtype == "auto" else getattr(torch, settings.dtype)
-            before = transformers.logging.get_verbosity()
-            bars = transformers.logging.is_progress_bar_enabled()
-            transformers.logging.set_verbosity_error()
-            transformers.logging.disable_progress_bar()
             try:
-                made, report = getattr(transformers, kind).from_pretrained(
-                    str(self.folder),
-                    dtype=dtype,
-                    local_files_only=True,
-                    use_safetensors=True,
-                    trust_remote_code=settings.trust_remote_code,
-                    output_loading_info=True,
-                )
+                with quiet_transformers():
+                    made, report = getattr(transformers, kind).from_pretrained(
+                        str(self.folder),
+                        dtype=dtype,
+                        local_files_only=True,
+                        use_safetensors=True,
+                        trust_remote_code=settings.trust_remote_code,
+                        output_loading_info=True,
+                    )
             except Exception as error:  # noqa: BLE001 - see above
                 raise self._refused(f"it cannot be loaded by {kind}", error) from None
-            finally:
-                transformers.logging.set_verbosity(before)
-                if bars:
-                    transformers.logging.enable_progress_bar()
             missing = sorted(report["missing_keys"])
             if missing:
                 # They would be filled with random numbers.
@@ -185,13 +179,10 @@ class Model:
         return self._loaded[kind]  # type: ignore[no-any-return]
 
     def _refused(self, what: str, error: Exception) -> ModelError:
-        said = str(error).strip().splitlines()
         hint = None
         if "trust_remote_code" in str(error):
             hint = "the model brings its own code; --trust-remote-code runs it"
-        return ModelError(
-            f"{what}: {said[0] if said else type(error).__name__}", where=self.reference or self.name, hint=hint
-        )
+        return ModelError(f"{what}: {first_line(error)}", where=self.reference or self.name, hint=hint)
 
 
 def _placed(module: nn.Module, settings: Settings) -> nn.Module:
@@ -206,8 +197,7 @@ def _placed(module: nn.Module, settings: Settings) -> nn.Module:
     try:
         return module.to(settings.device, dtype).eval()
     except (RuntimeError, AssertionError) as error:
-        first = str(error).splitlines()[0]
-        raise UsageError(f"the device {settings.device!r} cannot be used: {first}") from None
+        raise UsageError(f"the device {settings.device!r} cannot be used: {first_line(error)}") from None
 
 
 @contextlib.contextmanager

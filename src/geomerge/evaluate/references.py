@@ -84,6 +84,8 @@ def _find(reference: str, include: Sequence[str | Path]) -> list[Task]:
         if not Path(rest).expanduser().is_dir() and lab.is_lab(rest):
             return list(lab.lab_tasks(rest))
         return [classification.classification_task(reference)]
+    if reference.endswith(".py"):
+        raise UsageError(f"{reference} names no function", hint=f"a task of your own is named {reference}:FUNCTION")
     if own.is_callable(reference):
         return [own.callable_task(reference)]
     if lab.is_lab(reference):

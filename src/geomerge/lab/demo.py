@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,31 +22,41 @@ PAIR = ("reasoning", "recall")
 RECIPES: Mapping[str, str] = {
     "linear": """\
 merge_method: linear
-models: [{{model: {a}}}, {{model: {b}}}]
+models:
+  - model: {a}
+  - model: {b}
 parameters: {{weight: 0.5}}
 """,
     "slerp": """\
 merge_method: slerp
 base_model: {a}
-models: [{{model: {a}}}, {{model: {b}}}]
+models:
+  - model: {a}
+  - model: {b}
 parameters: {{t: 0.5}}
 """,
     "layer_adaptive_slerp": """\
 merge_method: layer_adaptive_slerp
 base_model: {a}
-models: [{{model: {a}}}, {{model: {b}}}]
+models:
+  - model: {a}
+  - model: {b}
 schedule: S
 """,
     "task_arithmetic": """\
 merge_method: task_arithmetic
 base_model: {base}
-models: [{{model: {a}}}, {{model: {b}}}]
+models:
+  - model: {a}
+  - model: {b}
 parameters: {{weight: 0.8}}
 """,
     "ties": """\
 merge_method: ties
 base_model: {base}
-models: [{{model: {a}}}, {{model: {b}}}]
+models:
+  - model: {a}
+  - model: {b}
 parameters: {{weight: 0.8, density: 0.8, normalize: false}}
 """,
 }
@@ -105,7 +115,7 @@ def run_demo(out: Path, *, say: Callable[[str], None] = lambda text: None, progr
     merged, seconds = {}, {}
     for method, text in RECIPES.items():
         recipe = out / f"{method}.yml"
-        said = {name: f'"{os.path.relpath(path)}"' for name, path in places.items()}
+        said = {name: json.dumps(str(path.resolve())) for name, path in places.items()}
         recipe.write_text(text.format(**said) + "dtype: float32\n", encoding="utf-8")
         merged[method] = out / method
         say(f"geomerge merge {recipe} {merged[method]}")

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from geomerge.errors import ModelError
+from geomerge.errors import ModelError, first_line
 from geomerge.lab.classification import ClassificationTask
 from geomerge.lab.kinds import LabTask, Requirement, Split, Tick
 from geomerge.lab.training import generator_for, reproducible, seed_for, train
@@ -251,7 +251,7 @@ class MlpKind:
                 model = _encoder(tuple(config["widths"]))
             model.load_state_dict({k: v.float() for k, v in load_file(str(path / "model.safetensors")).items()})
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-            raise ModelError(f"it is not a model of the suite mlp: {error}", where=str(path)) from None
+            raise ModelError(f"it is not a model of the suite mlp: {first_line(error)}", where=str(path)) from None
         return model.eval()
 
 

@@ -133,17 +133,3 @@ def train(
                 tick(1)
         model.eval()
     return losses
-
-
-@contextlib.contextmanager
-def no_bars() -> Iterator[None]:
-    """transformers draws a bar for every file that it reads or writes; not here."""
-    from transformers.utils import logging
-
-    drawn = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if drawn:
-            logging.enable_progress_bar()

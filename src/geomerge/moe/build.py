@@ -13,6 +13,7 @@ from torch import Tensor
 
 from geomerge.checkpoint.config import edit_config
 from geomerge.checkpoint.dtypes import DTYPES, recipe_name, to_torch
+from geomerge.checkpoint.output_place import check_free
 from geomerge.checkpoint.reader import from_state_dict
 from geomerge.engine.models import Model, Models
 from geomerge.engine.output import donor_files
@@ -58,6 +59,7 @@ def moe(
         RecipeError: The configuration is wrong; the line is named.
         ModelError: A model cannot be used, or the models do not fit.
     """
+    check_free(out, force=force)
     plan, opened = plan_moe(config, allow_pickle=allow_pickle, device=device)
     return run_plan(plan, out, inputs=opened, threads=threads, resume=resume, force=force, progress=progress, **options)
 

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from geomerge.errors import ModelError
+from geomerge.errors import ModelError, UsageError, first_line
+from geomerge.quietly import quiet_transformers
 
 if TYPE_CHECKING:
     from geomerge.moe.spec import Expert
@@ -64,6 +65,7 @@ def prompt_gates(
 
     Raises:
         ModelError: transformers cannot load the tokenizer or the model.
+        UsageError: The device cannot be used.
     """
     states = _Embedded(folder, blocks, embed) if mode == "cheap_embed" else _Run(folder, mode, device)
     gates = []
@@ -95,7 +97,7 @@ class _Prompts:
             self._tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         except Exception as error:
             raise ModelError(
-                f"its tokenizer cannot be loaded: {_first_line(error)}",
+                f"its tokenizer cannot be loaded: {first_line(error)}",
                 where=str(folder),
                 hint="`gate_mode: random` needs none",
             ) from error
@@ -131,16 +133,20 @@ class _Run(_Prompts):
         super().__init__(folder)
         self._mode, self._device = mode, device
         try:
-            self._model: Any = transformers.AutoModel.from_pretrained(
-                str(folder), dtype="auto", local_files_only=True, trust_remote_code=False
-            )
+            with quiet_transformers():
+                self._model: Any = transformers.AutoModel.from_pretrained(
+                    str(folder), dtype="auto", local_files_only=True, trust_remote_code=False
+                )
         except Exception as error:
             raise ModelError(
-                f"it cannot be loaded by transformers: {_first_line(error)}",
+                f"it cannot be loaded by transformers: {first_line(error)}",
                 where=str(folder),
                 hint="`gate_mode: cheap_embed` and `random` do not run the model",
             ) from error
-        self._model.to(device).eval()
+        try:
+            self._model.to(device).eval()
+        except (RuntimeError, AssertionError) as error:
+            raise UsageError(f"the device {device!r} cannot be used: {first_line(error)}") from None
         self._seen: list[Any] = []
         if mode == "mlp_input":
             for layer in self._model.layers:
@@ -161,7 +167,3 @@ class _Run(_Prompts):
             stacked = torch.stack([state[0].double().cpu() for state in states])
             last = self._mode in ("hidden", "hidden_last")
             return np.asarray((stacked[:, -1] if last else stacked.mean(dim=1)).numpy())
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -79,8 +79,14 @@ def tasks_figure(sheet: Sheet, name: str, tasks: Sequence[TaskRow]) -> Figure:
         alt=f"Bars with intervals of {count(len(models), 'model')} on each of {count(len(tasks), 'task')}; "
         "the table beside it holds the numbers.",
         caption="Each task by itself, 95 % intervals."
+        + (" The dotted line is what guessing scores." if any(_guessed(sheet, task) for task in tasks) else "")
         + (f" The {len(models)} models that tell most; {left} more in the table." if left else ""),
     )
+
+
+def _guessed(sheet: Sheet, task: TaskRow) -> bool:
+    """Whether a line shows what guessing scores."""
+    return task.name in sheet.fractions and task.chance is not None and 0 < task.chance < 1
 
 
 def _tasks(sheet: Sheet, models: Sequence[ModelRow], tasks: Sequence[TaskRow], width: float) -> Drawing:
@@ -112,7 +118,7 @@ def _tasks(sheet: Sheet, models: Sequence[ModelRow], tasks: Sequence[TaskRow], w
             ends = axes.get_xticklabels()
             ends[0].set_horizontalalignment("left")
             ends[-1].set_horizontalalignment("right")
-            if task.chance is not None and 0 < task.chance < 1:
+            if _guessed(sheet, task):
                 axes.axvline(task.chance, color=Colour.MUTED, linewidth=0.8, linestyle=(0, (1, 2)), zorder=3)
         axes.set_ylim(len(models) - 0.4, -0.6)
         axes.set_title(label(task.name, 30) + ("" if task.higher_is_better else "  (lower is better)"))

@@ -86,8 +86,8 @@ def _lead(sheet: Sheet, merge: ModelRow) -> list[str]:
         many = {0: "none", len(kept): "all"}.get(better, str(better))
         tasks = count(len(kept), "task")
         lead.append(
-            f"It is at least as good as the best parent on {many} of {tasks}; where it is weakest, it keeps "
-            f"{percent(min(kept), 0)}\u00a0% of that parent's score."
+            f"Task by task, it is at least as good as whichever parent is best there on {many} of {tasks}; where it is "
+            f"weakest, it keeps {percent(min(kept), 0)}\u00a0% of that parent's score."
         )
     return lead
 

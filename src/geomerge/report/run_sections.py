@@ -90,12 +90,14 @@ def _worth_saying(found: Coefficients) -> bool:
 
 
 def _same(found: Coefficients) -> str:
-    """``0.5 expert-a, 0.5 expert-b, everywhere``."""
+    """``0.5 expert-a, 0.5 expert-b in every tensor``, or about that much in each."""
     said = []
     for grid in found.grids[:12]:
-        value = number(round(next(iter(grid.values.values())), 4), 3)
+        values = grid.values.values()
+        value = number(round(sum(values) / len(values), 4), 3)
         said.append(f"{value} {grid.title}" if len(found.grids) > 1 else value)
-    return f"{', '.join(dict.fromkeys(said))}{', …' if len(found.grids) > 12 else ''} in every tensor"
+    about = "" if all(grid.spread == 0 for grid in found.grids) else "about "
+    return f"{about}{', '.join(dict.fromkeys(said))}{', …' if len(found.grids) > 12 else ''} in every tensor"
 
 
 def _title(run: Run) -> str:

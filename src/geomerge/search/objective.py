@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
-from geomerge.errors import ModelError, UsageError
+from geomerge.errors import ModelError, UsageError, did_you_mean, first_line
+from geomerge.quietly import quiet_transformers
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -66,7 +67,7 @@ class LabJudge:
         wanted = [task for _, _, task in chosen if task] or [t for t in tasks if t in self._suite.experts]
         for task in wanted:
             if task not in tasks:
-                raise UsageError(f"the suite {reference} has no task {task!r}", hint=f"it has {', '.join(tasks)}")
+                raise UsageError(f"the suite {reference} has no task {task!r}", hint=did_you_mean(task, tasks))
         self._tasks = {name: tasks[name] for name in wanted}
         self._limit = limit
 
@@ -92,7 +93,7 @@ class TextJudge:
         try:
             tokenizer = AutoTokenizer.from_pretrained(parents[0], local_files_only=Path(parents[0]).exists())
         except (OSError, ValueError) as error:
-            raise ModelError(f"its tokenizer cannot be loaded: {error}", where=parents[0]) from None
+            raise ModelError(f"its tokenizer cannot be loaded: {first_line(error)}", where=parents[0]) from None
         self._windows: dict[str, dict[Half, list[list[int]]]] = {}
         for file in files:
             ids = tokenizer(_read_text(file), add_special_tokens=False, verbose=False)["input_ids"]
@@ -111,11 +112,14 @@ class TextJudge:
         from transformers import AutoModelForCausalLM
 
         try:
-            module: nn.Module = AutoModelForCausalLM.from_pretrained(
-                path, dtype=torch.float32, local_files_only=Path(path).exists()
-            )
+            with quiet_transformers():
+                module: nn.Module = AutoModelForCausalLM.from_pretrained(
+                    path, dtype=torch.float32, local_files_only=Path(path).exists()
+                )
         except (OSError, ValueError, KeyError) as error:
-            raise ModelError(f"it cannot be loaded as a causal language model: {error}", where=path) from None
+            raise ModelError(
+                f"it cannot be loaded as a causal language model: {first_line(error)}", where=path
+            ) from None
         return module.eval()
 
     def calibrate(self, parents: Sequence[nn.Module]) -> None:

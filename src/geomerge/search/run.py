@@ -150,16 +150,20 @@ def search(
 
 class _Search:
     def __init__(self, study: Study, folder: Path, judge: Judge, progress: Progress | None, allow_pickle: bool) -> None:
+        from geomerge.engine.adapted import open_model
         from geomerge.engine.live import LiveMerge
+        from geomerge.recipe.references import parse_reference
+        from geomerge.recipe.values import NOWHERE
 
         self.study, self.folder, self.judge, self.progress = study, folder, judge, progress
-        self.names = {parent: f"parent{i}" for i, parent in enumerate(study.parents)}
         self.space = space(study.space)
+        # Opened before anything else asks for them: a path that is not there is then said to be that.
+        opened = {p: open_model(parse_reference(p, NOWHERE), allow_pickle=allow_pickle) for p in study.parents}
         self.module = judge.load(study.parents[0])
         calibrate = getattr(judge, "calibrate", None)
         if calibrate is not None:
             calibrate([judge.load(parent) for parent in study.parents])
-        self.live = LiveMerge({n: p for p, n in self.names.items()}, self.module, allow_pickle=allow_pickle)
+        self.live = LiveMerge(opened, self.module)
         self.blocks = self._blocks()
         self._blend(preset("global"))  # whatever is wrong with the parents shows here, before anything is written
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -284,7 +288,7 @@ class _Search:
     def _blend(self, schedule: Schedule) -> None:
         from geomerge.recipe import loads
 
-        self.live.blend(loads(self.study.recipe_text(schedule, names=self.names)))
+        self.live.blend(loads(self.study.recipe_text(schedule), ""))
 
     def _blocks(self) -> int:
         from geomerge import anatomy

@@ -134,9 +134,10 @@ def greedy_soup(
         return json.dumps(data | ({"dtype": dtype} if dtype else {}), indent=1) + "\n"
 
     def score(chosen: Sequence[str]) -> float:
-        live.blend(loads(recipe(chosen)))
+        live.blend(loads(recipe(chosen), ""))
         return judge.measure(module, "search").value
 
+    live.blend(loads(recipe(models), ""))  # whatever keeps them from being averaged shows here
     alone = {m: score([m]) for m in models}
     order = sorted(models, key=lambda m: math.inf if math.isnan(alone[m]) else -alone[m])
     soup, best = [order[0]], alone[order[0]]
@@ -153,7 +154,7 @@ def greedy_soup(
             progress(tried[-1])
     held = []
     for name, chosen in (("greedy soup", soup), ("average of all", list(models)), (order[0], order[:1])):
-        live.blend(loads(recipe(chosen)))
+        live.blend(loads(recipe(chosen), ""))
         held.append((name, judge.measure(module, "held_out")))
     return Soup(
         tuple(tried),

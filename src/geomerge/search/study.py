@@ -53,22 +53,16 @@ class Study:
     dtype: str | None = None
     recipe: Mapping[str, Any] = field(default_factory=dict)
 
-    def recipe_text(self, schedule: Mapping[str, Any], *, names: Mapping[str, str] | None = None) -> str:
-        """The YAML of a candidate's recipe.
-
-        Args:
-            schedule: Its schedule.
-            names: Other names for the parents.
-        """
+    def recipe_text(self, schedule: Mapping[str, Any]) -> str:
+        """The YAML of a candidate's recipe."""
         import io
 
         from ruamel.yaml import YAML
 
-        parents = [(names or {}).get(p, p) for p in self.parents]
         data: dict[str, Any] = {
             "merge_method": self.method,
-            "base_model": parents[0],
-            "models": [{"model": p} for p in parents[1:]],
+            "base_model": self.parents[0],
+            "models": [{"model": p} for p in self.parents[1:]],
             "schedule": _rounded(schedule),
             **({"dtype": self.dtype} if self.dtype else {}),
             "guardrails": "off",
@@ -169,7 +163,29 @@ def make_study(data: Any, lines: Mapping[str, str] | None = None, where: str = "
         if own:
             raise refuse("recipe", f"the study itself sets {min(own)!r}", "remove it from 'recipe'")
         found["recipe"] = data["recipe"]
-    return Study(**found)
+    study = Study(**found)
+    _check_recipe(study, refuse)
+    return study
+
+
+def _check_recipe(study: Study, refuse: Any) -> None:
+    """Refuse what no candidate's recipe could say, at the study's own lines."""
+    from geomerge.checkpoint.dtypes import parse_dtype
+    from geomerge.methods import registry
+    from geomerge.recipe import loads
+    from geomerge.search.space import preset
+
+    for key, check in (("method", registry.get), ("dtype", parse_dtype)):
+        value = getattr(study, key)
+        if value is not None:
+            try:
+                check(value)
+            except UsageError as error:
+                raise refuse(key, error.what, error.hint) from None
+    try:
+        loads(study.recipe_text(preset("global")), "")
+    except RecipeError as error:
+        raise refuse("recipe" if study.recipe else "method", error.what, error.hint) from None
 
 
 def _objective(said: Any, refuse: Any) -> Objective:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from geomerge.errors import ModelError
+from geomerge.errors import ModelError, first_line
 from geomerge.lab.glyphs.settings import Settings
-from geomerge.lab.training import no_bars, reproducible
+from geomerge.lab.training import reproducible
+from geomerge.quietly import quiet_transformers
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -49,7 +50,7 @@ def save_backbone(model: nn.Module, out_dir: Path) -> None:
 
     rounded = copy.deepcopy(model).to(torch.bfloat16)
     assert isinstance(rounded, ViTModel)
-    with no_bars():
+    with quiet_transformers():
         rounded.save_pretrained(out_dir)
 
 
@@ -64,12 +65,12 @@ def load_backbone(path: Path) -> nn.Module:
     from transformers import ViTModel
 
     try:
-        with reproducible(0, None), no_bars():
+        with reproducible(0, None), quiet_transformers():
             model, report = ViTModel.from_pretrained(
                 str(path), dtype=torch.float32, add_pooling_layer=False, local_files_only=True, output_loading_info=True
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"it cannot be loaded as a ViT: {error}", where=str(path)) from None
+        raise ModelError(f"it cannot be loaded as a ViT: {first_line(error)}", where=str(path)) from None
     if report["missing_keys"]:
         raise ModelError(f"weights are missing: {min(report['missing_keys'])} and perhaps others", where=str(path))
     loaded: nn.Module = model

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from geomerge.errors import ModelError
+from geomerge.errors import ModelError, first_line
 from geomerge.lab.skills.generators import ALPHABET, Question
-from geomerge.lab.training import no_bars, reproducible
+from geomerge.lab.training import reproducible
+from geomerge.quietly import quiet_transformers
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -128,7 +129,7 @@ def save_model(model: nn.Module, out_dir: Path, *, chat: bool = False) -> None:
     import torch
 
     copied: Any = copy.deepcopy(model).to(torch.bfloat16)
-    with no_bars():
+    with quiet_transformers():
         copied.save_pretrained(out_dir)
     make_tokenizer(chat=chat).save_pretrained(out_dir)
 
@@ -143,8 +144,10 @@ def load_model(path: Path) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     try:
-        with no_bars():
+        with quiet_transformers():
             model: nn.Module = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"it cannot be loaded as a causal language model: {error}", where=str(path)) from None
+        raise ModelError(
+            f"it cannot be loaded as a causal language model: {first_line(error)}", where=str(path)
+        ) from None
     return model.eval()
