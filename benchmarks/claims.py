@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import itertools
 import json
+import math
 import re
 import tempfile
 import time
@@ -311,22 +312,26 @@ def figure(results: Mapping[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     mpl.rcParams |= {"svg.hashsalt": "geomerge", "font.size": 8}
-    fig, axes = plt.subplots(1, len(results), figsize=(4.2 * len(results), 4.4), squeeze=False, layout="constrained")
-    for axis, (title, rows) in zip(axes[0], results.items(), strict=True):
+    down = math.ceil(len(results) / 2)
+    most = max(map(len, results.values()))
+    fig, axes = plt.subplots(down, 2, figsize=(8.6, down * 0.15 * most + 0.6), squeeze=False, layout="constrained")
+    for axis in axes.flat[len(results) :]:
+        axis.set_axis_off()
+    for axis, (title, rows) in zip(axes.flat, results.items(), strict=False):
         names = sorted((n for n in rows if not n.startswith("(")), key=lambda n: np.mean(rows[n]["tuned"]))
         for y, name in enumerate(names):
             values = 100 * np.array(rows[name]["tuned"])
-            axis.plot([values.min(), values.max()], [y, y], color="#9db4c8", lw=2.5, solid_capstyle="round")
-            axis.plot(values.mean(), y, "o", color="#0b4f8a", ms=4)
-        axis.axvline(100 * np.mean(rows["linear"]["tuned"]), color="#c05a1c", lw=1, ls="--", label="averaging")
-        axis.axvline(
-            100 * np.mean(rows["(each task by its own expert)"]["default"]), color="#3b7d3b", lw=1, label="own experts"
-        )
+            (seeds,) = axis.plot([values.min(), values.max()], [y, y], color="#9db4c8", lw=2.5, solid_capstyle="round")
+            (mean,) = axis.plot(values.mean(), y, "o", color="#0b4f8a", ms=4)
+        averaging = axis.axvline(100 * np.mean(rows["linear"]["tuned"]), color="#c05a1c", lw=1, ls="--")
+        own = axis.axvline(100 * np.mean(rows["(each task by its own expert)"]["default"]), color="#3b7d3b", lw=1)
         axis.set_yticks(range(len(names)), names)
+        axis.set_ylim(-1, len(names))
         axis.set_title(title, loc="left", fontsize=9)
         axis.set_xlabel("mean accuracy, %")
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False, loc="lower right", fontsize=7)
+    said = {"from the least to the largest seed": seeds, "their mean": mean, "averaging": averaging, "own experts": own}
+    fig.legend(said.values(), said.keys(), loc="outside upper center", ncols=4, frameon=False)
     fig.savefig(path, metadata={"Date": None})
 
 

@@ -106,7 +106,7 @@ def table(curves: dict[str, np.ndarray], own: np.ndarray, peaks: list[float]) ->
 
 
 def picture(curves: dict[str, np.ndarray], own: np.ndarray) -> None:
-    """docs/continual.svg, readable on light and dark pages."""
+    """docs/continual.svg, on white."""
     import matplotlib as mpl
 
     mpl.use("svg")
@@ -135,7 +135,7 @@ def picture(curves: dict[str, np.ndarray], own: np.ndarray) -> None:
         axes.spines[side].set_visible(False)
     axes.legend(frameon=False, fontsize=9, labelcolor=grey)
     figure.tight_layout()
-    figure.savefig(ROOT / "docs" / "continual.svg", transparent=True, metadata={"Date": None})
+    figure.savefig(ROOT / "docs" / "continual.svg", metadata={"Date": None})
     plt.close(figure)
 
 

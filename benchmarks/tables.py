@@ -123,7 +123,7 @@ def short(rows: list[dict[str, Any]], machine: dict[str, Any]) -> str:
 
 
 def picture(root: Path) -> None:
-    """Draw whole-process times beside the peer's as docs/benchmarks.svg, readable on light and dark pages."""
+    """Draw whole-process times beside the peer's as docs/benchmarks.svg, on white."""
     import matplotlib as mpl
 
     mpl.use("svg")
@@ -146,5 +146,5 @@ def picture(root: Path) -> None:
     for side in axes.spines.values():
         side.set_visible(False)
     figure.tight_layout()
-    figure.savefig(root / "docs" / "benchmarks.svg", transparent=True, metadata={"Date": None})
+    figure.savefig(root / "docs" / "benchmarks.svg", metadata={"Date": None})
     plt.close(figure)

@@ -49,6 +49,10 @@ def demo(
                 ("apart", f"a mean angle of {score.omega_bar:.3f} rad; compatibility score S = {score.value:.2f} of 2"),
                 ("decision", clean(found.decision.headline)),
                 *(("and" if i else "because", clean(r)) for i, r in enumerate(found.decision.reasons)),
+                (
+                    "beyond",
+                    "it chooses among SLERP's schedules; methods that add task vectors to the base are scored below",
+                ),
             ]
         ),
     )
