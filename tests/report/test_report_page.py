@@ -50,6 +50,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
+def test_the_best_merge_is_shown_first(folder: Path) -> None:
+    """In whatever order the directories are given; a merge that is called as its method is titled once."""
+    given = [folder / "ties", folder / "slerp", folder / "scores.json"]
+    page = build(read_inputs(given)).html()
+    assert page.index("<h3>slerp</h3>") < page.index("<h3>ties</h3>")
+    assert "dotted line is what guessing scores" in page
+
+
 def nothing_loaded(page: str) -> None:
     """The page names no address outside of itself."""
     seen = Seen(page)

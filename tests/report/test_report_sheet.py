@@ -210,6 +210,7 @@ def test_coefficients_of_one_value(tmp_path: Path) -> None:
     assert [(g.title, set(g.values.values())) for g in found["density"].grids] == [("a", {0.5}), ("b", {0.5})]
     page = build(Inputs((run,), ())).html()
     assert "0.5 a, 0.5 b in every tensor" in page
+    assert "about 0.5 a" not in page
     assert "ties merges a, b and base with ties" in page
 
 

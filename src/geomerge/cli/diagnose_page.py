@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from geomerge.diagnose.diagnosis import Diagnosis, Pair
-    from geomerge.diagnose.figures import Map
+    from geomerge.report.heatmap import Grid
 
 SHADES = "▁▂▃▄▅▆▇█"
 """From nothing to the largest: readable without colour."""
@@ -105,7 +105,7 @@ def _score(pair: Pair) -> list[tuple[str, str]]:
     ]
 
 
-def heat_map(one: Map) -> RenderableType:
+def heat_map(one: Grid) -> RenderableType:
     """A map in shades, with the range of each row behind it."""
     cells = _folded(one.columns)
     largest = max(one.values.values(), default=0.0) or 1.0

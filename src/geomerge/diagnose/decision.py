@@ -236,12 +236,12 @@ def _sound(flow: _Flow) -> Decision | None:
     """NaN, Inf and differences that forbid a merge."""
     bad, blocking = flow.e.not_finite, flow.e.blocking
     value = f"{len(bad)} tensors with NaN or Inf" if bad else "all finite"
-    if not flow.ask("Are the weights sound?", value, "all finite", "stop" if bad else "go on", passed=not bad):
+    if not flow.ask("Are the weights sound?", value, "all must be finite", "stop" if bad else "go on", passed=not bad):
         flow.reasons += [f"{each}: repair or retrain this parent, or leave it out" for each in bad[:5]]
         return flow.decide("do_not_merge")
     value = "no" if blocking else "yes"
     if not flow.ask(
-        "Do they fit?", value, "nothing that forbids it", "stop" if blocking else "go on", passed=not blocking
+        "Do they fit?", value, "nothing may forbid it", "stop" if blocking else "go on", passed=not blocking
     ):
         flow.reasons += blocking
         return flow.decide("do_not_merge")
@@ -255,8 +255,8 @@ def _vocabulary(flow: _Flow) -> Scope | None:
     answer = "go on" if good else "align the embeddings on the shared tokens"
     flow.ask(
         "Do they share a vocabulary?",
-        f"O = {overlap:.3f}" + (" (assumed)" if flow.e.assumed else ""),
-        f"τ_O = {limit:g}",
+        f"overlap O = {overlap:.3f}" + (" (assumed)" if flow.e.assumed else ""),
+        f"at least {limit:g}",
         answer,
         passed=good,
     )
@@ -274,7 +274,7 @@ def _vocabulary(flow: _Flow) -> Scope | None:
 def _angle(flow: _Flow, scope: Scope | None) -> tuple[Decision | None, Scope | None]:
     """Near-duplicates, and guardrail (i): too large an angle."""
     omega, limits, e = flow.e.score.omega_bar, flow.limits, flow.e
-    value, limit = f"ω̄ = {omega:.4g} rad", f"τ_dup = {limits.near_duplicate:g}, τ_ω = {limits.angle:g}"
+    value, limit = f"mean angle ω̄ = {omega:.4g} rad", f"from {limits.near_duplicate:g} to {limits.angle:g}"
     question = "How far apart are the weights?"
     if e.worst:
         flow.warnings.append(e.worst)
@@ -294,7 +294,9 @@ def _angle(flow: _Flow, scope: Scope | None) -> tuple[Decision | None, Scope | N
     likeness = "no matrices to compare" if e.likeness is None else f"likeness {e.likeness:.3f}"
     if rotated:
         flow.ask(question, value, limit, "far: look for a rotation", passed=False)
-        flow.ask("Is it a rotated basis?", likeness, f"{limits.rotation:g}", "align the bases first", passed=True)
+        flow.ask(
+            "Is it a rotated basis?", likeness, f"at least {limits.rotation:g}", "align the bases first", passed=True
+        )
         found: Scope = "residual" if e.residual and scope is None else "embedding"
         flow.reasons.append(
             f"the weights stand at {omega:.3g} rad, but the inner products between the rows of their matrices agree "
@@ -306,8 +308,8 @@ def _angle(flow: _Flow, scope: Scope | None) -> tuple[Decision | None, Scope | N
         )
         return flow.decide("align_then_merge", scope=found), found
     if omega > limits.stop:
-        flow.ask(question, value, f"stop = {limits.stop:g}", "far: look for a rotation", passed=False)
-        flow.ask("Is it a rotated basis?", likeness, f"{limits.rotation:g}", "stop", passed=False)
+        flow.ask(question, value, f"at most {limits.stop:g}", "far: look for a rotation", passed=False)
+        flow.ask("Is it a rotated basis?", likeness, f"at least {limits.rotation:g}", "stop", passed=False)
         flow.reasons.clear()  # nothing is aligned that is not merged
         flow.reasons.append(
             f"the mean angle of {omega:.3g} rad exceeds {limits.stop:g}, and no rotation explains it: the models have no "
@@ -332,7 +334,7 @@ def _size(flow: _Flow, scope: Scope | None) -> Decision:
     mode: Mode = "align_then_merge" if scope is not None else "layer_adaptive"
 
     def answer(said: str, *, passed: bool = True) -> None:
-        flow.ask("Which size class?", f"{parameters}: {size}", "<1B 1B 2B 3B 6B 7B", said, passed=passed)
+        flow.ask("Which size class?", f"{parameters}: {size}", "classes: <1B, 1B, 2B, 3B, 6B, 7B", said, passed=passed)
 
     if e.specialist is not None and size != "7B":
         flow.warnings.append(f"{e.specialist} is a specialist: expect the merge to lose some of its skill")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from geomerge.anatomy.roles import ROLES
@@ -17,44 +15,25 @@ from geomerge.engine.schedule import Schedule
 from geomerge.recipe.values import Where
 from geomerge.report import Figure
 from geomerge.report.drawing import Colour, canvas
-from geomerge.report.words import number
+from geomerge.report.heatmap import Grid, draw
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Drawing
 
     from geomerge.anatomy import Part
 
-_ROW = 0.27
 
-
-@dataclass(frozen=True)
-class Map:
-    """Numbers over depth and role of one module.
-
-    Attributes:
-        module: The module's name; empty when there is but one.
-        roles, columns: The rows; ``in``, the blocks, ``out``.
-        values: (role, column) → number; a missing one is left blank.
-    """
-
-    module: str
-    roles: tuple[str, ...]
-    columns: tuple[str, ...]
-    values: Mapping[tuple[str, str], float]
-
-
-def angle_maps(groups: Sequence[Reading]) -> list[Map]:
+def angle_maps(groups: Sequence[Reading]) -> list[Grid]:
     """The angles of a pair's groups, a map for each module."""
     return _maps({g.group: g.angle for g in groups if g.angle is not None})
 
 
-def task_maps(groups: Sequence[Reading]) -> list[Map]:
+def task_maps(groups: Sequence[Reading]) -> list[Grid]:
     """The angles of the task vectors."""
     return _maps({g.group: g.task.angle for g in groups if g.task is not None and g.task.angle is not None})
 
 
-def coefficient_maps(decision: Decision, parts: Mapping[str, Part], groups: Sequence[Reading]) -> list[Map]:
+def coefficient_maps(decision: Decision, parts: Mapping[str, Part], groups: Sequence[Reading]) -> list[Grid]:
     """The coefficients that a decision recommends, in the same cells."""
     schedule = Schedule(decision.coefficients, Where("diagnosis", 1))
     wanted = {g.group for g in groups}
@@ -66,24 +45,25 @@ def coefficient_maps(decision: Decision, parts: Mapping[str, Part], groups: Sequ
     return _maps(found)
 
 
-def _maps(values: Mapping[Group, float]) -> list[Map]:
+def _maps(values: Mapping[Group, float]) -> list[Grid]:
     made = []
     for module in dict.fromkeys(g.module for g in values):
         here = {g: v for g, v in values.items() if g.module == module}
         blocks = sorted({int(g.column) for g in here if g.column.isdigit()})
         columns = ["in", *map(str, blocks), "out"]
         made.append(
-            Map(
-                module,
+            Grid(
+                "",
                 tuple(r for r in ROLES if any(g.role == r for g in here)),
                 tuple(c for c in columns if any(g.column == c for g in here)),
                 {(g.role, g.column): v for g, v in here.items()},
+                module,
             )
         )
     return made
 
 
-def heat_figure(name: str, maps: Sequence[Map], alt: str, caption: str, *, top: float | None = None) -> Figure:
+def heat_figure(name: str, maps: Sequence[Grid], alt: str, caption: str, *, top: float | None = None) -> Figure:
     """A heat map over depth × role, a panel for each module.
 
     Args:
@@ -92,44 +72,7 @@ def heat_figure(name: str, maps: Sequence[Map], alt: str, caption: str, *, top: 
         alt, caption: See `Figure`.
         top: The number of the strongest colour; by default the largest.
     """
-    largest = top or max((v for m in maps for v in m.values.values()), default=1.0) or 1.0
-    return Figure(name, lambda width: _heat(maps, largest, width), alt=alt, caption=caption)
-
-
-def _heat(maps: Sequence[Map], largest: float, width: float) -> Drawing:
-    heights = [len(m.roles) * _ROW + 0.55 for m in maps]
-    drawing = canvas(width, sum(heights) + 0.05, hspace=0.06)
-    axes = drawing.subplots(len(maps), 1, squeeze=False, height_ratios=heights)
-    for place, one in zip(axes.flat, maps, strict=True):
-        _panel(place, one, largest, wide=width > 5)
-    return drawing
-
-
-def _panel(axes: Axes, one: Map, largest: float, *, wide: bool) -> None:
-    from matplotlib.patches import Rectangle
-
-    annotate = len(one.columns) <= (14 if wide else 8)
-    for (role, column), value in one.values.items():
-        x, y = one.columns.index(column), one.roles.index(role)
-        strength = min(max(value / largest, 0.0), 1.0)
-        place = (x - 0.46, y - 0.43)
-        axes.add_patch(Rectangle(place, 0.92, 0.86, facecolor=Colour.RULE, alpha=0.55, linewidth=0))
-        axes.add_patch(Rectangle(place, 0.92, 0.86, facecolor=Colour.ACCENT, alpha=round(strength, 3), linewidth=0))
-        if annotate:
-            ink = Colour.PAPER if strength > 0.7 else Colour.INK
-            axes.text(x, y, number(value, 2), ha="center", va="center_baseline", fontsize=6.2, color=ink)
-    axes.set_xlim(-0.5, len(one.columns) - 0.5)
-    axes.set_ylim(len(one.roles) - 0.5, -0.5)
-    axes.set_yticks(range(len(one.roles)), one.roles)
-    step = max(1, math.ceil(len(one.columns) / (28 if wide else 12)))
-    ticks = [i for i, c in enumerate(one.columns) if not c.isdigit() or int(c) % step == 0]
-    axes.set_xticks(ticks, [one.columns[i] for i in ticks])
-    axes.spines["bottom"].set_visible(False)
-    low, high = min(one.values.values()), max(one.values.values())
-    said = number(low, 3) if number(low, 3) == number(high, 3) else f"{number(low, 3)} to {number(high, 3)}"
-    if one.module:
-        axes.set_title(one.module)
-    axes.set_title(said, loc="right", fontweight="normal", fontsize=8, color=Colour.MUTED)
+    return Figure(name, lambda width: draw(maps, width, largest=top), alt=alt, caption=caption)
 
 
 def score_figure(name: str, score: Score) -> Figure:
@@ -194,7 +137,7 @@ def _path(decision: Decision, width: float) -> Drawing:
     steps = [
         (
             s.question,
-            textwrap.wrap(f"{s.value}  (limit: {s.limit})", cut),
+            textwrap.wrap(f"{s.value}  ({s.limit})", cut),
             textwrap.wrap(f"→ {s.answer}", cut),
             s.passed,
         )

@@ -45,7 +45,7 @@ def to_recipe(decision: Decision, facts: RecipeFacts) -> str:
     lines = [
         *_comment(f"geomerge diagnose: {decision.headline}"),
         *_comment(
-            f"O = {decision.overlap:.3f}, Ā = {decision.similarity:.4f}, ω̄ = {decision.omega_bar:.4g} rad, "
+            f"O = {decision.overlap:.3f}, Ā = {decision.similarity:.4f}, mean angle {decision.omega_bar:.4g} rad, "
             f"S = {decision.score:.3f}, size class {decision.size_class}"
         ),
         *(line for reason in decision.reasons for line in _comment(f"- {reason}")),

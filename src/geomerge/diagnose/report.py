@@ -199,7 +199,10 @@ def _provenance(found: Diagnosis) -> Section:
         ("family", f"{visible(found.family)}, {said_parameters(found.parameters)}"),
         (
             "thresholds",
-            f"τ_O {limits.overlap:g}, τ_ω {limits.angle:g}, stop {limits.stop:g}, τ_dup {limits.near_duplicate:g}",
+            (
+                f"overlap O at least {limits.overlap:g}; mean angle at most {limits.angle:g}, beyond {limits.stop:g} only "
+                f"with a rotation that explains it; below {limits.near_duplicate:g} near-duplicates"
+            ),
         ),
         (
             "weights of the score",

@@ -126,13 +126,15 @@ def build(inputs: Inputs, *, command: str = "") -> Report:
     for i, sheet in enumerate(inputs.sheets, 1):
         heading = Path(sheet.labels[0]).name if several else ""
         sections += score_sections(sheet, prefix=f"{i}-" if several else "", heading=heading)
-    sections += run_sections(inputs.runs)
-    cost = cost_section(inputs.sheets, inputs.runs)
+    place = {m.name: i for sheet in reversed(inputs.sheets) for i, m in enumerate(sheet.merges)}
+    runs = sorted(inputs.runs, key=lambda run: place.get(run.name, len(place)))  # the best first
+    sections += run_sections(runs)
+    cost = cost_section(inputs.sheets, runs)
     if cost is not None:
         sections.append(cost)
-    sections.append(provenance_section(inputs.sheets, inputs.runs, command, inputs.files))
-    said, lead = headline(inputs.sheets, inputs.runs)
-    return Report(title(inputs.sheets, inputs.runs), said, tuple(lead), tuple(sections))
+    sections.append(provenance_section(inputs.sheets, runs, command, inputs.files))
+    said, lead = headline(inputs.sheets, runs)
+    return Report(title(inputs.sheets, runs), said, tuple(lead), tuple(sections))
 
 
 def write(report: Report, out: Path, figures: Path | None = None) -> list[Path]:

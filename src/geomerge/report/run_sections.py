@@ -33,8 +33,7 @@ def run_sections(runs: Sequence[Run]) -> list[Section]:
         if len(shown) == 1:
             parts += how
         else:
-            method = visible(run.method)
-            parts.append(Folded(f"{visible(run.name, 60)} · {method}", how) if i >= _OPEN else _titled(run))
+            parts.append(Folded(_titled(run), how) if i >= _OPEN else Heading(_titled(run)))
             parts += how if i < _OPEN else []
     if len(runs) > _MOST_RUNS:
         parts.append(f"{count(len(runs) - _MOST_RUNS, 'further merge')} not shown.")
@@ -43,8 +42,9 @@ def run_sections(runs: Sequence[Run]) -> list[Section]:
     return made + ([rounding] if rounding is not None else [])
 
 
-def _titled(run: Run) -> Heading:
-    return Heading(f"{visible(run.name, 60)}: {visible(run.method)}")
+def _titled(run: Run) -> str:
+    name, method = visible(run.name, 60), visible(run.method)
+    return name if name == method else f"{name}: {method}"
 
 
 def _how(run: Run, prefix: str) -> list[Part]:
@@ -166,21 +166,20 @@ def _rounding(runs: Sequence[Run]) -> Section | None:
 
 def cost_section(sheets: Sequence[Sheet], runs: Sequence[Run]) -> Section | None:
     """Time and memory, as far as they were measured."""
-    rows = []
-    for run in runs:
-        timing = run.timing
-        rows.append(
-            Row(
-                [
-                    visible(run.name, 60),
-                    "merge",
-                    MISSING if run.parameters is None else f"{run.parameters:,}",
-                    MISSING if run.nbytes is None else amount(run.nbytes),
-                    seconds(timing.seconds) if timing else MISSING,
-                    amount(timing.peak_memory) if timing and timing.peak_memory else MISSING,
-                ]
-            )
+    rows = [
+        Row(
+            [
+                visible(run.name, 60),
+                "merge",
+                MISSING if run.parameters is None else f"{run.parameters:,}",
+                MISSING if run.nbytes is None else amount(run.nbytes),
+                seconds(run.timing.seconds),
+                amount(run.timing.peak_memory) if run.timing.peak_memory else MISSING,
+            ]
         )
+        for run in runs
+        if run.timing is not None
+    ]
     seen = False
     for sheet in sheets:
         for model in [*sheet.merges, *sheet.parents, *sheet.base][:60]:
