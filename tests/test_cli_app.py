@@ -321,3 +321,15 @@ def test_numbers_are_never_cut(capsys: pytest.CaptureFixture[str], monkeypatch: 
         "layer_adaptive_slerp",
         "(t=0.25)",
     ]
+
+
+def test_all_models_that_cannot_be_opened_are_told(run: Program, tmp_path: Path) -> None:
+    """Each with its line; nothing is asked of the network once something is missing."""
+    write_models(tmp_path)
+    text = "merge_method: ties\nbase_model: {0}/no\nmodels:\n- model: {0}/aa\n- model: {0}/b\n- model: owner/name\n"
+    recipe = write_recipe(tmp_path, text + "parameters: {{weight: 1}}\n")
+    code, _, err = run("plan", recipe)
+    assert code == 3
+    assert err.startswith(f"error: {recipe}:4: {tmp_path}/aa: there is no such file")
+    assert f"\n  also {recipe}:2: {tmp_path}/no: there is no such file" in err
+    assert "owner/name" not in err

@@ -18,7 +18,10 @@ An error says what happened, where, why, and what to do. The command line prints
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+E = TypeVar("E", bound="GeomergeError")
 
 
 class GeomergeError(Exception):
@@ -93,6 +96,27 @@ class GateFailed(GeomergeError, AssertionError):
     """A quality gate that the user asked for was not passed."""
 
     exit_code = 4
+
+
+def together(problems: Sequence[E]) -> E:
+    """One error of several: the first, and the others in its hint."""
+    first, *more = problems
+    if not more:
+        return first
+    shown = [f"also {problem.where}: {problem.what}{_meaning(problem.hint)}" for problem in more[:_SHOWN_PROBLEMS]]
+    if len(more) > len(shown):
+        shown.append(f"and {len(more) - len(shown)} more")
+    hint = "\n  ".join([*([first.hint] if first.hint else []), *shown])
+    return type(first)(first.what, where=first.where, hint=hint)
+
+
+_SHOWN_PROBLEMS = 9
+
+
+def _meaning(hint: str | None) -> str:
+    """A misspelt word's correction, in parentheses."""
+    said = (hint or "").partition("\n")[0]
+    return f" ({said})" if said.startswith("did you mean") else ""
 
 
 def first_line(error: BaseException) -> str:

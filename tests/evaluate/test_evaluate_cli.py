@@ -13,6 +13,7 @@ from cli_samples import Program
 from geomerge.cli import evaluate_page
 from geomerge.evaluate import Scores
 from geomerge.evaluate.models import Model
+from geomerge.evaluate.references import of_harness
 from geomerge.evaluate.scores import SCHEMA
 
 SCORE = """\
@@ -157,14 +158,22 @@ def test_names_from_models_are_shown_not_obeyed(program: Program, place: Path, l
     assert "[bold]" in ran.out
 
 
+def test_what_is_looked_for_among_other_tasks() -> None:
+    """Names that none of our own sources has, one of which takes seconds to look up, are told beforehand."""
+    given = ["skills,mmlu@acc", "glyphs/a", "leaderboard/bbh", "own.py:f", "perplexity:x.txt", "hellaswag"]
+    assert of_harness(given) == ["mmlu@acc", "hellaswag"]
+
+
 def test_progress_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    """Plain lines tell the item, its share and the time that is left; known items do not make it look faster."""
+    """Plain lines tell the item, its share and the time that is left; neither known items nor the loading count."""
     now = [0.0]
     watcher = evaluate_page.Lines(lambda: now[0])
     watcher.start(5, 1)
     watcher.begin("m", "t")
+    now[0] = 90.0  # a model was loaded
+    watcher.step(0.1)
     assert watcher.left() is None
-    now[0] = 10.0
+    now[0] = 98.0
     watcher.step(0.5)
     assert watcher.left() == pytest.approx(70.0)  # 3.5 items at 20 s
     assert "evaluating: 1 of 5, m on t 50 %, 1 min 10 s left" in capsys.readouterr().err

@@ -59,8 +59,9 @@ def evaluate(
 
     Every finished score is kept, so a second call is instant and an interrupted one goes on where it was.
     """
-    from geomerge.cli.console import Stopped, show, write_json
+    from geomerge.cli.console import Stopped, clean, show, write_json
     from geomerge.cli.evaluate_page import page, watch
+    from geomerge.evaluate.references import of_harness
     from geomerge.evaluate.run import Interrupted
     from geomerge.evaluate.run import evaluate as run
 
@@ -73,6 +74,9 @@ def evaluate(
             show(*page(scores))
 
     _check_out(out)
+    theirs = [] if quiet else of_harness(tasks)
+    if theirs:
+        typer.echo(f"looking for {', '.join(map(clean, theirs))} among the tasks of lm-eval", err=True)
     try:
         with watch(quiet=quiet) as progress:
             scores = run(

@@ -179,7 +179,8 @@ class Silent:
         self.items = self.known = self.done = 0
         self.share = 0.0
         self.what = ""
-        self.begun = clock()
+        self._first: tuple[float, float] | None = None
+        """When the first share was told, and what was done by then: what comes before is loading, and is done once."""
 
     def __enter__(self) -> Self:
         return self
@@ -191,13 +192,14 @@ class Silent:
 
     def start(self, items: int, known: int) -> None:
         self.items, self.known, self.done = items, known, known
-        self.begun = self.clock()
 
     def begin(self, model: str, task: str) -> None:
         self.what, self.share = f"{clean(model)} on {clean(task)}", 0.0
 
     def step(self, share: float) -> None:
         self.share = share
+        if self._first is None:
+            self._first = self.clock(), self.done + share
 
     def end(self) -> None:
         self.done, self.share = self.done + 1, 0.0
@@ -207,9 +209,11 @@ class Silent:
 
     def left(self) -> float | None:
         """Seconds that are left if the rest takes as long as what is done, or `None` when that is not known yet."""
-        made = self.done + self.share - self.known
-        passed = self.clock() - self.begun
-        return passed / made * (self.items - self.done - self.share) if made > 0.01 else None
+        if self._first is None:
+            return None
+        begun, before = self._first
+        made = self.done + self.share - before
+        return (self.clock() - begun) / made * (self.items - self.done - self.share) if made > 0.01 else None
 
 
 class Lines(Silent):

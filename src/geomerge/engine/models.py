@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 from geomerge import anatomy
 from geomerge.anatomy import Anatomy
 from geomerge.checkpoint.checkpoint import Checkpoint
+from geomerge.checkpoint.hub import is_hub_id
 from geomerge.engine.adapted import open_model
 from geomerge.engine.plan import Operand
-from geomerge.errors import IncompatibleModels, ModelError, RecipeError
+from geomerge.errors import IncompatibleModels, ModelError, RecipeError, together
 from geomerge.recipe.values import ModelRef
 from geomerge.tokens.vocabulary import Vocabulary
 
@@ -132,6 +133,26 @@ class Models:
                 error.where = ": ".join(filter(None, (str(where or ""), error.where)))
                 raise
         return self._models[ref]
+
+    def open_all(self, named: Iterable[tuple[ModelRef, object]]) -> None:
+        """Open the models of a recipe, each with the place that names it, so that one problem does not hide the next.
+
+        Nothing is downloaded once there is a problem.
+
+        Raises:
+            ModelError: Of the first that cannot be opened; what is wrong with others stands in the hint.
+        """
+        problems: list[ModelError] = []
+        for ref, where in named:
+            remote = any(is_hub_id(r.path) and not Path(r.path).expanduser().exists() for r in (ref, ref.lora) if r)
+            if problems and remote:
+                continue
+            try:
+                self.get(ref, where)
+            except ModelError as error:
+                problems.append(error)
+        if problems:
+            raise together(problems)
 
     def _open(self, ref: ModelRef) -> Model:
         checkpoint = open_model(ref, given=self._given, allow_pickle=self._allow_pickle)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,16 @@ if TYPE_CHECKING:
 _WIDER = {frozenset({"BF16", "F16"}): "F32"}
 
 
+def _named(recipe: Recipe) -> Iterator[tuple[ModelRef, Where]]:
+    """The models that a recipe merges, in the order in which its slices ask for them, with their places."""
+    for module in recipe.modules:
+        for each in module.slices:
+            yield from ((source.model, source.where) for source in each.sources)
+            base = each.base_model or recipe.base_model
+            if base is not None:
+                yield base, recipe.at("base_model")
+
+
 class RecipePlan:
     """One recipe of the pipeline being planned."""
 
@@ -50,6 +61,7 @@ class RecipePlan:
         models = self.components or planner.models
         if self.components is not None and recipe.align is not None:
             raise RecipeError("`align` and `components` exclude each other", where=str(recipe.at("align")))
+        models.open_all(_named(recipe))
         self.lineups = [
             [Lineup(recipe, m, s, models, self.used, self.schedule) for s in m.slices] for m in recipe.modules
         ]

@@ -51,6 +51,16 @@ def find_tasks(tasks: TasksLike, include: Sequence[str | Path] = ()) -> list[Tas
     return found
 
 
+def of_harness(tasks: str | Sequence[str]) -> list[str]:
+    """Which of several references are for lm-eval, whose list of tasks takes seconds to read."""
+    known = (perplexity.PREFIX, classification.PREFIX, f"{leaderboard.NAME}/")
+    return [
+        one
+        for one in _flat(tasks)
+        if not (one.startswith(known) or one == leaderboard.NAME or ".py" in one or lab.is_lab(one))
+    ]
+
+
 def _flat(tasks: TasksLike) -> list[Any]:
     """References apart from each other; commas inside of an existing path do not separate."""
     if isinstance(tasks, Path):

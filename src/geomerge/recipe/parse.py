@@ -11,13 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from geomerge.errors import UsageError, did_you_mean
+from geomerge.errors import UsageError, did_you_mean, together
 from geomerge.recipe import grammar
 from geomerge.recipe.document import Node, Table, Text, plain, read_documents, read_text, said_kind
 from geomerge.recipe.grammar import Key, Shape
 from geomerge.recipe.pipeline import in_order
 from geomerge.recipe.references import expand_home, parse_reference
-from geomerge.recipe.settings import Abandoned, Reader, entries, items, refuse, together
+from geomerge.recipe.settings import Abandoned, Reader, entries, items, refuse
 from geomerge.recipe.values import (
     AlignSpec,
     Component,

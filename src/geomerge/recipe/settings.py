@@ -409,25 +409,5 @@ def empty(node: Node) -> bool:
     return isinstance(node, Text) and node.empty
 
 
-def together(problems: Sequence[RecipeError]) -> RecipeError:
-    """One error of several: the first, and the others in its hint."""
-    first, *more = problems
-    if not more:
-        return first
-    shown = [f"also {problem.where}: {problem.what}{_meaning(problem.hint)}" for problem in more[:_SHOWN_PROBLEMS]]
-    if len(more) > len(shown):
-        shown.append(f"and {len(more) - len(shown)} more")
-    return RecipeError(first.what, where=first.where, hint="\n  ".join([*([first.hint] if first.hint else []), *shown]))
-
-
-def _meaning(hint: str | None) -> str:
-    """A misspelt word's correction, in parentheses."""
-    said = (hint or "").partition("\n")[0]
-    return f" ({said})" if said.startswith("did you mean") else ""
-
-
-_SHOWN_PROBLEMS = 9
-
-
 def refuse(where: Where, what: str, hint: str | None = None) -> RecipeError:
     return RecipeError(what, where=str(where), hint=hint)
