@@ -151,13 +151,14 @@ def write(report: Report, out: Path, figures: Path | None = None) -> list[Path]:
     contents = {out: report.html().encode()}
     if figures is not None:
         contents |= {figures / name: data for name, data in report.pngs().items()}
+    path = out if figures is None else figures
     try:
         if figures is not None:
             figures.mkdir(parents=True, exist_ok=True)
         for path, data in contents.items():
             replace_file(path, data)
     except OSError as error:
-        raise RunError(f"the report cannot be written: {error.strerror}", where=str(error.filename or out)) from None
+        raise RunError(f"the report cannot be written: {error.strerror}", where=str(path)) from None
     return list(contents)
 
 
