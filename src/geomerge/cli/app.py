@@ -168,8 +168,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run() -> NoReturn:
     """The program as a process: `main`, and then the shortest way out.
 
-    Taking down an interpreter that has torch loaded takes a quarter of a second, and there is nothing left to save. Most of what
-    is made while modules are loaded stays, so that looking for what does not is rare: a twentieth of a short run otherwise.
+    Taking down an interpreter that has torch loaded takes a quarter of a second, and there is nothing left to save. What is
+    made while modules are loaded mostly stays, so that looking rarely for what does not saves a thirtieth of a short run.
     """
     gc.set_threshold(100_000)
     put_off("torch")
