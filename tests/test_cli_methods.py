@@ -115,6 +115,9 @@ def test_json(run: Program) -> None:
     }  # fmt: skip
     assert all(m["cost"].endswith(".") for m in everything)
     assert "read once" in next(m["cost"] for m in everything if m["name"] == "linear")
+    whole = {m["name"] for m in everything if "whole model first" in m["cost"]}
+    assert whole >= {"ties", "pcb", "emr", "knots", "resm", "doge_ta"}
+    assert not whole & {"linear", "sce", "tsvm", "wudi", "trim", "opcm"}
     assert "read twice" in next(m["cost"] for m in everything if m["name"] == "model_stock")
     density = next(p for p in one["parameters"] if p["name"] == "density")
     assert density == {

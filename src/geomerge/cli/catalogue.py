@@ -57,7 +57,7 @@ def step_of(method: type[Method]) -> str | None:
 
 def cost(method: type[Method]) -> str:
     """What it reads, and what it holds in memory."""
-    from geomerge.methods.base import Elementwise, Matrix, Span
+    from geomerge.methods.base import Elementwise, Matrix, Method, Span
     from geomerge.methods.chain import Step
 
     if issubclass(method, Step):
@@ -78,17 +78,25 @@ def cost(method: type[Method]) -> str:
         )
     if method.family == "search":
         return "averages are blended in memory and scored, one for each model."
+    surveyed = "" if method.survey is Method.survey else _SURVEYED
     if issubclass(method, Matrix):
-        return (
-            "the output is a function of whole weight matrices. Each input is read once, and the matrices of one tensor are "
-            "in memory together in float64; `geomerge plan` says how much that takes and how long it may last. Each matrix "
-            "is computed by one thread, several matrices side by side, so that the bits do not depend on the number of "
-            "threads."
+        text = (
+            "the output is a function of whole weight matrices. Each input is read once for it, and the matrices of one "
+            "tensor are in memory together in float64; `geomerge plan` says how much that takes and how long it may last. "
+            "Each matrix is computed by one thread, several matrices side by side, so that the bits do not depend on the "
+            "number of threads."
         )
+        return text + surveyed
     text = "each output element is a function of the same element of the inputs. "
     if issubclass(method, Elementwise) and method.measure is Elementwise.measure:
-        return text + "Nothing is measured beforehand, so each input is read once."
-    return text + (
-        "Where the parameters ask for statistics of a tensor (thresholds, norms, counts), these are measured in passes of "
-        "their own before the tensor is read for the output; no tensor is ever sorted or held whole."
+        return text + "Nothing of a tensor is measured beforehand, so each input is read once for it." + surveyed
+    return (
+        text
+        + "Where the parameters ask for statistics of a tensor (thresholds, norms, counts), these are measured in passes of "
+        "their own before the tensor is read for the output; no tensor is ever sorted or held whole." + surveyed
     )
+
+
+_SURVEYED = (
+    " Where the parameters ask for a look at the whole model first, all of it is read once more, or several times."
+)
