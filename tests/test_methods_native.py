@@ -98,6 +98,26 @@ def test_same_bytes_for_any_number_of_experts(method: str, count: int) -> None:
         same(lambda t=tensors: merge(ready, t, dtype=torch.bfloat16))  # type: ignore[misc]
 
 
+@compiled
+@pytest.mark.parametrize("count", [1, 2, 3, 8, 9])
+@pytest.mark.parametrize("size", [1e-12, 1e-3, 0.3, 30.0])
+def test_same_bytes_of_scores(count: int, size: float) -> None:
+    """PCB-Merging's own loop looks at float32 first: task vectors of all sizes, cancelling, equal, with signed zeros."""
+    torch.manual_seed(count)
+    for seed, (weight, factor, winsor, density) in enumerate(
+        [(1.0, 1.0, 0.01, 0.2), (-0.5, -0.7, 0.0, 0.5), (0.0, 1.0, 0.2, 1.0), (0.3, 1.5, 0.49, 0.01)]
+    ):
+        torch.manual_seed(seed)
+        base = torch.randn(5, 5_003) * 0.02
+        base[0, ::7], base[1, ::5] = -0.0, 0.0
+        experts = [base + size * torch.randn(base.shape) * torch.rand(5, 1) for _ in range(count)]
+        experts[-1][2] = 2 * base[2] - experts[0][2]  # opposite to another
+        experts[-1][3] = experts[0][3] = base[3]
+        values = {"weight": weight, "lambda": factor, "winsor": winsor, "density": density}
+        ready = registry.get("pcb").make(values, count=count)
+        same(lambda t=stored([base, *experts], torch.bfloat16): merge(ready, t, dtype=torch.float32, tile=1 << 13))  # type: ignore[misc]  # noqa: B008, B023
+
+
 RECORDED = sorted(name for name, method in registry.all_methods().items() if getattr(method, "recorded", False))
 
 
@@ -151,7 +171,7 @@ LOOPS = {
     "della": {"geomerge_pruned"},
     "della_linear": {"geomerge_pruned"},
     "widen": {"geomerge_gram_columns", "geomerge_program"},
-    "pcb": {"geomerge_survey_double", "geomerge_program"},
+    "pcb": {"geomerge_survey_double", "geomerge_competition_survey", "geomerge_competition"},
     "emr": {"geomerge_program"},
     "tall_mask": {"geomerge_program"},
     "consensus": {"geomerge_program"},

@@ -149,7 +149,7 @@ def prepare(
         return _rescale(base, method.blend(tile, stats), scale)
 
     fused = method.compiled(scan, stats) if scale == 1.0 else None
-    if method.recorded and scan.compiled:
+    if fused is None and method.recorded and scan.compiled:
         fused = program.loop(scan, blend)
     return Prepared(scan, blend, fused=fused, told=functools.partial(method.tell, stats))
 

@@ -11,15 +11,15 @@ The k largest are well defined down to the last element: of equal magnitudes the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 
 from geomerge.methods import native
 from geomerge.methods.brackets import Bracket, Magnitudes, bounds_of, by_counting, choose
-from geomerge.methods.program import Program, record
+from geomerge.methods.program import record
 from geomerge.methods.selection import NOTHING, Selection
 from geomerge.methods.tile import SEGMENT, Place, Scan, Segment, Tile
 
@@ -30,8 +30,23 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
 
-Look = Sequence[int] | Program
-"""How compiled loops find magnitudes: those of task vectors (for each selection an expert's number, from 0), or recorded."""
+
+@runtime_checkable
+class Counting(Protocol):
+    """A compiled loop that computes magnitudes, such as a `Program`."""
+
+    @property
+    def ranked(self) -> Sequence[int]:
+        """What each selection ranks, in numbers: selections of the same magnitudes have the same."""
+
+    def count(
+        self, place: Place, brackets: dict[int, native.Bounds], starts: Sequence[int] = (0,), *, check: bool
+    ) -> tuple[bool, dict[int, native.Counted]]:
+        """Count and collect magnitudes, as `native.survey` does; whether all inputs are finite (looked at if `check`)."""
+
+
+Look = Sequence[int] | Counting
+"""How compiled loops find magnitudes: those of task vectors (for each selection an expert's number, from 0), or others."""
 
 _SAMPLE = 1 << 13
 """Elements in a sample, of tensors of up to two million elements; of up to twice as many as these no sample is taken."""
@@ -137,6 +152,7 @@ def nth_smallest_of_all(
     *,
     signed: bool = False,
     recorded: bool = False,
+    loops: Callable[[Scan], Counting | None] | None = None,
 ) -> list[float]:
     """The values at the 0-based `ranks` of the ascending order over all tensors of a model.
 
@@ -146,8 +162,10 @@ def nth_smallest_of_all(
         ranks: From 0 to the number of elements minus 1.
         experts, recorded: As in `largest`.
         signed: The values may be negative.
+        loops: A quicker loop than what is recorded, if there is one for a scan that compiled loops may work on.
     """
-    chosen = _select(walk, values, [walk.numel - r for r in ranks], experts, signed=signed, recorded=recorded)
+    counts = [walk.numel - r for r in ranks]
+    chosen = _select(walk, values, counts, experts, signed=signed, recorded=recorded, loops=loops)
     if any(c is None for c in chosen):  # the smallest, at which `_select` does not look
         parts = walk.over(lambda scan: scan.over(lambda tiles: [[v.min().item() for v in values(t)] for t in tiles]))
         least = np.min([tile for scan in parts for segment in scan for tile in segment], axis=0)
@@ -163,6 +181,7 @@ def _select(
     *,
     signed: bool = False,
     recorded: bool = False,
+    loops: Callable[[Scan], Counting | None] | None = None,
 ) -> list[tuple[float, int, list[list[int]]] | None]:
     """For each count the threshold, how many equal to it are among the largest, and how many there are: by tensor and segment.
 
@@ -176,7 +195,8 @@ def _select(
     size = min(max(_SAMPLE, int((3.2 * n / _COLLECT) ** 2)), 4 * _MOST)
 
     def look(scan: Scan) -> Look | None:
-        return _look(scan, values, experts, recorded=recorded)
+        own = loops(scan) if loops is not None and scan.compiled else None
+        return own or _look(scan, values, experts, recorded=recorded)
 
     def sample(scan: Scan) -> dict[int, list[Floats]]:
         return _sample(scan, values, wanted, max(size * scan.numel // n, 1), look(scan)) if scan.numel else {}
@@ -208,7 +228,7 @@ def _sample(
     taken: dict[int, list[Floats]] = {i: [] for i in wanted}
     same: dict[int, int] = {}
     if look is not None:
-        of = look.ranked if isinstance(look, Program) else look
+        of = look.ranked if not isinstance(look, Sequence) else look
         first: dict[int, int] = {}
         same = {i: first.setdefault(of[i], i) for i in taken}
         everything = dict.fromkeys(first.values(), _EVERYTHING)
@@ -276,7 +296,7 @@ def _count(
 ) -> dict[int, native.Counted]:
     """What lies in and above the brackets at one place (or at others so many elements after it), by a compiled loop."""
     scan = place.scan
-    if isinstance(look, Program):
+    if not isinstance(look, Sequence):
         finite, found = look.count(place, brackets, starts, check=scan.checks)
     else:
         asked = [(look[i], bounds) for i, bounds in brackets.items()]

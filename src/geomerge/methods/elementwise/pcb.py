@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+from geomerge.methods import native
 from geomerge.methods.base import Elementwise, parameter, per_model
 from geomerge.methods.combine import added
 from geomerge.methods.functions import exp, tanh
@@ -14,16 +16,25 @@ from geomerge.methods.order import nth_smallest_of_all
 from geomerge.methods.properties import BASE, PERMUTATION, SIGN
 from geomerge.methods.registry import register
 from geomerge.methods.sparsify import magnitudes
-from geomerge.methods.tile import Scan, Tile
+from geomerge.methods.tile import Loop, Place, Scan, Tile
 from geomerge.methods.walk import Walk
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 
 _NOISE = 2.0**-45
 """Scores this near to the threshold, in terms of the largest, are equal to it but for rounding: the weights' division would
 make something of that."""
+
+
+_NARROW = 16
+"""Where magnitudes are cut off at less apart than the larger over this, float32 does not tell them apart."""
+
+
+def _noise(least: float, most: float) -> float:
+    return _NOISE * max(abs(least), abs(most))
 
 
 class Bounds(NamedTuple):
@@ -38,6 +49,22 @@ class Bounds(NamedTuple):
     high: tuple[float, ...]
     least: tuple[float, ...] = ()
     most: tuple[float, ...] = ()
+
+
+class _Contest:
+    """The compiled loop over scores: for each expert one that counts, and then the largest."""
+
+    def __init__(self, experts: ctypes.Array[native.Competitor]) -> None:
+        self.experts = experts
+        self.ranked = [*range(len(experts))] * 2
+
+    def count(
+        self, place: Place, brackets: dict[int, native.Bounds], starts: Sequence[int] = (0,), *, check: bool
+    ) -> tuple[bool, dict[int, native.Counted]]:
+        asked = [(self.ranked[i], bounds) for i, bounds in brackets.items()]
+        inputs = place.scan.stored(place.start, place.numel)
+        finite, counted = native.competition_survey(inputs, self.experts, asked, starts, check=check)
+        return finite, dict(zip(brackets, counted, strict=True))
 
 
 @register
@@ -107,7 +134,14 @@ dtype: bfloat16
             found = self._scores(tile.task_vectors(), bounds)
             return found + found
 
-        found = nth_smallest_of_all(walk, scores, [rank] * experts + [d - 1] * experts, signed=True, recorded=True)
+        found = nth_smallest_of_all(
+            walk,
+            scores,
+            [rank] * experts + [d - 1] * experts,
+            signed=True,
+            recorded=True,
+            loops=lambda scan: self._contest(scan, bounds),
+        )
         return bounds._replace(least=tuple(found[:experts]), most=tuple(found[experts:]))
 
     def measure(self, scan: Scan) -> Any:
@@ -122,18 +156,43 @@ dtype: bfloat16
             least, most = stats.least[k], stats.most[k]
             if not most > least or not stats.high[k] > stats.low[k]:
                 continue
-            w = (
-                score.clamp_(least, most)
-                .sub_(least)
-                .hardshrink(_NOISE * max(abs(least), abs(most)))
-                .mul_(1 / (most - least))
-            )
+            w = score.clamp_(least, most).sub_(least).hardshrink(_noise(least, most)).mul_(1 / (most - least))
             clipped = deltas[k].abs().clamp_(stats.low[k], stats.high[k]).mul_(deltas[k].sign())
             total.append(clipped.mul_(w).mul_(self.weight[k]))
             divisor.append(w)
         if not total:
             return tile.base
         return tile.base.add_(added(total).div_(added(divisor).clamp_(min=1e-12)), alpha=self.lambda_)
+
+    def compiled(self, scan: Scan, stats: Bounds) -> Loop | None:
+        contest = self._contest(scan, stats) if scan.compiled else None
+        if contest is None or not any(each.counts for each in contest.experts):
+            return None
+
+        def looped(place: Place, out: native.Stored, beginning: np.ndarray | None) -> bool:
+            inputs = scan.stored(place.start, place.numel)
+            done = native.competition(inputs, contest.experts, self.lambda_, out, beginning, check=scan.checks)
+            if not done:
+                scan.look_again(place.start, place.numel)
+            return done
+
+        return looped
+
+    def _contest(self, scan: Scan, bounds: Bounds) -> _Contest | None:
+        """The loop of its own, where it is right: float32 is to tell what most scores are like."""
+        plain = self.balance == "raw" and {source.dtype for source in scan.sources} == {"BF16"}
+        apart = all(high <= _NARROW * (high - low) for low, high in zip(bounds.low, bounds.high, strict=True))
+        if not plain or not apart or not 0 < scan.experts <= native.COMPETITORS:
+            return None
+        experts = (native.Competitor * scan.experts)()
+        for k, each in enumerate(experts):
+            each.low, each.high, each.weight = bounds.low[k], bounds.high[k], self.weight[k]
+            if each.high > each.low:
+                each.scale = 1 / (each.high - each.low)
+            if bounds.least and bounds.most[k] > bounds.least[k] and each.scale:
+                each.counts, each.least, each.most = 1, bounds.least[k], bounds.most[k]
+                each.shrink, each.share = _noise(each.least, each.most), 1 / (each.most - each.least)
+        return _Contest(experts)
 
     def _scores(self, deltas: tuple[Tensor, ...], bounds: Bounds) -> list[Tensor]:
         """intra · inter of each task vector, which stay as they are."""

@@ -158,13 +158,25 @@ def survey(
         single: Whether differences are float32.
         check: Look whether all inputs are finite; the first value returned says so.
     """
+    name = "survey_float" if single else "survey_double"
+    return _surveyed(name, inputs, brackets, starts, single=single, check=check)
+
+
+def _surveyed(
+    name: str,
+    inputs: Inputs,
+    brackets: Sequence[tuple[int, Bounds]],
+    starts: Sequence[int],
+    *arguments: Any,
+    single: bool,
+    check: bool,
+) -> tuple[bool, list[Counted]]:
     order = sorted(range(len(brackets)), key=lambda i: brackets[i][0])
     experts, bounds = [brackets[i][0] for i in order], [brackets[i][1] for i in order]
     asked = Brackets(bounds, inputs.numel * len(starts), single=single, experts=experts)
     finite = inputs.call(
-        "survey_float" if single else "survey_double",
-        ctypes.c_int64(len(starts)), (ctypes.c_int64 * len(starts))(*starts), ctypes.c_int64(inputs.numel),
-        ctypes.c_int(len(brackets)), asked.array, ctypes.c_int(check),
+        name, ctypes.c_int64(len(starts)), (ctypes.c_int64 * len(starts))(*starts), ctypes.c_int64(inputs.numel),
+        *arguments, ctypes.c_int(len(brackets)), asked.array, ctypes.c_int(check),
     )  # fmt: skip
     found = dict(zip(order, asked.counted(), strict=True))
     return finite, [found[i] for i in range(len(brackets))]
@@ -336,3 +348,51 @@ def divergences(inputs: Inputs, columns: int, floor: float, *, check: bool) -> t
         "divergences", ctypes.c_int64(len(found)), ctypes.c_int64(columns), ctypes.c_double(floor), room,
         ctypes.c_int(check), ctypes.c_void_p(found.ctypes.data),
     ), found  # fmt: skip
+
+
+COMPETITORS = 8
+"""Experts that compete at most: see `competition.h`."""
+
+
+class Competitor(ctypes.Structure):
+    """What PCB-Merging knows of an expert: see `competition.h`."""
+
+    _fields_ = (
+        ("low", ctypes.c_double),
+        ("high", ctypes.c_double),
+        ("scale", ctypes.c_double),
+        ("least", ctypes.c_double),
+        ("most", ctypes.c_double),
+        ("shrink", ctypes.c_double),
+        ("share", ctypes.c_double),
+        ("weight", ctypes.c_double),
+        ("counts", ctypes.c_int32),
+    )
+
+
+def competition_survey(
+    inputs: Inputs,
+    competitors: ctypes.Array[Competitor],
+    brackets: Sequence[tuple[int, Bounds]],
+    starts: Sequence[int] = (0,),
+    *,
+    check: bool,
+) -> tuple[bool, list[Counted]]:
+    """As `survey`, of the experts' scores; all inputs are bfloat16."""
+    return _surveyed("competition_survey", inputs, brackets, starts, competitors, single=False, check=check)
+
+
+def competition(
+    inputs: Inputs,
+    competitors: ctypes.Array[Competitor],
+    factor: float,
+    out: Stored,
+    beginning: np.ndarray | None = None,
+    *,
+    check: bool,
+) -> bool:
+    """θ₀ + factor · Σ wτ̃ / Σ w, rounded; all inputs are bfloat16. Whether they are finite (looked at if `check`)."""
+    return inputs.call(
+        "competition", ctypes.c_int64(inputs.numel), competitors, ctypes.c_double(factor), ctypes.c_int(check),
+        out=out, beginning=beginning,
+    )  # fmt: skip

@@ -14,14 +14,24 @@ struct bracket {
 };
 
 /* `bracket_doubles` does as `bracket_double`, and `bracket_bf16` as `bracket_float` of |x - base|, for a whole number of registers;
- * `found` has room for one more. `two`: both of `common` are numbers. */
+ * `found` has room for one more. `two`: both of `common` are numbers. `bracket_exact` does as `bracket_bf16` where float32 holds the
+ * differences (`exact`), and collects doubles. */
 #ifdef __AVX512BW__
-#define QUICK_BRACKET(name, T, end, lanes, magnitudes, ...)                                                \
+static inline double from_double(double x) { return x; }
+static inline double to_double(double x) { return x; }
+static inline double at_double(double x) { return x; }
+
+/* Of floats no more and no less are in bounds, or equal, than of doubles. */
+static inline float from_float(double x) { return (float)x < x ? nextafterf((float)x, INFINITY) : (float)x; }
+static inline float to_float(double x) { return (float)x > x ? nextafterf((float)x, -INFINITY) : (float)x; }
+static inline float at_float(double x) { return (float)x == x ? (float)x : NAN; }
+
+#define QUICK_BRACKET(name, T, Found, end, lanes, magnitudes, store, ...)                                  \
     FUSED name(const int two, struct bracket *b, int64_t m, __VA_ARGS__) {                                 \
-        const lanes low = _mm512_set1_##end((T)b->low), high = _mm512_set1_##end((T)b->high);              \
-        const lanes common = _mm512_set1_##end((T)b->common[0]), other = _mm512_set1_##end((T)b->common[1]); \
+        const lanes low = _mm512_set1_##end(from_##T(b->low)), high = _mm512_set1_##end(to_##T(b->high));  \
+        const lanes common = _mm512_set1_##end(at_##T(b->common[0])), other = _mm512_set1_##end(at_##T(b->common[1])); \
         int64_t over = 0, same = 0, alike = 0;                                                             \
-        T *found = (T *)b->found + b->collected;                                                           \
+        Found *found = (Found *)b->found + b->collected;                                                   \
         for (int64_t i = 0; i < m; i += LANES(T)) {                                                        \
             lanes y = magnitudes;                                                                          \
             unsigned above = _mm512_cmp_##end##_mask(y, high, _CMP_NLE_UQ);                                \
@@ -30,16 +40,33 @@ struct bracket {
             unsigned inside = _mm512_cmp_##end##_mask(y, low, _CMP_GE_OQ) & ~(above | equal | second);     \
             over += __builtin_popcount(above);                                                             \
             same += __builtin_popcount(equal), alike += __builtin_popcount(second);                        \
-            _mm512_storeu_##end(found, _mm512_maskz_compress_##end(inside, y));                            \
+            y = _mm512_maskz_compress_##end(inside, y);                                                    \
+            store;                                                                                         \
             found += __builtin_popcount(inside);                                                           \
         }                                                                                                  \
         b->above += over, b->equal[0] += same, b->equal[1] += alike;                                       \
-        b->collected = found - (T *)b->found;                                                              \
+        b->collected = found - (Found *)b->found;                                                          \
     }
 
 #define DIFFERENCE _mm512_sub_ps((__m512)widened_float(x + i), _mm512_loadu_ps(base + i))
-QUICK_BRACKET(bracket_doubles, double, pd, __m512d, _mm512_loadu_pd(x + i), const double *restrict x)
-QUICK_BRACKET(bracket_bf16, float, ps, __m512, _mm512_abs_ps(DIFFERENCE), const uint16_t *restrict x, const float *restrict base)
+#define WIDE_STORE                                                                  \
+    _mm512_storeu_pd(found, _mm512_cvtps_pd(_mm512_castps512_ps256(y)));            \
+    if (__builtin_popcount(inside) > 8) _mm512_storeu_pd(found + 8, _mm512_cvtps_pd(_mm512_extractf32x8_ps(y, 1)))
+QUICK_BRACKET(bracket_doubles, double, double, pd, __m512d, _mm512_loadu_pd(x + i), _mm512_storeu_pd(found, y), const double *restrict x)
+QUICK_BRACKET(bracket_bf16, float, float, ps, __m512, _mm512_abs_ps(DIFFERENCE), _mm512_storeu_ps(found, y), const uint16_t *restrict x,
+              const float *restrict base)
+QUICK_BRACKET(bracket_exact, float, double, ps, __m512, _mm512_abs_ps(DIFFERENCE), WIDE_STORE, const uint16_t *restrict x,
+              const float *restrict base)
+
+/* Whether float32 holds the differences of bfloat16 numbers: what is rounded off is more than half the last place of one of the two. */
+static int exact(int64_t m, const uint16_t *x, const float *base) {
+    int32_t lost = 0;
+    for (int64_t i = 0; i < m; i += LANES(float)) {
+        __m512 wide = (__m512)widened_float(x + i), from = _mm512_loadu_ps(base + i), d = _mm512_sub_ps(wide, from);
+        lost |= _mm512_cmp_ps_mask(_mm512_add_ps(d, from), wide, _CMP_NEQ_UQ) | _mm512_cmp_ps_mask(_mm512_sub_ps(wide, d), from, _CMP_NEQ_UQ);
+    }
+    return !lost;
+}
 #define QUICK 1
 #elif defined __AVX2__
 
@@ -116,8 +143,12 @@ FUSED bracket_bf16(const int two, struct bracket *b, int64_t m, const uint16_t *
     b->collected = found - (float *)b->found;
 }
 #define QUICK 1
+#define exact(m, x, base) 0
+#define bracket_exact(two, b, m, x, base) (void)0
 #else
 #define QUICK 0
+#define exact(m, x, base) 0
+#define bracket_exact(two, b, m, x, base) (void)0
 #define bracket_bf16(two, b, m, x, base) (void)0
 #define bracket_doubles(two, b, m, x) (void)0
 #endif
@@ -162,6 +193,7 @@ FUSED bracket_bf16(const int two, struct bracket *b, int64_t m, const uint16_t *
     int geomerge_survey_##T(struct work *work, int64_t pieces, const int64_t *starts, int64_t n, int brackets, \
                             struct bracket *b, int check) {                                           \
         T base[CHUNK], d[CHUNK], bad = 0;                                                             \
+        float single[CHUNK];                                                                          \
         const void *raw[MOST];                                                                        \
         const struct place *in = work->inputs;                                                        \
         for (int64_t p = 0; p < pieces; p++)                                                          \
@@ -172,6 +204,8 @@ FUSED bracket_bf16(const int two, struct bracket *b, int64_t m, const uint16_t *
                     int64_t m = least(CHUNK, size - s);                                               \
                     load_##T(raw[0], in[0].dtype, s, m, base);                                        \
                     if (check) bad += odd_##T(raw[0], in[0].dtype, s, m, base);                       \
+                    const int narrow = sizeof(T) == 8 && in[0].dtype == BF16 && m % LANES(float) == 0; \
+                    if (narrow) load_float(raw[0], BF16, s, m, single);                               \
                     int j = 0;                                                                        \
                     for (int k = 0; k + 1 < work->count; k++) {                                       \
                         if (QUICK && sizeof(T) == 4 && in[k + 1].dtype == BF16 && m % LANES(T) == 0) { \
@@ -181,6 +215,15 @@ FUSED bracket_bf16(const int two, struct bracket *b, int64_t m, const uint16_t *
                                 if (b[j].common[1] == b[j].common[1])                                 \
                                     bracket_bf16(1, b + j, m, x, (const float *)base);                \
                                 else bracket_bf16(0, b + j, m, x, (const float *)base);               \
+                            continue;                                                                 \
+                        }                                                                             \
+                        if (QUICK && sizeof(T) == 8 && narrow && in[k + 1].dtype == BF16 &&           \
+                            exact(m, (const uint16_t *)raw[k + 1] + s, single)) {                     \
+                            if (check) bad += odd_##T(raw[k + 1], BF16, s, m, 0);                     \
+                            const uint16_t *x = (const uint16_t *)raw[k + 1] + s;                     \
+                            for (; j < brackets && b[j].expert == k; j++)                             \
+                                if (b[j].common[1] == b[j].common[1]) bracket_exact(1, b + j, m, x, single); \
+                                else bracket_exact(0, b + j, m, x, single);                           \
                             continue;                                                                 \
                         }                                                                             \
                         load_##T(raw[k + 1], in[k + 1].dtype, s, m, d);                               \

@@ -30,7 +30,10 @@ WIDE = Path(__file__).with_name("kernels_wide.so")
 _FLAGS = ("-std=c11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 """No contraction and no reassociation: the bits must be those of the torch code that the loops stand for."""
 
-_LEVELS = {LIBRARY.name: ("-march=x86-64-v3",), WIDE.name: ("-march=x86-64-v4", "-mprefer-vector-width=512")}
+_LEVELS = {
+    LIBRARY.name: ("-march=x86-64-v3",),
+    WIDE.name: ("-march=x86-64-v4", "-mavx512vbmi2", "-mprefer-vector-width=512"),
+}
 """What the binding asks of an x86 processor before it loads the library: AVX2 and fused multiply-add, or AVX-512."""
 
 X86 = platform.machine() in ("x86_64", "AMD64")

@@ -42,3 +42,4 @@ const char geomerge_source[] = GEOMERGE_SOURCE;
 #include "pruned.h"
 #include "program.h"
 #include "divergences.h"
+#include "competition.h"

@@ -1,0 +1,255 @@
+/* Scores of PCB-Merging and what comes of them, for bfloat16. Most elements count for nothing, which a look in float32 shows; the
+ * others' scores are computed with the bits of the recorded arithmetic (methods/elementwise/pcb.py). */
+
+#pragma once
+
+/* One expert. */
+struct competitor {
+    double low, high, scale;  /* magnitudes are clipped to [low, high]; scale = 1/(high - low) */
+    double least, most;       /* scores from which an element counts, and the largest */
+    double shrink, share;     /* what is as little above `least` as this is not; 1/(most - least) */
+    double weight;            /* the task vector's factor */
+    int32_t counts;           /* whether it takes part in the sum */
+};
+
+#define COMPETITORS 8
+#define BLOCK 1024 /* elements that are looked at together */
+#define PACK 32    /* and chosen together */
+
+struct contest {
+    const struct competitor *of;
+    int experts;
+    uint16_t part[COMPETITORS + 1][BLOCK + PACK]; /* what is chosen of each input, ... */
+    uint16_t place[BLOCK + PACK];                 /* ... and where it lies in the block */
+    _Alignas(64) float d[COMPETITORS][BLOCK], sum[BLOCK], doubt[BLOCK], least[BLOCK], most[BLOCK];
+};
+
+/* Bits of the PACK numbers that are less than a limit. */
+static inline uint32_t below(const float *x, float limit) {
+#ifdef __AVX512BW__
+    const __m512 l = _mm512_set1_ps(limit);
+    return _mm512_cmp_ps_mask(_mm512_loadu_ps(x), l, _CMP_LT_OQ) |
+           (uint32_t)_mm512_cmp_ps_mask(_mm512_loadu_ps(x + 16), l, _CMP_LT_OQ) << 16;
+#elif defined __AVX2__
+    const __m256 l = _mm256_set1_ps(limit);
+    uint32_t found = 0;
+    for (int i = 0; i < PACK; i += 8)
+        found |= (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(x + i), l, _CMP_LT_OQ)) << i;
+    return found;
+#else
+    uint32_t found = 0;
+    for (int i = 0; i < PACK; i++) found |= (uint32_t)(x[i] < limit) << i;
+    return found;
+#endif
+}
+
+/* Those of PACK numbers that are chosen, one after the other; beyond them anything. */
+static inline void pack(uint32_t chosen, const uint16_t *from, uint16_t *to) {
+#ifdef __AVX512VBMI2__
+    _mm512_storeu_si512(to, _mm512_maskz_compress_epi16(chosen, _mm512_loadu_si512(from)));
+#else
+    for (; chosen; chosen &= chosen - 1) *to++ = from[__builtin_ctz(chosen)];
+#endif
+}
+
+/* Bits of the PACK elements that are negative zeros: what is added to them shows, whatever its size. */
+static inline uint32_t negative_zeros(const uint16_t *x) {
+#ifdef __AVX512BW__
+    return _mm512_cmpeq_epi16_mask(_mm512_loadu_si512(x), _mm512_set1_epi16((short)0x8000));
+#else
+    uint32_t found = 0;
+    for (int i = 0; i < PACK; i++) found |= (uint32_t)(x[i] == 0x8000) << i;
+    return found;
+#endif
+}
+
+static inline floats clamped(floats x, floats low, floats high) {
+#ifdef __AVX512BW__
+    return (floats)_mm512_max_ps(_mm512_min_ps((__m512)x, (__m512)high), (__m512)low);
+#elif defined __AVX2__
+    return (floats)_mm256_max_ps(_mm256_min_ps((__m256)x, (__m256)high), (__m256)low);
+#else
+    for (int i = 0; i < LANES(float); i++) x[i] = x[i] < low[i] ? low[i] : x[i] > high[i] ? high[i] : x[i];
+    return x;
+#endif
+}
+
+#define DOUBT 0x1p-7f
+
+/* The task vectors of a block, roughly, their sum, and by how much that may be wrong beside DOUBT of it: the sum of their sizes over
+ * 2^20. Whether all scores can be told from these: products are so small that tanh(p) is p within 2^-9.5 of it. */
+static int differences(struct contest *c, const uint16_t *const *x) {
+    floats large = {0};
+    for (int i = 0; i < BLOCK; i += LANES(float)) {
+        floats base = widened_float(x[0] + i), sum = {0}, size = {0};
+        for (int k = 0; k < c->experts; k++) {
+            floats d = widened_float(x[k + 1] + i) - base;
+            memcpy(c->d[k] + i, &d, sizeof d);
+            sum += d, size += size_of(d);
+        }
+        large = (floats)((ints)large | (ints)(size * size)); /* no less than the largest, and less than twice that */
+        size = plus_product_float(size * all(0x1p-20f), size_of(sum), all(DOUBT));
+        memcpy(c->sum + i, &sum, sizeof sum);
+        memcpy(c->doubt + i, &size, sizeof size);
+    }
+    int none = 1;
+    for (int i = 0; i < LANES(float); i++) none &= large[i] < 0x1p-5f;
+    return none;
+}
+
+/* Between what numbers an expert's scores lie. Eight powers of e in turn, each within 2^-11 (four terms of the series from -1/2 to 1/2),
+ * and a share of the range within 2^-17 (see `geomerge.methods.elementwise.pcb`) are within DOUBT together with the above. */
+static void limits(struct contest *c, int k) {
+    const struct competitor *own = c->of + k;
+    const float root = 1.6487213f;
+    const floats low = all((float)own->low), high = all((float)own->high), half = all(-0.5f), terms[5] = {
+        all(root / 24), all(root / 6), all(root / 2), all(root), all(root)};
+    const floats scale = all((float)(own->scale * sqrt(c->experts / 8.)));
+    for (int i = 0; i < BLOCK; i += LANES(float)) {
+        floats d = *(const floats *)(c->d[k] + i), size = size_of(d);
+        floats u = (clamped(size, low, high) - low) * scale, x = plus_product_float(half, u, u), p = terms[0];
+        for (int j = 1; j < 5; j++) p = plus_product_float(terms[j], p, x);
+        p *= p, p *= p, p *= p;
+        floats score = d * p * *(const floats *)(c->sum + i);
+        floats error = plus_product_float(all(0x1p-120f), size * p, *(const floats *)(c->doubt + i));
+        floats least = score - error, most = score + error;
+        memcpy(c->least + i, &least, sizeof least);
+        memcpy(c->most + i, &most, sizeof most);
+    }
+}
+
+/* The scores of m <= CHUNK chosen elements from `at` on. */
+static void scored(const struct contest *c, int k, int64_t at, int64_t m, double *restrict d, double *restrict score) {
+    const struct competitor *own = c->of + k;
+    double base[CHUNK], sum[CHUNK], one[CHUNK];
+    const double experts = c->experts;
+    m = (m + 7) / 8 * 8;
+    EACH(m) base[i] = from_bf16(c->part[0][at + i]);
+    for (int j = 0; j < c->experts; j++) {
+        const uint16_t *x = c->part[j + 1] + at;
+        double *restrict to = j == k ? d : one;
+        EACH(m) to[i] = from_bf16(x[i]) - base[i];
+        if (j) EACH(m) sum[i] += to[i];
+        else EACH(m) sum[i] = to[i];
+    }
+    EACH(m) sum[i] *= d[i];
+    for (int64_t i = m; i < CHUNK; i++) sum[i] = 0;
+    tanh_of(sum, one);
+    EACH(m) {
+        double u = (CLAMP_OF(SIZE_OF(d[i], 0, 0, 0, 0), 0, 0, own->low, own->high) + -own->low) * own->scale;
+        score[i] = one[i] * exp_of(u * u * experts);
+    }
+}
+
+/* Chooses elements of a block; how many. Not sure of one: `least` is not above `high` and `most` is not below `low`. With `above` those
+ * whose `least` is above `high` are counted. */
+static int64_t choose(struct contest *c, const uint16_t *const *x, float low, float high, int zeros, int64_t *above) {
+    int64_t chosen = 0;
+    for (int s = 0; s < BLOCK; s += PACK) {
+        uint32_t some = ~below(c->most + s, low);
+        if (above) {
+            uint32_t over = ~below(c->least + s, high);
+            *above += __builtin_popcount(over);
+            some &= ~over;
+        }
+        if (zeros) some |= negative_zeros(x[0] + s);
+        if (!some) continue;
+        for (int k = 0; k <= c->experts; k++) pack(some, x[k] + s, c->part[k] + chosen);
+        uint16_t places[PACK];
+        for (int i = 0; i < PACK; i++) places[i] = (uint16_t)(s + i);
+        pack(some, places, c->place + chosen);
+        chosen += __builtin_popcount(some);
+    }
+    return chosen;
+}
+
+/* The same for m elements of which nothing is known. */
+static int64_t choose_all(struct contest *c, const uint16_t *const *x, int64_t m) {
+    for (int k = 0; k <= c->experts; k++) memcpy(c->part[k], x[k], (size_t)m * 2);
+    EACH(m) c->place[i] = (uint16_t)i;
+    return m;
+}
+
+/* Takes in the scores of n elements from each of `starts` on; the brackets are in the order of their experts. Inputs: the base and the
+ * experts, all bfloat16. Returns whether all are finite (looked at only if `check`). */
+int geomerge_competition_survey(struct work *work, int64_t pieces, const int64_t *starts, int64_t n, const struct competitor *of,
+                                int brackets, struct bracket *b, int check) {
+    struct contest c = {.of = of, .experts = work->count - 1};
+    double bad = 0, d[CHUNK], score[CHUNK];
+    const void *raw[MOST];
+    const uint16_t *x[COMPETITORS + 1];
+    for (int64_t p = 0; p < pieces; p++)
+        for (int64_t at = 0; at < n; at += WINDOW) {
+            int64_t size = least(WINDOW, n - at);
+            if (!fetch(work, starts[p] + at, size, raw)) return -1;
+            for (int k = 0; check && k <= c.experts; k++) bad += odd_bits(raw[k], size);
+            for (int64_t s = 0; s < size; s += BLOCK) {
+                const int64_t all_of = least(BLOCK, size - s);
+                for (int k = 0; k <= c.experts; k++) x[k] = (const uint16_t *)raw[k] + s;
+                const int told = all_of == BLOCK && differences(&c, x);
+                for (int j = 0; j < brackets; j++) {
+                    const int k = b[j].expert;
+                    if (told && (!j || b[j - 1].expert != k)) limits(&c, k);
+                    int64_t chosen = told ? choose(&c, x, (float)b[j].low, (float)b[j].high, 0, &b[j].above)
+                                          : choose_all(&c, x, all_of);
+                    for (int64_t i = 0; i < chosen; i += CHUNK) {
+                        int64_t m = least(CHUNK, chosen - i);
+                        scored(&c, k, i, m, d, score);
+                        bracket_double(b + j, score, m);
+                    }
+                }
+            }
+        }
+    return bad == 0;
+}
+
+/* theta_0 + factor * sum of w tau / sum of w, rounded. Inputs and value as above. */
+int geomerge_competition(struct work *work, int64_t n, const struct competitor *of, double factor, int check, const struct place *out) {
+    struct contest c = {.of = of, .experts = work->count - 1};
+    double bad = 0, d[CHUNK], score[CHUNK], total[BLOCK], divisor[BLOCK];
+    const void *raw[MOST];
+    const uint16_t *x[COMPETITORS + 1];
+    for (int64_t at = 0; at < n; at += WINDOW) {
+        int64_t size = least(WINDOW, n - at);
+        if (!fetch(work, at, size, raw)) return -1;
+        for (int k = 0; check && k <= c.experts; k++) bad += odd_bits(raw[k], size);
+        char *to = window_of(work, out, at);
+        for (int64_t s = 0; s < size; s += BLOCK) {
+            const int64_t all_of = least(BLOCK, size - s);
+            for (int k = 0; k <= c.experts; k++) x[k] = (const uint16_t *)raw[k] + s;
+            const int told = all_of == BLOCK && differences(&c, x);
+            EACH(BLOCK) total[i] = -0.0, divisor[i] = -0.0; /* what is added to these stays as it is */
+            for (int k = 0; k < c.experts; k++) {
+                const struct competitor *own = of + k;
+                if (!own->counts) continue;
+                int64_t chosen;
+                if (!told) chosen = choose_all(&c, x, all_of);
+                else limits(&c, k), chosen = choose(&c, x, (float)own->least, 0, 1, 0);
+                for (int64_t i = 0; i < chosen; i += CHUNK) {
+                    int64_t m = least(CHUNK, chosen - i), padded = (m + 7) / 8 * 8;
+                    scored(&c, k, i, m, d, score);
+                    for (int64_t j = 0; j < padded; j++) {
+                        double w = CLAMP_OF(score[j], 0, 0, own->least, own->most) + -own->least;
+                        score[j] = SHRINK_OF(w, 0, 0, own->shrink, 0) * own->share;
+                        double clipped = CLAMP_OF(SIZE_OF(d[j], 0, 0, 0, 0), 0, 0, own->low, own->high);
+                        d[j] = clipped * SIGN_OF(d[j], 0, 0, 0, 0) * score[j] * own->weight;
+                    }
+                    for (int64_t j = 0; j < m; j++) {
+                        int place = c.place[i + j];
+                        total[place] += d[j], divisor[place] += score[j];
+                    }
+                }
+            }
+            for (int64_t i = 0; i < all_of; i += CHUNK) {
+                int64_t m = least(CHUNK, all_of - i);
+                load_double(x[0], BF16, i, m, score);
+                for (int j = 0; j < CHUNK; j++)
+                    d[j] = fma(total[i + j] / FLOOR_OF(divisor[i + j], 0, 0, 1e-12, 0), factor, score[j]);
+                if (work->first > at + s + i) tell_double(work, at + s + i, m, d);
+                store_double(d, out->dtype, s + i, m, to);
+            }
+        }
+        if (!deliver(work, out, at + size, n)) return -1;
+    }
+    return bad == 0;
+}
