@@ -118,6 +118,28 @@ def test_same_bytes_of_scores(count: int, size: float) -> None:
         same(lambda t=stored([base, *experts], torch.bfloat16): merge(ready, t, dtype=torch.float32, tile=1 << 13))  # type: ignore[misc]  # noqa: B008, B023
 
 
+@compiled
+@pytest.mark.parametrize("n", [0, 1, 2, 300, 5_000, 70_001])
+@pytest.mark.parametrize("kind", ["any", "grid", "same", "wide"])
+def test_sorts(n: int, kind: str) -> None:
+    """Numbers of either sign, equal ones, zeros of both signs, infinite ones; places of equal ones are by index."""
+    draw = np.random.default_rng(n)
+    values = draw.standard_normal(n)
+    if kind == "grid":
+        values = np.round(values, 1)
+    elif kind == "same":
+        values = np.full(n, 0.1)
+    elif kind == "wide":
+        values = np.exp(values.clip(-3, 3) * 25) * draw.choice([-1.0, 0.0, 1.0], n)
+        values[: n // 9] = np.inf
+    for dtype in (np.float32, np.float64):
+        ready = values.astype(dtype)
+        expected = np.sort(ready)
+        native.sort(ready)
+        np.testing.assert_array_equal(ready, expected)
+    assert (native.ranks(values)[np.argsort(values, kind="stable")] == np.arange(n)).all()
+
+
 RECORDED = sorted(name for name, method in registry.all_methods().items() if getattr(method, "recorded", False))
 
 
@@ -184,13 +206,14 @@ VALUES: dict[str, Any] = {"density": 0.4, "epsilon": 0.1, "weight": 0.3, "t": 0.
 
 @pytest.fixture
 def called(monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    """The loops that were called."""
+    """The loops over inputs that were called."""
     names: set[str] = set()
     library = native.call.loaded()
 
     class Spy:
         def __getattr__(self, name: str) -> Any:
-            names.add(name)
+            if name not in ("geomerge_sort_float", "geomerge_sort_double", "geomerge_ranks"):
+                names.add(name)
             return getattr(library, name)
 
     monkeypatch.setattr(native.call, "loaded", Spy)

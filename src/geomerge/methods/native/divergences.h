@@ -33,15 +33,17 @@ static double powers(double *x, int64_t n) {
 int geomerge_divergences(struct work *work, int64_t rows, int64_t columns, double floor, double *room, int check, double *out) {
     const void *raw[MOST];
     double bad = 0, share[2], p[CHUNK], q[CHUNK], apart[CHUNK];
+    const int64_t together = WINDOW / columns;
     for (int64_t row = 0; row < rows; row++) {
         double lanes[CHUNK] = {0};
-        if (!fetch(work, row * columns, columns, raw)) return -1;
+        const int64_t first = row % together * columns;
+        if (!first && !fetch(work, row * columns, least(together, rows - row) * columns, raw)) return -1;
         for (int k = 0; k < 2; k++) {
             double *x = room + k * columns;
             for (int64_t s = 0; s < columns; s += CHUNK) {
                 int64_t m = least(CHUNK, columns - s);
-                load_double(raw[k], work->inputs[k].dtype, s, m, x + s);
-                if (check) bad += odd_double(raw[k], work->inputs[k].dtype, s, m, x + s);
+                load_double(raw[k], work->inputs[k].dtype, first + s, m, x + s);
+                if (check) bad += odd_double(raw[k], work->inputs[k].dtype, first + s, m, x + s);
             }
             share[k] = powers(x, columns);
         }

@@ -43,3 +43,4 @@ const char geomerge_source[] = GEOMERGE_SOURCE;
 #include "program.h"
 #include "divergences.h"
 #include "competition.h"
+#include "sort.h"
