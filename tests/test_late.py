@@ -12,7 +12,7 @@ import torch
 
 import tiny
 from geomerge import late
-from geomerge.methods import native
+from geomerge.methods import native, registry
 
 
 @pytest.fixture
@@ -201,6 +201,13 @@ def test_damage_is_named_all_the_same(method: str, models: Path, tmp_path: Path)
     assert done.returncode == 3, done.stderr
     assert "up_proj.weight" in done.stderr
     assert "NaN" in done.stderr
+
+
+@pytest.mark.parametrize("method", sorted(registry.all_methods()))
+def test_a_recipe_loads_its_methods_file_alone(method: str) -> None:
+    """Which is called as the method is, or as its name begins: no other need be looked through."""
+    stem = registry.get(method).__module__.rpartition(".")[2]
+    assert f"{method}_".startswith(f"{stem}_")
 
 
 def test_a_method_that_hides_another_is_told(tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ An error says what happened, where, why, and what to do. The command line prints
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
@@ -127,6 +126,8 @@ def first_line(error: BaseException) -> str:
 
 def did_you_mean(word: str, known: Iterable[str]) -> str | None:
     """A hint that names the closest of the `known` words, or lists them when they are few."""
+    import difflib  # only where something went wrong
+
     words = sorted(set(known))
     close = difflib.get_close_matches(word, words, n=3, cutoff=0.6)
     if close:

@@ -13,21 +13,22 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import multiprocessing
 import os
 import pickle
 import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from multiprocessing.connection import Connection, wait
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from geomerge.engine.execute import LARGE, TINY, Facts, Threads, Work, bundles, cores
 from geomerge.engine.memory import keep_freed_memory
 from geomerge.engine.plan import Node
 from geomerge.errors import RunError
 from geomerge.late import load, torch_alone
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
 
 WORTH = 1 << 26
 """Elements of output below which forking is not worth it."""
@@ -147,6 +148,8 @@ def in_workers(
     Raises:
         RunError: A worker died; or whatever error a worker met. All workers are ended then.
     """
+    import multiprocessing  # most merges need no processes
+
     context = multiprocessing.get_context("fork")
     turn = context.Value("q", 0)
     gate = context.Event()
@@ -185,6 +188,8 @@ def _listen(pipes: list[Connection], done: Callable[[Any], None], advance: Calla
     Raises:
         RunError: A worker died; or whatever error a worker met.
     """
+    from multiprocessing.connection import Connection, wait
+
     open_pipes = list(pipes)
     while open_pipes:
         for pipe in wait(open_pipes):

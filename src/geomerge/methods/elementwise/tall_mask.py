@@ -1,19 +1,15 @@
-"""TALL-masks: which elements of a merged task vector belong to a task; and Consensus, which keeps what several tasks share."""
+"""TALL-masks: which elements of a merged task vector belong to a task."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from geomerge.methods.base import Elementwise, parameter, per_model
-from geomerge.methods.combine import added, elected_sign
-from geomerge.methods.properties import BASE, PERMUTATION, SCALE, SIGN, SINGLE
+from geomerge.methods.base import Elementwise, parameter
+from geomerge.methods.combine import added
+from geomerge.methods.properties import BASE, SCALE, SIGN, SINGLE
 from geomerge.methods.registry import register
-from geomerge.methods.selection import Selection
-from geomerge.methods.sparsify import Magnitude
-from geomerge.methods.tile import Scan, Tile
-from geomerge.methods.walk import Walk
+from geomerge.methods.tile import Tile
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,129 +60,3 @@ dtype: bfloat16
         total = added(deltas)
         mask = tall_mask(deltas[self.task - 1], total, self.threshold)
         return tile.base.addcmul_(total, mask)
-
-
-FEW = 0.05
-"""Share of a model's elements below which what Consensus keeps of the merged vector is worth a warning."""
-
-
-@dataclass(frozen=True)
-class _Consensus(Elementwise):
-    """θ₀ + λ · [Σ mₜ ≥ k] ⊙ τ_MTL."""
-
-    threshold: tuple[float, ...] = per_model(0.4, within=(0, 100), doc="λ of the expert's mask; larger is sparser")
-    k: int = parameter(2, within=(0, 10_000), doc="how many masks an element must be in")
-    lambda_: float = parameter(0.3, doc="factor of the merged task vector")
-
-    def check(self, count: int, compat: str | None = None) -> None:
-        if self.k > count:
-            raise ValueError(
-                f"k is {self.k}, but there are {count} experts: nothing would be left but the base; give 1 to {count}"
-            )
-
-    def warning(self, told: Sequence[tuple[int, Mapping[str, Any]]]) -> str | None:
-        numel = sum(n for n, found in told if "kept" in found)
-        kept = sum(found.get("kept", 0) for _, found in told)
-        if not numel or kept >= FEW * numel:
-            return None
-        loosest = max(self.threshold)
-        looser = [f"k (is {self.k})"] * (self.k > 1) + [f"threshold (is {loosest:g})"] * (loosest > 0)
-        return (
-            f"{self.name} keeps {100 * kept / numel:.2g} % of the elements: nearly all of the output is the base; "
-            + (f"lower {' or '.join(looser)}, or " if looser else "")
-            + "take another method for experts that share little"
-        )
-
-    def shared(self, tile: Tile, deltas: Sequence[Tensor], total: Tensor, kept: list[int]) -> Tensor:
-        """The merged vector, cut down to what enough tasks need; how much that is goes into a list."""
-        mask = added([tall_mask(d, total, t) for d, t in zip(deltas, self.threshold, strict=True)]).ge_(self.k)
-        tile.count(mask, kept.append)
-        return total.mul_(mask)
-
-
-@register
-@dataclass(frozen=True)
-class Consensus(_Consensus):
-    """Of the sum of all task vectors keep the elements that at least k tasks need: no selfish ones, none that nobody needs."""
-
-    name: ClassVar[str] = "consensus"
-    aliases: ClassVar[tuple[str, ...]] = ("consensus_ta",)
-    title: ClassVar[str] = "Consensus Merging (task arithmetic)"
-    paper: ClassVar[str] = TallMask.paper
-    formula: ClassVar[str] = "θ = θ₀ + λ · [Σ mₜ ≥ k] ⊙ Σ τₛ"
-    when: ClassVar[str] = (
-        "Many experts. With k = 2 experts of disjoint changes give back the base, so it is wrong for few that share nothing."
-    )
-    properties: ClassVar[frozenset[str]] = frozenset({PERMUTATION, BASE, SCALE, SIGN})
-    models: ClassVar[tuple[int, int | None]] = (2, None)
-    recorded: ClassVar[bool] = True
-    example: ClassVar[str] = """\
-merge_method: consensus
-base_model: ./base
-models: [{model: ./chat}, {model: ./code}, {model: ./maths}]
-parameters: {k: 2, threshold: 0.4, lambda: 0.3}
-dtype: bfloat16
-"""
-
-    def measure(self, scan: Scan) -> list[int]:
-        return []
-
-    def blend(self, tile: Tile, stats: list[int]) -> Tensor:
-        deltas = tile.task_vectors()
-        return tile.base.add_(self.shared(tile, deltas, added(deltas), stats), alpha=self.lambda_)
-
-    def tell(self, stats: list[int]) -> dict[str, int]:
-        return {"kept": sum(stats)}
-
-
-@register
-@dataclass(frozen=True)
-class ConsensusTies(_Consensus):
-    """Consensus over the merged vector of TIES (trimmed, sign elected, added up)."""
-
-    name: ClassVar[str] = "consensus_ties"
-    title: ClassVar[str] = "Consensus Merging (TIES)"
-    paper: ClassVar[str] = TallMask.paper
-    formula: ClassVar[str] = "θ = θ₀ + λ · [Σ mₜ ≥ k] ⊙ Σ{τ̂ₛ : sgn τ̂ₛ = sgn Σ τ̂}"
-    when: ClassVar[str] = "As consensus, where signs conflict."
-    properties: ClassVar[frozenset[str]] = frozenset({PERMUTATION, BASE, SCALE})
-    models: ClassVar[tuple[int, int | None]] = (2, None)
-    recorded: ClassVar[bool] = True
-    example: ClassVar[str] = """\
-merge_method: consensus_ties
-base_model: ./base
-models: [{model: ./chat}, {model: ./code}, {model: ./maths}]
-parameters: {density: 0.2, k: 2, lambda: 0.3}
-dtype: bfloat16
-"""
-
-    density: float = parameter(0.2, within=(0, 1), above=0, doc="share of each task vector that is kept")
-    scope: str = parameter("global", choices=("global", "tensor"), doc="what density is a share of")
-
-    @property
-    def surveys(self) -> int:
-        return int(self.scope == "global" and self.density < 1)
-
-    @property
-    def surveyed_alike(self) -> float:
-        return self.density
-
-    def _trim(self, experts: int) -> Magnitude:
-        return Magnitude((self.density,) * experts, known=self.known)
-
-    def survey(self, walk: Walk) -> dict[str, list[Selection]]:
-        return self._trim(walk.experts).survey(walk)
-
-    def measure(self, scan: Scan) -> tuple[list[Selection], list[int]]:
-        return self._trim(scan.experts).measure(scan), []
-
-    def tell(self, stats: tuple[list[Selection], list[int]]) -> dict[str, int]:
-        return {"kept": sum(stats[1])}
-
-    def blend(self, tile: Tile, stats: tuple[list[Selection], list[int]]) -> Tensor:
-        deltas = tile.task_vectors()
-        step, (selections, kept) = self._trim(len(deltas)), stats
-        trimmed = [step.keep_(delta.clone(), k, tile, selections) for k, delta in enumerate(deltas)]
-        sign = elected_sign(added(trimmed))
-        total = added([delta.mul_(sign).clamp_(min=0.0) for delta in trimmed])
-        return tile.base.add_(self.shared(tile, deltas, total.mul_(sign), kept), alpha=self.lambda_)

@@ -12,10 +12,7 @@ import os
 import platform
 import re
 import shutil
-import subprocess
 import sys
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("kernels.c")
@@ -51,6 +48,8 @@ def build_all() -> str | None:
     Returns:
         Why there is none now, or `None`.
     """
+    from concurrent.futures import ThreadPoolExecutor
+
     with ThreadPoolExecutor() as pool:
         wide = pool.submit(build, WIDE) if X86 else None
         reason = build()
@@ -65,6 +64,9 @@ def build(target: Path = LIBRARY) -> str | None:
     Returns:
         Why there is none now, or `None`.
     """
+    import subprocess
+    import tempfile  # whoever uses the libraries has no need of it
+
     if sys.platform not in ("linux", "darwin"):
         return f"nobody has tried to compile it on {sys.platform}"
     compiler = shutil.which(os.environ.get("CC") or "cc")
