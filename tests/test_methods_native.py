@@ -407,7 +407,7 @@ def test_same_bytes_on_other_processors(
     other = native.call._load(tmp_path / "plain.so" if kind_of_processor == "any" else build.LIBRARY)
     assert other is not None
     monkeypatch.setattr(native.call, "loaded", lambda: other)
-    methods = ("ties", "dare_ties", "dare_linear", "slerp", "linear", "sce", "widen", "model_stock")
+    methods = ("ties", "dare_ties", "dare_linear", "slerp", "linear", "sce", "widen", "pcb", "model_stock")
     for method, kind in itertools.product(methods, KINDS):
         made = registry.get(method)
         count = {"slerp": 1, "linear": 3}.get(method, 2)
