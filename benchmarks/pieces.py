@@ -6,6 +6,7 @@
     python benchmarks/pieces.py loops        # the compiled loops alone over whole files, with two threads, beside cp
     python benchmarks/pieces.py copies       # into and out of the page cache, by where the target lies beside the source
     python benchmarks/pieces.py groups       # recorded methods with operations compiled together, and one after the other
+    python benchmarks/pieces.py sorts        # NumPy's sorts and the compiled ones, of normal numbers and of a coarse grid
     python benchmarks/pieces.py thresholds   # the k largest magnitudes, of rows that are alike and of rows that are not
     python benchmarks/pieces.py processes    # whole merges of 0.5B: with torch imported first, and without compiled loops
     python benchmarks/pieces.py pursuit 1000 # sums of 64 rows for 1,000 missing tokens, 50,000 shared tokens of width 896
@@ -16,6 +17,7 @@ These are the figures that decided how the engine works; docs/benchmarks.md quot
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import mmap
 import os
@@ -306,6 +308,31 @@ def thresholds(rows: int = 4864, width: int = 896, rounds: int = 9) -> None:
         print(f"{name:12s}{statistics.median(found):16.2f}{len(missed):12d}", flush=True)
 
 
+def sorts() -> None:
+    """NumPy's sorts and the compiled ones; the latter work in place, on a copy."""
+    draw = np.random.default_rng(0)
+    for n in (2_048, 8_192, 27_000, 152_000, 2_000_000):
+        normal = draw.standard_normal(n)
+        grid = np.abs(np.round(normal * 256)) / 2**16
+        for kind, dtype in itertools.product(("normal", "grid"), (np.float32, np.float64)):
+            values = (normal if kind == "normal" else grid).astype(dtype)
+            several: list[tuple[str, Callable[[], object]]] = [
+                ("NumPy", lambda v=values: np.sort(v)),  # type: ignore[misc]
+                ("compiled", lambda v=values: native.sort(v.copy())),  # type: ignore[misc]
+            ]
+            for name, work in several:
+                best = min(_seconds(work) for _ in range(15))
+                print(f"{n:9,} {kind:6} {values.dtype}  {name:10}{best / n * 1e9:6.1f} ns", flush=True)
+        for name, work in (
+            ("NumPy", lambda v=normal: v.argsort(kind="stable")),
+            ("compiled", lambda v=normal: native.ranks(v)),
+        ):
+            print(
+                f"{n:9,} places, normal  {name:10}{min(_seconds(work) for _ in range(15)) / n * 1e9:6.1f} ns",
+                flush=True,
+            )
+
+
 def pursuit(missing: int, shared: int = 50_000, width: int = 896, k: int = 64) -> None:
     """The sparse sums of `geomerge transplant`: seconds, and the least that their products take."""
     from geomerge.align.pursuit import pursue
@@ -394,6 +421,8 @@ if __name__ == "__main__":
         copies()
     elif sys.argv[1:] == ["groups"]:
         groups()
+    elif sys.argv[1:] == ["sorts"]:
+        sorts()
     elif sys.argv[1:] == ["thresholds"]:
         thresholds()
     elif sys.argv[1:] == ["processes"]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
 
 
-@runtime_checkable
 class Counting(Protocol):
     """A compiled loop that computes magnitudes, such as a `Program`."""
 
@@ -228,7 +227,7 @@ def _sample(
     taken: dict[int, list[Floats]] = {i: [] for i in wanted}
     same: dict[int, int] = {}
     if look is not None:
-        of = look.ranked if not isinstance(look, Sequence) else look
+        of = look if isinstance(look, Sequence) else look.ranked
         first: dict[int, int] = {}
         same = {i: first.setdefault(of[i], i) for i in taken}
         everything = dict.fromkeys(first.values(), _EVERYTHING)

@@ -77,7 +77,7 @@ static inline floats clamped(floats x, floats low, floats high) {
 #define DOUBT 0x1p-7f
 
 /* The task vectors of a block, roughly, their sum, and by how much that may be wrong beside DOUBT of it: the sum of their sizes over
- * 2^20. Whether all scores can be told from these: products are so small that tanh(p) is p within 2^-9.5 of it. */
+ * 2^20. Whether all scores can be told from these: products p are so small that tanh(p) is p within 2^-11. */
 static int differences(struct contest *c, const uint16_t *const *x) {
     floats large = {0};
     for (int i = 0; i < BLOCK; i += LANES(float)) {
@@ -87,13 +87,13 @@ static int differences(struct contest *c, const uint16_t *const *x) {
             memcpy(c->d[k] + i, &d, sizeof d);
             sum += d, size += size_of(d);
         }
-        large = (floats)((ints)large | (ints)(size * size)); /* no less than the largest, and less than twice that */
+        large = where(large > size, large) + where(~(large > size), size);
         size = plus_product_float(size * all(0x1p-20f), size_of(sum), all(DOUBT));
         memcpy(c->sum + i, &sum, sizeof sum);
         memcpy(c->doubt + i, &size, sizeof size);
     }
     int none = 1;
-    for (int i = 0; i < LANES(float); i++) none &= large[i] < 0x1p-5f;
+    for (int i = 0; i < LANES(float); i++) none &= large[i] * large[i] < 0x1p-5f;
     return none;
 }
 

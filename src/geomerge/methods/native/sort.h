@@ -5,34 +5,22 @@
 #define RADIX 11
 #define DIGITS (1 << RADIX)
 
-/* Patterns in the order of the numbers, negative zero as zero. */
-static inline uint64_t ordered_double(double x) {
-    uint64_t bits;
-    x += 0.0;
-    memcpy(&bits, &x, 8);
-    return bits >> 63 ? ~bits : bits | (uint64_t)1 << 63;
-}
+/* Patterns in the order of the numbers, negative zero as zero; and back. */
+#define ORDERED(T, Bits)                                           \
+    static inline Bits ordered_##T(T x) {                          \
+        const Bits sign = (Bits)1 << (sizeof(Bits) * 8 - 1);       \
+        Bits bits;                                                 \
+        x += 0;                                                    \
+        memcpy(&bits, &x, sizeof bits);                            \
+        return bits & sign ? ~bits : bits | sign;                  \
+    }                                                              \
+                                                                   \
+    static inline Bits pattern_of_##T(Bits bits) {                 \
+        const Bits sign = (Bits)1 << (sizeof(Bits) * 8 - 1);       \
+        return bits & sign ? bits & ~sign : ~bits;                 \
+    }
 
-static inline double of_ordered_double(uint64_t bits) {
-    double x;
-    bits = bits >> 63 ? bits & INT64_MAX : ~bits;
-    memcpy(&x, &bits, 8);
-    return x;
-}
-
-static inline uint32_t ordered_float(float x) {
-    uint32_t bits;
-    x += 0.0f;
-    memcpy(&bits, &x, 4);
-    return bits >> 31 ? ~bits : bits | (uint32_t)1 << 31;
-}
-
-static inline float of_ordered_float(uint32_t bits) {
-    float x;
-    bits = bits >> 31 ? bits & INT32_MAX : ~bits;
-    memcpy(&x, &bits, 4);
-    return x;
-}
+ORDERED(float, uint32_t) ORDERED(double, uint64_t)
 
 struct placed { uint64_t key; int64_t index; };
 
@@ -41,7 +29,7 @@ struct placed { uint64_t key; int64_t index; };
 
 /* n <= 2^32 items by their keys, equal ones as they were; `to` has room for as many. Where they are then: `from` or `to`. */
 #define SORTED(name, Item, bits, key)                                                                       \
-    static Item *name(int64_t n, Item *restrict from, Item *restrict to) {                                  \
+    static Item *name(int64_t n, Item *from, Item *to) {                                                    \
         enum { PASSES = (bits + RADIX - 1) / RADIX };                                                       \
         uint32_t counts[PASSES][DIGITS] = {{0}};                                                            \
         EACH(n) for (int pass = 0; pass < PASSES; pass++) counts[pass][key(from[i]) >> pass * RADIX & (DIGITS - 1)]++; \
@@ -61,13 +49,16 @@ struct placed { uint64_t key; int64_t index; };
 
 SORTED(sorted_words, uint32_t, 32, BARE) SORTED(sorted_longs, uint64_t, 64, BARE) SORTED(sorted_places, struct placed, 64, KEY)
 
-/* Sorts n numbers in place; `room` is for as many. */
+/* Sorts n numbers, of which `x` are the patterns, in place; `room` is for as many. */
 #define SORT(T, Bits, sorted)                                    \
-    void geomerge_sort_##T(int64_t n, T *x, Bits *room) {        \
-        Bits *keys = (Bits *)x;                                  \
-        EACH(n) keys[i] = ordered_##T(x[i]);                     \
-        const Bits *found = sorted(n, keys, room);               \
-        EACH(n) x[i] = of_ordered_##T(found[i]);                 \
+    void geomerge_sort_##T(int64_t n, Bits *x, Bits *room) {     \
+        EACH(n) {                                                \
+            T value;                                             \
+            memcpy(&value, x + i, sizeof value);                 \
+            x[i] = ordered_##T(value);                           \
+        }                                                        \
+        const Bits *found = sorted(n, x, room);                  \
+        EACH(n) x[i] = pattern_of_##T(found[i]);                 \
     }
 
 SORT(float, uint32_t, sorted_words) SORT(double, uint64_t, sorted_longs)
