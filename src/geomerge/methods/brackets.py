@@ -121,7 +121,7 @@ def _bounds(values: Floats, strata: Sequence[Floats], k: int, n: int, floor: flo
 
 
 def _sorted(values: Floats) -> Floats:
-    """In ascending order: where there are many, by a compiled loop that takes less than half the time of NumPy's sort from some thousands on."""
+    """In ascending order: of many, by a compiled loop that takes half of the time of NumPy's sort, or less."""
     if values.size < _MANY or not native.available():
         return np.sort(values)
     found = np.array(values)
