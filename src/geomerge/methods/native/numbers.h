@@ -154,6 +154,13 @@ static inline lanes_double plus_product_double(lanes_double sum, lanes_double a,
 }
 #endif
 
+typedef lanes_float floats;
+typedef int32_t ints __attribute__((vector_size(REGISTER)));
+
+static inline floats all(float value) { return value - (floats){0}; }
+static inline floats where(ints mask, floats x) { return (floats)(mask & (ints)x); } /* and 0 elsewhere */
+static inline floats size_of(floats x) { return (floats)((ints)x & 0x7FFFFFFF); }
+
 /* 0 when all are finite, else NaN or more. */
 #define DAMAGE(T)                                             \
     static inline T damage_##T(const T *restrict x, int64_t n) { \

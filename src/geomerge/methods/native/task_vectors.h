@@ -205,13 +205,6 @@ static void again(const struct combination *rule, int t, const double *c, const 
     for (int f = 0; f < found; f++) result[where[f]] = (float)exact[f];
 }
 
-typedef lanes_float floats;
-typedef int32_t ints __attribute__((vector_size(REGISTER)));
-
-static inline floats all(float value) { return value - (floats){0}; }
-static inline floats where(ints mask, floats x) { return (floats)(mask & (ints)x); } /* and 0 elsewhere */
-static inline floats size_of(floats x) { return (floats)((ints)x & 0x7FFFFFFF); }
-
 /* A chunk of task vectors of bfloat16 that are thinned by magnitude or at random alone, all experts in one loop, for each number of
  * them. What float32 may have got wrong is not repaired here: the value says whether there is any. */
 FUSED fused(const int t, const int elect, const int alike, const int random, const struct combination *rule, const float *keep,
