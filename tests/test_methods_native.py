@@ -120,6 +120,24 @@ def test_same_bytes_of_scores(count: int, size: float) -> None:
 
 
 @compiled
+@pytest.mark.parametrize("shape", [(60, 896), (40, 1000), (3, 40_000), (900, 64), (700, 63)], ids=str)
+@pytest.mark.parametrize("size", [1e-12, 3e-3, 2.0])
+def test_same_bytes_of_importances(shape: tuple[int, int], size: float) -> None:
+    """Changes that float32 holds and does not, signed zeros, rows that are as they were, equal importances of rows alike."""
+    base = torch.randn(shape, dtype=torch.float64) * 0.05
+    other = base + torch.randn(shape, dtype=torch.float64) * size * torch.logspace(-2, 1, shape[0]).unsqueeze(1)
+    base[:, ::7], other[:, 1::7] = 0.0, -0.0
+    base[:, 2::7] = other[:, 2::7] = -0.0
+    other[::5] = base[::5]
+    base[1], other[1] = base[-1], other[-1]
+    made = registry.get("arcee_fusion").make({}, count=1)
+    for dtype in DTYPES:
+        tensors = stored([base, other], dtype)
+        for out in (dtype, torch.float64):
+            same(lambda tensors=tensors, out=out: merge(made, tensors, dtype=out, tile=1 << 13))  # type: ignore[misc]
+
+
+@compiled
 @pytest.mark.parametrize("n", [0, 1, 2, 300, 5_000, 70_001])
 @pytest.mark.parametrize("kind", ["any", "grid", "same", "wide"])
 def test_sorts(n: int, kind: str) -> None:
@@ -186,7 +204,7 @@ LOOPS = {
     "dare_linear": {"geomerge_task_vectors_float"},
     "breadcrumbs": {"geomerge_survey_float", "geomerge_task_vectors_float"},
     "breadcrumbs_ties": {"geomerge_survey_float", "geomerge_task_vectors_float"},
-    "arcee_fusion": {"geomerge_divergences", "geomerge_program"},
+    "arcee_fusion": {"geomerge_divergences", "geomerge_importance_survey", "geomerge_importance"},
     "nearswap": {"geomerge_program"},
     "ram": {"geomerge_program"},
     "ramplus_tl": {"geomerge_program"},
@@ -408,10 +426,21 @@ def test_same_bytes_on_other_processors(
     other = native.call._load(tmp_path / "plain.so" if kind_of_processor == "any" else build.LIBRARY)
     assert other is not None
     monkeypatch.setattr(native.call, "loaded", lambda: other)
-    methods = ("ties", "dare_ties", "dare_linear", "slerp", "linear", "sce", "widen", "pcb", "model_stock")
+    methods = (
+        "ties",
+        "dare_ties",
+        "dare_linear",
+        "slerp",
+        "linear",
+        "sce",
+        "widen",
+        "pcb",
+        "model_stock",
+        "arcee_fusion",
+    )
     for method, kind in itertools.product(methods, KINDS):
         made = registry.get(method)
-        count = {"slerp": 1, "linear": 3}.get(method, 2)
+        count = {"slerp": 1, "arcee_fusion": 1, "linear": 3}.get(method, 2)
         values = {key: value for key, value in VALUES.items() if key in made.parameters()}
         tensors = stored(models(3 if count > 1 else 2, (3, 50_003), kind), torch.bfloat16)
         ready = made.make(values, count=count)

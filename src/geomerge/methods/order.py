@@ -72,6 +72,7 @@ def largest(
     experts: Sequence[int] | None = None,
     *,
     recorded: bool = False,
+    loop: Counting | None = None,
 ) -> list[Selection]:
     """The `counts[i]` largest elements of the i-th magnitude, exactly.
 
@@ -82,9 +83,10 @@ def largest(
         experts: For each selection the expert (from 0) whose |τ| it ranks, where `magnitudes` gives just that: compiled loops
             then compute it themselves.
         recorded: `magnitudes` can be recorded: see `geomerge.methods.program`.
+        loop: A quicker loop than what is recorded, for a scan that compiled loops may work on.
     """
     n = scan.numel
-    look = _look(scan, magnitudes, experts, recorded=recorded)
+    look = loop or _look(scan, magnitudes, experts, recorded=recorded)
     found = [NOTHING if k <= 0 else Selection(0.0, n, (n,)) for k in counts]
     wanted = [i for i, k in enumerate(counts) if 0 < k < n]
     if wanted:
@@ -262,10 +264,12 @@ def _bounds(
     }
 
 
-def nth_smallest(scan: Scan, magnitudes: Magnitudes, ranks: Sequence[int], *, recorded: bool = False) -> list[float]:
-    """The values at the 0-based `ranks` of the ascending order; `magnitudes` gives one tensor for each rank."""
+def nth_smallest(
+    scan: Scan, magnitudes: Magnitudes, ranks: Sequence[int], *, recorded: bool = False, loop: Counting | None = None
+) -> list[float]:
+    """The values at the 0-based `ranks` of the ascending order; `magnitudes` gives one tensor for each rank. See `largest`."""
     counts = [scan.numel - r for r in ranks]
-    found = [s.threshold for s in largest(scan, magnitudes, counts, recorded=recorded)]
+    found = [s.threshold for s in largest(scan, magnitudes, counts, recorded=recorded, loop=loop)]
     if 0 in ranks:  # `largest` answers "all of them" without looking
         parts = scan.over(lambda tiles: [[m.min().item() for m in magnitudes(tile)] for tile in tiles])
         least = np.min([tile for segment in parts for tile in segment], axis=0)

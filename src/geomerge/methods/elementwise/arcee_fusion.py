@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -17,7 +17,7 @@ from geomerge.methods.order import nth_smallest
 from geomerge.methods.properties import BASE, IDENTICAL
 from geomerge.methods.registry import register
 from geomerge.methods.sums import lane_sums
-from geomerge.methods.tile import Scan, Segment, Tile
+from geomerge.methods.tile import Loop, Place, Scan, Segment, Tile
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -66,6 +66,26 @@ def _softmax(rows: Tensor) -> Tensor:
     return powers.mul_(shares.unsqueeze(1)).add_(_FLOOR)
 
 
+class _Important:
+    """The compiled loop over importances: what three quartiles are chosen from."""
+
+    ranked = (0, 0, 0)
+
+    def __init__(self, rows: native.Rows) -> None:
+        self.rows = rows
+
+    def count(
+        self, place: Place, brackets: dict[int, native.Bounds], starts: Sequence[int] = (0,), *, check: bool
+    ) -> tuple[bool, dict[int, native.Counted]]:
+        inputs, bounds = place.scan.stored(place.start, place.numel), list(brackets.values())
+        finite, counted = native.importance_survey(inputs, place.start, self.rows, bounds, starts, check=check)
+        return finite, dict(zip(brackets, counted, strict=True))
+
+
+_SHORT = 64
+"""Rows of fewer elements are too short for the loops over rows."""
+
+
 @register
 @dataclass(frozen=True)
 class ArceeFusion(Elementwise):
@@ -101,8 +121,9 @@ dtype: bfloat16
             return np.zeros(1), 1, 0.0
         divergences = row_divergences(scan)
         ranks = [math.floor(q * last) for q in (0.25, 0.5, 0.75)]
+        own = _Important(native.Rows(columns, divergences)) if scan.compiled and columns >= _SHORT else None
         lower, median, upper = nth_smallest(
-            scan, lambda tile: [importance(tile, divergences, columns)] * 3, ranks, recorded=True
+            scan, lambda tile: [importance(tile, divergences, columns)] * 3, ranks, recorded=True, loop=own
         )
         return divergences, columns, median + 1.5 * (upper - lower)
 
@@ -111,3 +132,18 @@ dtype: bfloat16
         chosen = importance(tile, divergences, columns).ge_(least)
         base, other = tile.inputs
         return base.addcmul_(other.sub_(base), chosen)
+
+    def compiled(self, scan: Scan, stats: tuple[Floats, int, float]) -> Loop | None:
+        divergences, columns, least = stats
+        if not scan.compiled or columns < _SHORT:
+            return None
+        rows = native.Rows(columns, divergences)
+
+        def looped(place: Place, out: native.Stored, beginning: np.ndarray | None) -> bool:
+            inputs = scan.stored(place.start, place.numel)
+            done = native.importance(inputs, place.start, rows, least, out, beginning, check=scan.checks)
+            if not done:
+                scan.look_again(place.start, place.numel)
+            return done
+
+        return looped

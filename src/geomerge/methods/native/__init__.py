@@ -350,6 +350,48 @@ def divergences(inputs: Inputs, columns: int, floor: float, *, check: bool) -> t
     ), found  # fmt: skip
 
 
+class _Rows(ctypes.Structure):
+    _fields_ = (("first", ctypes.c_int64), ("columns", ctypes.c_int64), ("scales", ctypes.c_void_p))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a tensor, with a number of each: at least 0, float64, one after the other."""
+
+    columns: int
+    scales: np.ndarray
+
+    def packed(self, first: int) -> _Rows:
+        """For the loops, which get elements from the `first` on."""
+        return _Rows(first, self.columns, self.scales.ctypes.data)
+
+
+def importance_survey(
+    inputs: Inputs, first: int, rows: Rows, brackets: Sequence[Bounds], starts: Sequence[int] = (0,), *, check: bool
+) -> tuple[bool, list[Counted]]:
+    """As `survey`, of one expert's |θ₁ − θ₀|, each times the number of its row; `first` is the first element's place."""
+    asked = [(0, bounds) for bounds in brackets]
+    where = ctypes.byref(rows.packed(first))
+    return _surveyed("importance_survey", inputs, asked, starts, where, single=False, check=check)
+
+
+def importance(
+    inputs: Inputs,
+    first: int,
+    rows: Rows,
+    least: float,
+    out: Stored,
+    beginning: np.ndarray | None = None,
+    *,
+    check: bool,
+) -> bool:
+    """θ₁ where that product is at least so much, else θ₀, rounded; whether both are finite (looked at if `check`)."""
+    return inputs.call(
+        "importance", ctypes.c_int64(inputs.numel), ctypes.byref(rows.packed(first)), ctypes.c_double(least),
+        ctypes.c_int(check), out=out, beginning=beginning,
+    )  # fmt: skip
+
+
 COMPETITORS = 8
 """Experts that compete at most: see `competition.h`."""
 

@@ -13,55 +13,81 @@ struct bracket {
     int32_t expert;
 };
 
-/* `bracket_floats` and `bracket_doubles` do as `bracket_float` and `bracket_double` for a whole number of registers; `found` has room for
- * one more. `bracket_exact` collects doubles of floats. */
+/* The least float whose product with `scale` >= 0 is at least x, and the largest whose product is at most x: of sizes that float32 holds
+ * no more and no less are in bounds than of their products in double. */
+static inline float least_of(double x, double scale) {
+    if (!(x > 0)) return 0;
+    if (!(scale > 0)) return INFINITY;
+    float size = (float)(x / scale);
+    while (size * scale < x) size = nextafterf(size, INFINITY);
+    for (float less; size > 0 && (less = nextafterf(size, 0)) * scale >= x;) size = less;
+    return size;
+}
+
+static inline float most_of(double x, double scale) {
+    if (!(x >= 0)) return -1;
+    if (!(scale > 0)) return INFINITY;
+    float size = (float)(x / scale);
+    while (size > 0 && size * scale > x) size = nextafterf(size, 0);
+    for (float more; size < INFINITY && (more = nextafterf(size, INFINITY)) * scale <= x;) size = more;
+    return size;
+}
+
+/* `bracket_floats` and `bracket_doubles` do as `bracket_float` and `bracket_double` for a whole number of registers, for one more of which
+ * `found` has room; `bracket_scaled` does as `bracket_double` with the products of some sizes and a number, neither negative. */
 #ifdef __AVX512BW__
-static inline double from_double(double x) { return x; }
-static inline double to_double(double x) { return x; }
-static inline double at_double(double x) { return x; }
 
-/* Of floats no more and no less are in bounds, or equal, than of doubles. */
-static inline float from_float(double x) { return (float)x < x ? nextafterf((float)x, INFINITY) : (float)x; }
-static inline float to_float(double x) { return (float)x > x ? nextafterf((float)x, -INFINITY) : (float)x; }
-static inline float at_float(double x) { return (float)x == x ? (float)x : NAN; }
-
-/* What is inside is set aside first, and the common ones taken out of that: a store for each register is most of the work. */
-#define QUICK_BRACKET(name, T, Found, end, lanes, store)                                                   \
-    static void name(struct bracket *b, const T *restrict y, int64_t m) {                                  \
-        const lanes low = _mm512_set1_##end(from_##T(b->low)), high = _mm512_set1_##end(to_##T(b->high));  \
-        const lanes common = _mm512_set1_##end(at_##T(b->common[0])), other = _mm512_set1_##end(at_##T(b->common[1])); \
-        T aside[CHUNK + LANES(T)], *last = aside;                                                          \
-        int64_t over = 0, same = 0, alike = 0;                                                             \
+/* What is inside is set aside first, and the common ones are taken out of that: the comparisons and stores of all are most of the work. */
+#define QUICK_BRACKET(T, end, lanes)                                                                       \
+    static int64_t inside_##T(const T *restrict y, int64_t m, T least_one, T most, T *restrict aside, int64_t *above) { \
+        const lanes low = _mm512_set1_##end(least_one), high = _mm512_set1_##end(most);                    \
+        T *last = aside;                                                                                   \
+        int64_t over = 0;                                                                                  \
         for (int64_t i = 0; i < m; i += LANES(T)) {                                                        \
             const lanes x = _mm512_loadu_##end(y + i);                                                     \
-            unsigned above = _mm512_cmp_##end##_mask(x, high, _CMP_NLE_UQ);                                \
-            unsigned inside = _mm512_cmp_##end##_mask(x, low, _CMP_GE_OQ) & ~above;                        \
-            over += __builtin_popcount(above);                                                             \
+            unsigned more = _mm512_cmp_##end##_mask(x, high, _CMP_NLE_UQ);                                 \
+            unsigned inside = _mm512_cmp_##end##_mask(x, low, _CMP_GE_OQ) & ~more;                         \
+            over += __builtin_popcount(more);                                                              \
             _mm512_storeu_##end(last, _mm512_maskz_compress_##end(inside, x));                             \
             last += __builtin_popcount(inside);                                                            \
         }                                                                                                  \
-        Found *found = (Found *)b->found + b->collected;                                                   \
-        for (int64_t i = 0; i < last - aside; i += LANES(T)) {                                             \
-            lanes x = _mm512_loadu_##end(aside + i);                                                       \
-            const unsigned there = (1u << least(LANES(T), last - aside - i)) - 1;                          \
+        *above += over;                                                                                    \
+        return last - aside;                                                                               \
+    }                                                                                                      \
+                                                                                                           \
+    static void sift_##T(struct bracket *b, const T *restrict aside, int64_t n) {                          \
+        const lanes common = _mm512_set1_##end((T)b->common[0]), other = _mm512_set1_##end((T)b->common[1]); \
+        T *found = (T *)b->found + b->collected;                                                           \
+        int64_t same = 0, alike = 0;                                                                       \
+        for (int64_t i = 0; i < n; i += LANES(T)) {                                                        \
+            const lanes x = _mm512_loadu_##end(aside + i);                                                 \
+            const unsigned there = (1u << least(LANES(T), n - i)) - 1;                                     \
             unsigned equal = _mm512_mask_cmp_##end##_mask(there, x, common, _CMP_EQ_OQ);                   \
             unsigned second = _mm512_mask_cmp_##end##_mask(there, x, other, _CMP_EQ_OQ);                   \
             unsigned rest = there & ~(equal | second);                                                     \
             same += __builtin_popcount(equal), alike += __builtin_popcount(second);                        \
-            x = _mm512_maskz_compress_##end(rest, x);                                                      \
-            store;                                                                                         \
+            _mm512_storeu_##end(found, _mm512_maskz_compress_##end(rest, x));                              \
             found += __builtin_popcount(rest);                                                             \
         }                                                                                                  \
-        b->above += over, b->equal[0] += same, b->equal[1] += alike;                                       \
-        b->collected = found - (Found *)b->found;                                                          \
+        b->equal[0] += same, b->equal[1] += alike;                                                         \
+        b->collected = found - (T *)b->found;                                                              \
+    }                                                                                                      \
+                                                                                                           \
+    static void bracket_##T##s(struct bracket *b, const T *restrict y, int64_t m) {                        \
+        T aside[CHUNK + LANES(T)];                                                                         \
+        sift_##T(b, aside, inside_##T(y, m, (T)b->low, (T)b->high, aside, &b->above));                     \
     }
 
-#define WIDE_STORE                                                                  \
-    _mm512_storeu_pd(found, _mm512_cvtps_pd(_mm512_castps512_ps256(x)));            \
-    if (__builtin_popcount(rest) > 8) _mm512_storeu_pd(found + 8, _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1)))
-QUICK_BRACKET(bracket_floats, float, float, ps, __m512, _mm512_storeu_ps(found, x))
-QUICK_BRACKET(bracket_doubles, double, double, pd, __m512d, _mm512_storeu_pd(found, x))
-QUICK_BRACKET(bracket_exact, float, double, ps, __m512, WIDE_STORE)
+QUICK_BRACKET(float, ps, __m512) QUICK_BRACKET(double, pd, __m512d)
+
+static void bracket_scaled(struct bracket *b, const float *restrict sizes, int64_t m, double scale) {
+    float aside[CHUNK + LANES(float)];
+    double products[CHUNK + LANES(float)];
+    int64_t n = inside_float(sizes, m, least_of(b->low, scale), most_of(b->high, scale), aside, &b->above);
+    for (int64_t i = 0; i < n; i += LANES(float))
+        for (int64_t j = i; j < i + LANES(float); j++) products[j] = aside[j] * scale;
+    sift_double(b, products, n);
+}
 
 /* Whether float32 holds the differences of bfloat16 numbers, whose sizes these are if it does: what is rounded off is more than half the
  * last place of one of the two. */
@@ -147,11 +173,11 @@ static void bracket_floats(struct bracket *b, const float *restrict x, int64_t m
 }
 #define QUICK 1
 #define exact(m, x, base, sizes) 0
-#define bracket_exact(b, y, m) (void)0
+#define bracket_scaled(b, sizes, m, scale) (void)0
 #else
 #define QUICK 0
 #define exact(m, x, base, sizes) 0
-#define bracket_exact(b, y, m) (void)0
+#define bracket_scaled(b, sizes, m, scale) (void)0
 #define bracket_floats(b, y, m) (void)0
 #define bracket_doubles(b, y, m) (void)0
 #endif
@@ -226,7 +252,7 @@ static inline void sizes_apart(int64_t m, const uint16_t *x, const float *base, 
                     for (int k = 0; k + 1 < work->count; k++) {                                       \
                         const uint16_t *x = (const uint16_t *)raw[k + 1] + s;                         \
                         if (narrow && in[k + 1].dtype == BF16 && exact(m, x, single, sizes)) {        \
-                            for (; j < brackets && b[j].expert == k; j++) bracket_exact(b + j, sizes, m); \
+                            for (; j < brackets && b[j].expert == k; j++) bracket_scaled(b + j, sizes, m, 1); \
                             continue;                                                                 \
                         }                                                                             \
                         if (sizeof(T) == 4 && in[k + 1].dtype == BF16) {                              \

@@ -4,20 +4,21 @@
 
 /* Powers of e in the place of n numbers, all divided by that of the largest; what makes a softmax of them. */
 static double powers(double *x, int64_t n) {
-    double lanes[CHUNK] = {0}, large[8], small[8], most = x[0], least_of = x[0];
-    for (int lane = 0; lane < 8; lane++) large[lane] = small[lane] = most;
-    for (int64_t s = 0; s + 8 <= n; s += 8)
-        for (int lane = 0; lane < 8; lane++) {
-            large[lane] = x[s + lane] > large[lane] ? x[s + lane] : large[lane];
-            small[lane] = x[s + lane] < small[lane] ? x[s + lane] : small[lane];
-        }
-    for (int64_t i = n / 8 * 8; i < n; i++) {
+    double lanes[CHUNK] = {0}, most = x[0], least_of = x[0];
+    int64_t whole = n / LANES(double) * LANES(double);
+    lanes_double large = most - (lanes_double){0}, against = -large;
+    for (int64_t i = 0; i < whole; i += LANES(double)) {
+        lanes_double some;
+        memcpy(&some, x + i, sizeof some);
+        large = larger_double(large, some), against = larger_double(against, -some);
+    }
+    for (int lane = 0; lane < LANES(double); lane++) {
+        most = large[lane] > most ? large[lane] : most;
+        least_of = -against[lane] < least_of ? -against[lane] : least_of;
+    }
+    for (int64_t i = whole; i < n; i++) {
         most = x[i] > most ? x[i] : most;
         least_of = x[i] < least_of ? x[i] : least_of;
-    }
-    for (int lane = 0; lane < 8; lane++) {
-        most = large[lane] > most ? large[lane] : most;
-        least_of = small[lane] < least_of ? small[lane] : least_of;
     }
     const int near = most - least_of < NEAR;
     for (int64_t s = 0; s < n; s += CHUNK) {

@@ -42,5 +42,6 @@ const char geomerge_source[] = GEOMERGE_SOURCE;
 #include "pruned.h"
 #include "program.h"
 #include "divergences.h"
+#include "importance.h"
 #include "competition.h"
 #include "sort.h"

@@ -114,6 +114,8 @@ static inline lanes_float plus_product_float(lanes_float sum, lanes_float a, lan
 static inline lanes_double plus_product_double(lanes_double sum, lanes_double a, lanes_double b) {
     return (lanes_double)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)sum);
 }
+
+static inline lanes_double larger_double(lanes_double a, lanes_double b) { return (lanes_double)_mm512_max_pd((__m512d)a, (__m512d)b); }
 #elif defined __AVX2__ && defined __FMA__
 static inline lanes_float widened_float(const uint16_t *x) {
     return (lanes_float)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)x)), 16);
@@ -130,6 +132,8 @@ static inline lanes_float plus_product_float(lanes_float sum, lanes_float a, lan
 static inline lanes_double plus_product_double(lanes_double sum, lanes_double a, lanes_double b) {
     return (lanes_double)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)sum);
 }
+
+static inline lanes_double larger_double(lanes_double a, lanes_double b) { return (lanes_double)_mm256_max_pd((__m256d)a, (__m256d)b); }
 #else
 static inline lanes_float widened_float(const uint16_t *x) {
     lanes_float wide;
@@ -151,6 +155,11 @@ static inline lanes_float plus_product_float(lanes_float sum, lanes_float a, lan
 static inline lanes_double plus_product_double(lanes_double sum, lanes_double a, lanes_double b) {
     for (int i = 0; i < LANES(double); i++) sum[i] = fma(a[i], b[i], sum[i]);
     return sum;
+}
+
+static inline lanes_double larger_double(lanes_double a, lanes_double b) {
+    for (int i = 0; i < LANES(double); i++) a[i] = a[i] > b[i] ? a[i] : b[i];
+    return a;
 }
 #endif
 
@@ -204,6 +213,13 @@ static inline int odd_bits(const uint16_t *x, int64_t n) {
 LOAD(float) LOAD(double) STORE(float) STORE(double) DAMAGE(float) DAMAGE(double) SOUND(float) SOUND(double)
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* The same of at most CHUNK raw numbers that nobody has loaded. */
+static double odd_raw(const void *raw, int dtype, int64_t start, int64_t n) {
+    double x[CHUNK];
+    if (dtype != BF16) load_double(raw, dtype, start, n, x);
+    return odd_double(raw, dtype, start, n, x);
+}
 
 /* The sum of CHUNK lanes, half to half. */
 static double halved(double *lanes) {

@@ -116,17 +116,13 @@ int geomerge_load(struct work *work, int64_t n, double *out) {
 
 /* Whether all inputs are finite. */
 int geomerge_finite(struct work *work, int64_t n) {
-    double bad = 0, x[CHUNK];
+    double bad = 0;
     const void *raw[MOST];
     for (int64_t at = 0; at < n; at += WINDOW) {
         int64_t m = least(WINDOW, n - at);
         if (!fetch(work, at, m, raw)) return -1;
         for (int k = 0; k < work->count; k++)
-            for (int64_t s = 0; s < m; s += CHUNK) {
-                int64_t some = least(CHUNK, m - s);
-                if (work->inputs[k].dtype != BF16) load_double(raw[k], work->inputs[k].dtype, s, some, x);
-                bad += odd_double(raw[k], work->inputs[k].dtype, s, some, x);
-            }
+            for (int64_t s = 0; s < m; s += CHUNK) bad += odd_raw(raw[k], work->inputs[k].dtype, s, least(CHUNK, m - s));
     }
     return bad == 0;
 }

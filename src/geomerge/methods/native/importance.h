@@ -1,0 +1,87 @@
+/* Sizes of differences, each times a number of its row: what Arcee Fusion ranks, and what it makes of that. */
+
+#pragma once
+
+/* Rows of a tensor, of which element `first` is the first that a loop gets; a number >= 0 for each. */
+struct rows {
+    int64_t first, columns;
+    const double *scales;
+};
+
+/* How many of m elements from element `at` of the inputs on are of one row, and its number. */
+static inline int64_t of_row(const struct rows *rows, int64_t at, int64_t m, double *scale) {
+    const int64_t place = rows->first + at, row = place / rows->columns;
+    *scale = rows->scales[row];
+    return least(m, (row + 1) * rows->columns - place);
+}
+
+/* |x - base| where float32 holds these (`single` is for the base). */
+static int alike_float(const void *const *raw, const int *dtypes, int64_t s, int64_t m, float *single, float *sizes) {
+    if (dtypes[0] != BF16 || dtypes[1] != BF16 || m % LANES(float)) return 0;
+    load_float(raw[0], BF16, s, m, single);
+    return exact(m, (const uint16_t *)raw[1] + s, single, sizes);
+}
+
+static void differences_double(const void *const *raw, const int *dtypes, int64_t s, int64_t m, double *base, double *d) {
+    load_double(raw[0], dtypes[0], s, m, base);
+    load_double(raw[1], dtypes[1], s, m, d);
+    EACH(m) d[i] -= base[i];
+}
+
+/* Takes in the products of n elements from each of `starts` on. Inputs: the base and the expert. Returns whether both are finite (looked
+ * at only if `check`). */
+int geomerge_importance_survey(struct work *work, int64_t pieces, const int64_t *starts, int64_t n, const struct rows *rows, int brackets,
+                               struct bracket *b, int check) {
+    double base[CHUNK], d[CHUNK], bad = 0, scale;
+    float single[CHUNK], sizes[CHUNK];
+    const int dtypes[2] = {work->inputs[0].dtype, work->inputs[1].dtype};
+    const void *raw[MOST];
+    for (int64_t p = 0; p < pieces; p++)
+        for (int64_t at = 0, m; at < n; at += WINDOW) {
+            int64_t size = least(WINDOW, n - at);
+            if (!fetch(work, starts[p] + at, size, raw)) return -1;
+            for (int64_t s = 0; s < size; s += m) {
+                m = of_row(rows, starts[p] + at + s, least(CHUNK, size - s), &scale);
+                for (int k = 0; check && k < 2; k++) bad += odd_raw(raw[k], dtypes[k], s, m);
+                if (alike_float(raw, dtypes, s, m, single, sizes)) {
+                    for (int j = 0; j < brackets; j++) bracket_scaled(b + j, sizes, m, scale);
+                    continue;
+                }
+                differences_double(raw, dtypes, s, m, base, d);
+                EACH(m) d[i] = fabs(d[i]) * scale;
+                for (int j = 0; j < brackets; j++) bracket_double(b + j, d, m);
+            }
+        }
+    return bad == 0;
+}
+
+/* theta_0 + (theta_1 - theta_0) where the product is at least `from`, rounded. Inputs and value as above. */
+int geomerge_importance(struct work *work, int64_t n, const struct rows *rows, double from, int check, const struct place *out) {
+    double base[CHUNK], d[CHUNK], bad = 0, scale;
+    float single[CHUNK], sizes[CHUNK];
+    const int dtypes[2] = {work->inputs[0].dtype, work->inputs[1].dtype};
+    const void *raw[MOST];
+    for (int64_t at = 0, m; at < n; at += WINDOW) {
+        int64_t size = least(WINDOW, n - at);
+        if (!fetch(work, at, size, raw)) return -1;
+        char *to = window_of(work, out, at);
+        for (int64_t s = 0; s < size; s += m) {
+            m = of_row(rows, at + s, least(CHUNK, size - s), &scale);
+            for (int k = 0; check && k < 2; k++) bad += odd_raw(raw[k], dtypes[k], s, m);
+            if (alike_float(raw, dtypes, s, m, single, sizes)) {
+                const float least_size = least_of(from, scale);
+                const uint16_t *x = (const uint16_t *)raw[1] + s;
+                EACH(m) single[i] += (from_bf16(x[i]) - single[i]) * (sizes[i] >= least_size ? 1.0f : 0.0f);
+                if (work->first > at + s) tell_float(work, at + s, m, single);
+                store_float(single, out->dtype, s, m, to);
+                continue;
+            }
+            differences_double(raw, dtypes, s, m, base, d);
+            EACH(m) d[i] = base[i] + d[i] * (fabs(d[i]) * scale >= from ? 1.0 : 0.0);
+            if (work->first > at + s) tell_double(work, at + s, m, d);
+            store_double(d, out->dtype, s, m, to);
+        }
+        if (!deliver(work, out, at + size, n)) return -1;
+    }
+    return bad == 0;
+}
