@@ -87,6 +87,7 @@ class _Bracket(ctypes.Structure):
         ("equal", ctypes.c_int64 * 2),
         ("collected", ctypes.c_int64),
         ("found", ctypes.c_void_p),
+        ("size", ctypes.c_float * 4),
         ("expert", ctypes.c_int32),
     )
 
@@ -119,7 +120,10 @@ class Brackets:
         of = [0] * len(bounds) if experts is None else experts
         rows = [row.ctypes.data for row in self._found]
         self.array = (_Bracket * len(bounds))(
-            *(_Bracket(*each, 0, (0, 0), 0, row, k) for each, row, k in zip(bounds, rows, of, strict=True))
+            *(
+                _Bracket(*each, 0, (0, 0), 0, row, (0, 0, 0, 0), k)
+                for each, row, k in zip(bounds, rows, of, strict=True)
+            )
         )
 
     def address(self, index: int) -> int:
@@ -343,7 +347,7 @@ _TOGETHER = 1 << 13
 def divergences(inputs: Inputs, columns: int, floor: float, *, check: bool) -> tuple[bool, np.ndarray]:
     """Σ p ln(p/q) of each row of at most `ROW` columns, where p and q are the second and first input's softmax plus `floor`."""
     found = np.empty(inputs.numel // columns)
-    room = ctypes.c_void_p(call.address(16 * columns, "scratch"))
+    room = ctypes.c_void_p(call.address(16 * columns + 64, "scratch"))
     return inputs.call(
         "divergences", ctypes.c_int64(len(found)), ctypes.c_int64(columns), ctypes.c_double(floor), room,
         ctypes.c_int(check), ctypes.c_void_p(found.ctypes.data),

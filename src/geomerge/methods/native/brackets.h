@@ -10,14 +10,14 @@ struct bracket {
     int64_t equal[2];  /* how many equal each of `common` */
     int64_t collected;
     void *found;       /* T, with room for all */
+    float size[4];     /* numbers whose products (with one of some elements) are `low`, `high` and `common`: see `scale_bounds` */
     int32_t expert;
 };
 
-/* The least float whose product with `scale` >= 0 is at least x, and the largest whose product is at most x: of sizes that float32 holds
- * no more and no less are in bounds than of their products in double. */
+/* The least float whose product with `scale` is at least x, and the largest whose product is at most x: of sizes that float32 holds no
+ * more and no less are in bounds than of their products in double. */
 static inline float least_of(double x, double scale) {
     if (!(x > 0)) return 0;
-    if (!(scale > 0)) return INFINITY;
     float size = (float)(x / scale);
     while (size * scale < x) size = nextafterf(size, INFINITY);
     for (float less; size > 0 && (less = nextafterf(size, 0)) * scale >= x;) size = less;
@@ -26,77 +26,72 @@ static inline float least_of(double x, double scale) {
 
 static inline float most_of(double x, double scale) {
     if (!(x >= 0)) return -1;
-    if (!(scale > 0)) return INFINITY;
     float size = (float)(x / scale);
     while (size > 0 && size * scale > x) size = nextafterf(size, 0);
     for (float more; size < INFINITY && (more = nextafterf(size, INFINITY)) * scale <= x;) size = more;
     return size;
 }
 
-/* `bracket_floats` and `bracket_doubles` do as `bracket_float` and `bracket_double` for a whole number of registers, for one more of which
- * `found` has room; `bracket_scaled` does as `bracket_double` with the products of some sizes and a number, neither negative. */
-#ifdef __AVX512BW__
-
-/* What is inside is set aside first, and the common ones are taken out of that: the comparisons and stores of all are most of the work. */
-#define QUICK_BRACKET(T, end, lanes)                                                                       \
-    static int64_t inside_##T(const T *restrict y, int64_t m, T least_one, T most, T *restrict aside, int64_t *above) { \
-        const lanes low = _mm512_set1_##end(least_one), high = _mm512_set1_##end(most);                    \
-        T *last = aside;                                                                                   \
-        int64_t over = 0;                                                                                  \
-        for (int64_t i = 0; i < m; i += LANES(T)) {                                                        \
-            const lanes x = _mm512_loadu_##end(y + i);                                                     \
-            unsigned more = _mm512_cmp_##end##_mask(x, high, _CMP_NLE_UQ);                                 \
-            unsigned inside = _mm512_cmp_##end##_mask(x, low, _CMP_GE_OQ) & ~more;                         \
-            over += __builtin_popcount(more);                                                              \
-            _mm512_storeu_##end(last, _mm512_maskz_compress_##end(inside, x));                             \
-            last += __builtin_popcount(inside);                                                            \
-        }                                                                                                  \
-        *above += over;                                                                                    \
-        return last - aside;                                                                               \
-    }                                                                                                      \
-                                                                                                           \
-    static void sift_##T(struct bracket *b, const T *restrict aside, int64_t n) {                          \
-        const lanes common = _mm512_set1_##end((T)b->common[0]), other = _mm512_set1_##end((T)b->common[1]); \
-        T *found = (T *)b->found + b->collected;                                                           \
-        int64_t same = 0, alike = 0;                                                                       \
-        for (int64_t i = 0; i < n; i += LANES(T)) {                                                        \
-            const lanes x = _mm512_loadu_##end(aside + i);                                                 \
-            const unsigned there = (1u << least(LANES(T), n - i)) - 1;                                     \
-            unsigned equal = _mm512_mask_cmp_##end##_mask(there, x, common, _CMP_EQ_OQ);                   \
-            unsigned second = _mm512_mask_cmp_##end##_mask(there, x, other, _CMP_EQ_OQ);                   \
-            unsigned rest = there & ~(equal | second);                                                     \
-            same += __builtin_popcount(equal), alike += __builtin_popcount(second);                        \
-            _mm512_storeu_##end(found, _mm512_maskz_compress_##end(rest, x));                              \
-            found += __builtin_popcount(rest);                                                             \
-        }                                                                                                  \
-        b->equal[0] += same, b->equal[1] += alike;                                                         \
-        b->collected = found - (T *)b->found;                                                              \
-    }                                                                                                      \
-                                                                                                           \
-    static void bracket_##T##s(struct bracket *b, const T *restrict y, int64_t m) {                        \
-        T aside[CHUNK + LANES(T)];                                                                         \
-        sift_##T(b, aside, inside_##T(y, m, (T)b->low, (T)b->high, aside, &b->above));                     \
-    }
-
-QUICK_BRACKET(float, ps, __m512) QUICK_BRACKET(double, pd, __m512d)
-
-static void bracket_scaled(struct bracket *b, const float *restrict sizes, int64_t m, double scale) {
-    float aside[CHUNK + LANES(float)];
-    double products[CHUNK + LANES(float)];
-    int64_t n = inside_float(sizes, m, least_of(b->low, scale), most_of(b->high, scale), aside, &b->above);
-    for (int64_t i = 0; i < n; i += LANES(float))
-        for (int64_t j = i; j < i + LANES(float); j++) products[j] = aside[j] * scale;
-    sift_double(b, products, n);
+static inline float just(double x, double scale) {
+    float size = least_of(x, scale);
+    return size * scale == x ? size : NAN;
 }
 
-/* Whether float32 holds the differences of bfloat16 numbers, whose sizes these are if it does: what is rounded off is more than half the
- * last place of one of the two. */
-static int exact(int64_t m, const uint16_t *x, const float *base, float *restrict sizes) {
+#define SCALES 1e-200 /* the products of different floats and a number that is not less differ */
+
+static inline void scale_bounds(struct bracket *b, int brackets, double scale) {
+    for (int j = 0; j < brackets; j++) {
+        b[j].size[0] = least_of(b[j].low, scale), b[j].size[1] = most_of(b[j].high, scale);
+        b[j].size[2] = just(b[j].common[0], scale), b[j].size[3] = just(b[j].common[1], scale);
+    }
+}
+
+/* `bracket_doubles` does as `bracket_double`, and `bracket_bf16` as `bracket_float` of |x - base|, for a whole number of registers;
+ * `found` has room for one more. `two`: both of `common` are numbers. `bracket_scaled` does as `bracket_double` of the products of
+ * |x - base|, which float32 holds (`exact`), and a number that is at least SCALES; `size` is for that. */
+#ifdef __AVX512BW__
+#define BOUNDS_float(b) {b->size[0], b->size[1], b->size[2], b->size[3]}
+#define BOUNDS_double(b) {b->low, b->high, b->common[0], b->common[1]}
+#define QUICK_BRACKET(name, T, Found, end, lanes, magnitudes, store, ...)                                  \
+    FUSED name(const int two, struct bracket *b, int64_t m, __VA_ARGS__) {                                 \
+        const T bounds[4] = BOUNDS_##T(b);                                                                 \
+        const lanes low = _mm512_set1_##end(bounds[0]), high = _mm512_set1_##end(bounds[1]);               \
+        const lanes common = _mm512_set1_##end(bounds[2]), other = _mm512_set1_##end(bounds[3]);           \
+        int64_t over = 0, same = 0, alike = 0;                                                             \
+        Found *found = (Found *)b->found + b->collected;                                                   \
+        for (int64_t i = 0; i < m; i += LANES(T)) {                                                        \
+            lanes y = magnitudes;                                                                          \
+            unsigned above = _mm512_cmp_##end##_mask(y, high, _CMP_NLE_UQ);                                \
+            unsigned equal = _mm512_cmp_##end##_mask(y, common, _CMP_EQ_OQ);                               \
+            unsigned second = two ? _mm512_cmp_##end##_mask(y, other, _CMP_EQ_OQ) : 0;                     \
+            unsigned inside = _mm512_cmp_##end##_mask(y, low, _CMP_GE_OQ) & ~(above | equal | second);     \
+            over += __builtin_popcount(above);                                                             \
+            same += __builtin_popcount(equal), alike += __builtin_popcount(second);                        \
+            y = _mm512_maskz_compress_##end(inside, y);                                                    \
+            store;                                                                                         \
+            found += __builtin_popcount(inside);                                                           \
+        }                                                                                                  \
+        b->above += over, b->equal[0] += same, b->equal[1] += alike;                                       \
+        b->collected = found - (Found *)b->found;                                                          \
+    }
+
+#define DIFFERENCE _mm512_sub_ps((__m512)widened_float(x + i), _mm512_loadu_ps(base + i))
+#define PRODUCTS(from) _mm512_mul_pd(_mm512_cvtps_pd(_mm512_extractf32x8_ps(y, from)), _mm512_set1_pd(scale))
+#define WIDE_STORE                              \
+    _mm512_storeu_pd(found, PRODUCTS(0));       \
+    if (__builtin_popcount(inside) > 8) _mm512_storeu_pd(found + 8, PRODUCTS(1))
+QUICK_BRACKET(bracket_doubles, double, double, pd, __m512d, _mm512_loadu_pd(x + i), _mm512_storeu_pd(found, y), const double *restrict x)
+QUICK_BRACKET(bracket_bf16, float, float, ps, __m512, _mm512_abs_ps(DIFFERENCE), _mm512_storeu_ps(found, y), const uint16_t *restrict x,
+              const float *restrict base)
+QUICK_BRACKET(bracket_scaled, float, double, ps, __m512, _mm512_abs_ps(DIFFERENCE), WIDE_STORE, const uint16_t *restrict x,
+              const float *restrict base, double scale)
+
+/* Whether float32 holds the differences of bfloat16 numbers: what is rounded off is more than half the last place of one of the two. */
+static int exact(int64_t m, const uint16_t *x, const float *base) {
     int32_t lost = 0;
     for (int64_t i = 0; i < m; i += LANES(float)) {
         __m512 wide = (__m512)widened_float(x + i), from = _mm512_loadu_ps(base + i), d = _mm512_sub_ps(wide, from);
         lost |= _mm512_cmp_ps_mask(_mm512_add_ps(d, from), wide, _CMP_NEQ_UQ) | _mm512_cmp_ps_mask(_mm512_sub_ps(wide, d), from, _CMP_NEQ_UQ);
-        _mm512_storeu_ps(sizes + i, _mm512_abs_ps(d));
     }
     return !lost;
 }
@@ -118,18 +113,20 @@ __attribute__((constructor)) static void fill_lanes(void) {
             if (mask >> lane & 1) pairs_of[mask][at++] = 2 * lane, pairs_of[mask][at++] = 2 * lane + 1;
 }
 
-static void bracket_doubles(struct bracket *b, const double *restrict x, int64_t m) {
+FUSED bracket_doubles(const int two, struct bracket *b, int64_t m, const double *restrict x) {
     const __m256d low = _mm256_set1_pd(b->low), high = _mm256_set1_pd(b->high);
     const __m256d common = _mm256_set1_pd(b->common[0]), other = _mm256_set1_pd(b->common[1]);
     __m256i over = _mm256_setzero_si256(), same = over, alike = over;
     double *found = (double *)b->found + b->collected;
     for (int64_t i = 0; i < m; i += 4) {
         __m256d y = _mm256_loadu_pd(x + i);
-        __m256d above = _mm256_cmp_pd(y, high, _CMP_NLE_UQ);
-        __m256d equal = _mm256_cmp_pd(y, common, _CMP_EQ_OQ), second = _mm256_cmp_pd(y, other, _CMP_EQ_OQ);
+        __m256d above = _mm256_cmp_pd(y, high, _CMP_NLE_UQ), equal = _mm256_cmp_pd(y, common, _CMP_EQ_OQ);
         same = _mm256_sub_epi64(same, _mm256_castpd_si256(equal));
-        alike = _mm256_sub_epi64(alike, _mm256_castpd_si256(second));
-        equal = _mm256_or_pd(equal, second);
+        if (two) {
+            __m256d second = _mm256_cmp_pd(y, other, _CMP_EQ_OQ);
+            alike = _mm256_sub_epi64(alike, _mm256_castpd_si256(second));
+            equal = _mm256_or_pd(equal, second);
+        }
         __m256d inside = _mm256_andnot_pd(_mm256_or_pd(above, equal), _mm256_cmp_pd(y, low, _CMP_GE_OQ));
         over = _mm256_sub_epi64(over, _mm256_castpd_si256(above));
         int mask = _mm256_movemask_pd(inside);
@@ -145,18 +142,20 @@ static void bracket_doubles(struct bracket *b, const double *restrict x, int64_t
     b->collected = found - (double *)b->found;
 }
 
-static void bracket_floats(struct bracket *b, const float *restrict x, int64_t m) {
-    const __m256 low = _mm256_set1_ps((float)b->low), high = _mm256_set1_ps((float)b->high);
-    const __m256 common = _mm256_set1_ps((float)b->common[0]), other = _mm256_set1_ps((float)b->common[1]);
+FUSED bracket_bf16(const int two, struct bracket *b, int64_t m, const uint16_t *restrict x, const float *restrict base) {
+    const __m256 low = _mm256_set1_ps(b->size[0]), high = _mm256_set1_ps(b->size[1]), sign = _mm256_set1_ps(-0.0f);
+    const __m256 common = _mm256_set1_ps(b->size[2]), other = _mm256_set1_ps(b->size[3]);
     __m256i over = _mm256_setzero_si256(), same = over, alike = over;
     float *found = (float *)b->found + b->collected;
     for (int64_t i = 0; i < m; i += 8) {
-        __m256 y = _mm256_loadu_ps(x + i);
-        __m256 above = _mm256_cmp_ps(y, high, _CMP_NLE_UQ);
-        __m256 equal = _mm256_cmp_ps(y, common, _CMP_EQ_OQ), second = _mm256_cmp_ps(y, other, _CMP_EQ_OQ);
+        __m256 y = _mm256_andnot_ps(sign, _mm256_sub_ps((__m256)widened_float(x + i), _mm256_loadu_ps(base + i)));
+        __m256 above = _mm256_cmp_ps(y, high, _CMP_NLE_UQ), equal = _mm256_cmp_ps(y, common, _CMP_EQ_OQ);
         same = _mm256_sub_epi32(same, _mm256_castps_si256(equal));
-        alike = _mm256_sub_epi32(alike, _mm256_castps_si256(second));
-        equal = _mm256_or_ps(equal, second);
+        if (two) {
+            __m256 second = _mm256_cmp_ps(y, other, _CMP_EQ_OQ);
+            alike = _mm256_sub_epi32(alike, _mm256_castps_si256(second));
+            equal = _mm256_or_ps(equal, second);
+        }
         __m256 inside = _mm256_andnot_ps(_mm256_or_ps(above, equal), _mm256_cmp_ps(y, low, _CMP_GE_OQ));
         over = _mm256_sub_epi32(over, _mm256_castps_si256(above));
         int mask = _mm256_movemask_ps(inside);
@@ -172,20 +171,21 @@ static void bracket_floats(struct bracket *b, const float *restrict x, int64_t m
     b->collected = found - (float *)b->found;
 }
 #define QUICK 1
-#define exact(m, x, base, sizes) 0
-#define bracket_scaled(b, sizes, m, scale) (void)0
+#define exact(m, x, base) 0
+#define bracket_scaled(two, b, m, x, base, scale) (void)0
 #else
 #define QUICK 0
-#define exact(m, x, base, sizes) 0
-#define bracket_scaled(b, sizes, m, scale) (void)0
-#define bracket_floats(b, y, m) (void)0
-#define bracket_doubles(b, y, m) (void)0
+#define exact(m, x, base) 0
+#define bracket_scaled(two, b, m, x, base, scale) (void)0
+#define bracket_bf16(two, b, m, x, base) (void)0
+#define bracket_doubles(two, b, m, x) (void)0
 #endif
 
 #define BRACKET(T)                                                                                    \
     static void bracket_##T(struct bracket *b, const T *restrict y, int64_t m) {                      \
-        if (QUICK && m % LANES(T) == 0) {                                                             \
-            bracket_##T##s(b, y, m);                                                                  \
+        if (QUICK && sizeof(T) == 8 && m % LANES(T) == 0) {                                           \
+            if (b->common[1] == b->common[1]) bracket_doubles(1, b, m, (const double *)y);            \
+            else bracket_doubles(0, b, m, (const double *)y);                                         \
             return;                                                                                   \
         }                                                                                             \
         const T low = (T)b->low, high = (T)b->high, common = (T)b->common[0], other = (T)b->common[1]; \
@@ -215,53 +215,49 @@ static void bracket_floats(struct bracket *b, const float *restrict x, int64_t m
         for (int64_t s = 0; s < n; s += CHUNK) bracket_##T(b, x + s, least(CHUNK, n - s));            \
     }
 
-/* |x - base| of bfloat16 numbers. */
-static inline void sizes_apart(int64_t m, const uint16_t *x, const float *base, float *restrict sizes) {
-    int64_t i = 0;
-    for (; i + LANES(float) <= m; i += LANES(float)) {
-        floats from, apart;
-        memcpy(&from, base + i, sizeof from);
-        apart = size_of(widened_float(x + i) - from);
-        memcpy(sizes + i, &apart, sizeof apart);
-    }
-    for (; i < m; i++) sizes[i] = fabsf(from_bf16(x[i]) - base[i]);
-}
-
 /* Takes in |theta_k - theta_0| at n elements from each of `starts` on; the brackets are in the order of their experts k. Inputs:
  * the base and the experts. Returns whether all are finite (looked at only if `check`). */
 #define SURVEY(T, abs)                                                                                \
     int geomerge_survey_##T(struct work *work, int64_t pieces, const int64_t *starts, int64_t n, int brackets, \
                             struct bracket *b, int check) {                                           \
         T base[CHUNK], d[CHUNK], bad = 0;                                                             \
-        float single[CHUNK], sizes[CHUNK];                                                            \
+        float single[CHUNK];                                                                          \
         const void *raw[MOST];                                                                        \
         const struct place *in = work->inputs;                                                        \
+        scale_bounds(b, brackets, 1);                                                                 \
         for (int64_t p = 0; p < pieces; p++)                                                          \
             for (int64_t at = 0; at < n; at += WINDOW) {                                              \
                 int64_t size = least(WINDOW, n - at);                                                 \
                 if (!fetch(work, starts[p] + at, size, raw)) return -1;                               \
-                for (int k = 0; check && k < work->count; k++)                                        \
-                    if (in[k].dtype == BF16) bad += odd_bits(raw[k], size);                           \
                 for (int64_t s = 0; s < size; s += CHUNK) {                                           \
                     int64_t m = least(CHUNK, size - s);                                               \
                     load_##T(raw[0], in[0].dtype, s, m, base);                                        \
-                    if (check && in[0].dtype != BF16) bad += damage_##T(base, m);                     \
+                    if (check) bad += odd_##T(raw[0], in[0].dtype, s, m, base);                       \
                     const int narrow = sizeof(T) == 8 && in[0].dtype == BF16 && m % LANES(float) == 0; \
                     if (narrow) load_float(raw[0], BF16, s, m, single);                               \
                     int j = 0;                                                                        \
                     for (int k = 0; k + 1 < work->count; k++) {                                       \
-                        const uint16_t *x = (const uint16_t *)raw[k + 1] + s;                         \
-                        if (narrow && in[k + 1].dtype == BF16 && exact(m, x, single, sizes)) {        \
-                            for (; j < brackets && b[j].expert == k; j++) bracket_scaled(b + j, sizes, m, 1); \
+                        if (QUICK && sizeof(T) == 4 && in[k + 1].dtype == BF16 && m % LANES(T) == 0) { \
+                            if (check) bad += odd_##T(raw[k + 1], BF16, s, m, 0);                     \
+                            const uint16_t *x = (const uint16_t *)raw[k + 1] + s;                     \
+                            for (; j < brackets && b[j].expert == k; j++)                             \
+                                if (b[j].common[1] == b[j].common[1])                                 \
+                                    bracket_bf16(1, b + j, m, x, (const float *)base);                \
+                                else bracket_bf16(0, b + j, m, x, (const float *)base);               \
                             continue;                                                                 \
                         }                                                                             \
-                        if (sizeof(T) == 4 && in[k + 1].dtype == BF16) {                              \
-                            sizes_apart(m, x, (const float *)base, (float *)d);                       \
-                        } else {                                                                      \
-                            load_##T(raw[k + 1], in[k + 1].dtype, s, m, d);                           \
-                            if (check && in[k + 1].dtype != BF16) bad += damage_##T(d, m);            \
-                            EACH(m) d[i] = abs(d[i] - base[i]);                                       \
+                        if (QUICK && sizeof(T) == 8 && narrow && in[k + 1].dtype == BF16 &&           \
+                            exact(m, (const uint16_t *)raw[k + 1] + s, single)) {                     \
+                            if (check) bad += odd_##T(raw[k + 1], BF16, s, m, 0);                     \
+                            const uint16_t *x = (const uint16_t *)raw[k + 1] + s;                     \
+                            for (; j < brackets && b[j].expert == k; j++)                             \
+                                if (b[j].common[1] == b[j].common[1]) bracket_scaled(1, b + j, m, x, single, 1); \
+                                else bracket_scaled(0, b + j, m, x, single, 1);                       \
+                            continue;                                                                 \
                         }                                                                             \
+                        load_##T(raw[k + 1], in[k + 1].dtype, s, m, d);                               \
+                        if (check) bad += odd_##T(raw[k + 1], in[k + 1].dtype, s, m, d);              \
+                        EACH(m) d[i] = abs(d[i] - base[i]);                                           \
                         for (; j < brackets && b[j].expert == k; j++) bracket_##T(b + j, d, m);       \
                     }                                                                                 \
                 }                                                                                     \

@@ -2,9 +2,50 @@
 
 #pragma once
 
+#define BESIDE 4 /* vectors that are computed together: none waits for another */
+#define BUNDLE (BESIDE * LANES(double))
+
+static inline lanes_double lanes_at(const double *x) {
+    lanes_double some;
+    memcpy(&some, x, sizeof some);
+    return some;
+}
+
+static inline lanes_double near_exps(lanes_double x) {
+    lanes_double p = every(exp_terms[0]);
+#pragma GCC unroll 12
+    for (int i = 1; i < 12; i++) p = plus_product_double(every(exp_terms[i]), p, x);
+    return p * x * x + x + every(1);
+}
+
+static inline lanes_double near_logs(lanes_double f) {
+    lanes_double square = f * f, p = every(log_terms[0]);
+#pragma GCC unroll 12
+    for (int i = 1; i < 6; i++) p = plus_product_double(every(log_terms[i]), p, square);
+    f += f;
+    return p * square * f + f;
+}
+
+/* As `powers` does where nothing is to be reduced: the sum of each lane at once, in registers. */
+static void near_powers(double *x, int64_t n, double most, double *lanes) {
+    const int64_t whole = n / BUNDLE * BUNDLE;
+    for (int64_t lane = 0; lane < CHUNK; lane += BUNDLE) {
+        lanes_double sum[BESIDE] = {{0}};
+        for (int64_t s = lane; s < whole; s += CHUNK)
+            for (int v = 0; v < BESIDE; v++) {
+                double *at = x + s + v * LANES(double);
+                const lanes_double power = near_exps(lanes_at(at) - every(most));
+                memcpy(at, &power, sizeof power);
+                sum[v] += power;
+            }
+        memcpy(lanes + lane, sum, sizeof sum);
+    }
+    for (int64_t i = whole; i < n; i++) x[i] = near_exp(x[i] - most), lanes[i % CHUNK] += x[i];
+}
+
 /* Powers of e in the place of n numbers, all divided by that of the largest; what makes a softmax of them. */
 static double powers(double *x, int64_t n) {
-    double lanes[CHUNK] = {0}, most = x[0], least_of = x[0];
+    double lanes[CHUNK] = {0}, most = x[0], lowest = x[0];
     int64_t whole = n / LANES(double) * LANES(double);
     lanes_double large = most - (lanes_double){0}, against = -large;
     for (int64_t i = 0; i < whole; i += LANES(double)) {
@@ -14,27 +55,55 @@ static double powers(double *x, int64_t n) {
     }
     for (int lane = 0; lane < LANES(double); lane++) {
         most = large[lane] > most ? large[lane] : most;
-        least_of = -against[lane] < least_of ? -against[lane] : least_of;
+        lowest = -against[lane] < lowest ? -against[lane] : lowest;
     }
     for (int64_t i = whole; i < n; i++) {
         most = x[i] > most ? x[i] : most;
-        least_of = x[i] < least_of ? x[i] : least_of;
+        lowest = x[i] < lowest ? x[i] : lowest;
     }
-    const int near = most - least_of < NEAR;
-    for (int64_t s = 0; s < n; s += CHUNK) {
-        int64_t m = least(CHUNK, n - s);
-        if (near) EACH(m) x[s + i] = near_exp(x[s + i] - most), lanes[i] += x[s + i];
-        else EACH(m) x[s + i] = exp_of(x[s + i] - most), lanes[i] += x[s + i];
-    }
+    if (most - lowest < NEAR) near_powers(x, n, most, lanes);
+    else
+        for (int64_t s = 0; s < n; s += CHUNK) {
+            int64_t m = least(CHUNK, n - s);
+            EACH(m) x[s + i] = exp_of(x[s + i] - most), lanes[i] += x[s + i];
+        }
     return 1 / halved(lanes);
 }
 
+/* The sum of p ln(p/q) for p and q of two rows of powers where a few terms of the logarithm do for all; NaN where they do not. */
+static double near_divergence(const double *powers, int64_t n, const double *share, double floor) {
+    const int64_t whole = n / BUNDLE * BUNDLE;
+    double lanes[CHUNK];
+    lanes_double apart = {0};
+    for (int64_t lane = 0; lane < CHUNK; lane += BUNDLE) {
+        lanes_double sum[BESIDE] = {{0}};
+        for (int64_t s = lane; s < whole; s += CHUNK)
+            for (int v = 0; v < BESIDE; v++) {
+                const double *at = powers + s + v * LANES(double);
+                const lanes_double q = lanes_at(at) * every(share[0]) + every(floor), p = lanes_at(at + n) * every(share[1]) + every(floor);
+                const lanes_double f = (p - q) / (p + q);
+                apart = larger_double(larger_double(apart, f), -f);
+                sum[v] += p * near_logs(f);
+            }
+        memcpy(lanes + lane, sum, sizeof sum);
+    }
+    int far = 0;
+    for (int i = 0; i < LANES(double); i++) far |= !(apart[i] < ALIKE_UP_TO);
+    for (int64_t i = whole; i < n; i++) {
+        const double q = powers[i] * share[0] + floor, p = powers[n + i] * share[1] + floor, f = (p - q) / (p + q);
+        far |= !(fabs(f) < ALIKE_UP_TO);
+        lanes[i % CHUNK] += p * near_log(f);
+    }
+    return far ? NAN : halved(lanes);
+}
+
 /* Of each row of `columns` <= WINDOW elements the Kullback-Leibler divergence of the second input's softmax from the first's, each
- * plus `floor`; `room` is for two rows. Returns whether all are finite (looked at only if `check`). */
+ * plus `floor`; `room` is for two rows and a register. Returns whether all are finite (looked at only if `check`). */
 int geomerge_divergences(struct work *work, int64_t rows, int64_t columns, double floor, double *room, int check, double *out) {
     const void *raw[MOST];
     double bad = 0, share[2], p[CHUNK], q[CHUNK], apart[CHUNK];
     const int64_t together = WINDOW / columns;
+    room = (double *)(((uintptr_t)room + REGISTER - 1) / REGISTER * REGISTER);
     for (int64_t row = 0; row < rows; row++) {
         double lanes[CHUNK] = {0};
         const int64_t first = row % together * columns;
@@ -48,6 +117,8 @@ int geomerge_divergences(struct work *work, int64_t rows, int64_t columns, doubl
             }
             share[k] = powers(x, columns);
         }
+        out[row] = near_divergence(room, columns, share, floor);
+        if (out[row] == out[row]) continue;
         for (int64_t s = 0; s < columns; s += CHUNK) {
             int64_t m = least(CHUNK, columns - s);
             EACH(m) q[i] = room[s + i] * share[0] + floor;

@@ -3,12 +3,13 @@
 #pragma once
 
 /* (e^r - 1 - r) / r^2 */
-static inline double series(double r) {
-    static const double terms[12] = {1 / 6227020800., 1 / 479001600., 1 / 39916800., 1 / 3628800., 1 / 362880., 1 / 40320.,
+static const double exp_terms[12] = {1 / 6227020800., 1 / 479001600., 1 / 39916800., 1 / 3628800., 1 / 362880., 1 / 40320.,
                                      1 / 5040., 1 / 720., 1 / 120., 1 / 24., 1 / 6., 1 / 2.};
-    double p = terms[0];
+
+static inline double series(double r) {
+    double p = exp_terms[0];
 #pragma GCC unroll 12
-    for (int i = 1; i < 12; i++) p = fma(p, r, terms[i]);
+    for (int i = 1; i < 12; i++) p = fma(p, r, exp_terms[i]);
     return p;
 }
 
@@ -78,11 +79,12 @@ static inline double log_of(double x) {
 /* ln(p/q): of an f below ALIKE_UP_TO a few terms do, and mostly all of a chunk is below it. */
 #define ALIKE_UP_TO 0x1p-4
 
+static const double log_terms[6] = {1 / 13., 1 / 11., 1 / 9., 1 / 7., 1 / 5., 1 / 3.};
+
 static inline double near_log(double f) {
-    static const double odd[6] = {1 / 13., 1 / 11., 1 / 9., 1 / 7., 1 / 5., 1 / 3.};
-    double square = f * f, p = odd[0];
+    double square = f * f, p = log_terms[0];
 #pragma GCC unroll 12
-    for (int i = 1; i < 6; i++) p = fma(p, square, odd[i]);
+    for (int i = 1; i < 6; i++) p = fma(p, square, log_terms[i]);
     f += f;
     return p * square * f + f;
 }

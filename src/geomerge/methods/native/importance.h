@@ -8,18 +8,18 @@ struct rows {
     const double *scales;
 };
 
-/* How many of m elements from element `at` of the inputs on are of one row, and its number. */
-static inline int64_t of_row(const struct rows *rows, int64_t at, int64_t m, double *scale) {
+/* How many elements are left of the row of element `at` of the inputs, and its number. */
+static inline int64_t rest_of_row(const struct rows *rows, int64_t at, double *scale) {
     const int64_t place = rows->first + at, row = place / rows->columns;
     *scale = rows->scales[row];
-    return least(m, (row + 1) * rows->columns - place);
+    return (row + 1) * rows->columns - place;
 }
 
-/* |x - base| where float32 holds these (`single` is for the base). */
-static int alike_float(const void *const *raw, const int *dtypes, int64_t s, int64_t m, float *single, float *sizes) {
-    if (dtypes[0] != BF16 || dtypes[1] != BF16 || m % LANES(float)) return 0;
+/* Whether float32 holds the differences, for which `single` is the base; times a number as small as that products may be equal. */
+static int alike_float(const void *const *raw, const int *dtypes, int64_t s, int64_t m, double scale, float *single) {
+    if (dtypes[0] != BF16 || dtypes[1] != BF16 || m % LANES(float) || scale < SCALES) return 0;
     load_float(raw[0], BF16, s, m, single);
-    return exact(m, (const uint16_t *)raw[1] + s, single, sizes);
+    return exact(m, (const uint16_t *)raw[1] + s, single);
 }
 
 static void differences_double(const void *const *raw, const int *dtypes, int64_t s, int64_t m, double *base, double *d) {
@@ -33,18 +33,25 @@ static void differences_double(const void *const *raw, const int *dtypes, int64_
 int geomerge_importance_survey(struct work *work, int64_t pieces, const int64_t *starts, int64_t n, const struct rows *rows, int brackets,
                                struct bracket *b, int check) {
     double base[CHUNK], d[CHUNK], bad = 0, scale;
-    float single[CHUNK], sizes[CHUNK];
+    float single[CHUNK];
     const int dtypes[2] = {work->inputs[0].dtype, work->inputs[1].dtype};
     const void *raw[MOST];
     for (int64_t p = 0; p < pieces; p++)
         for (int64_t at = 0, m; at < n; at += WINDOW) {
             int64_t size = least(WINDOW, n - at);
             if (!fetch(work, starts[p] + at, size, raw)) return -1;
-            for (int64_t s = 0; s < size; s += m) {
-                m = of_row(rows, starts[p] + at + s, least(CHUNK, size - s), &scale);
+            for (int64_t s = 0, left = 0; s < size; s += m, left -= m) {
+                if (!left) {
+                    left = rest_of_row(rows, starts[p] + at + s, &scale);
+                    scale_bounds(b, brackets, scale);
+                }
+                m = least(least(CHUNK, size - s), left);
                 for (int k = 0; check && k < 2; k++) bad += odd_raw(raw[k], dtypes[k], s, m);
-                if (alike_float(raw, dtypes, s, m, single, sizes)) {
-                    for (int j = 0; j < brackets; j++) bracket_scaled(b + j, sizes, m, scale);
+                if (alike_float(raw, dtypes, s, m, scale, single)) {
+                    const uint16_t *x = (const uint16_t *)raw[1] + s;
+                    for (int j = 0; j < brackets; j++)
+                        if (b[j].common[1] == b[j].common[1]) bracket_scaled(1, b + j, m, x, single, scale);
+                        else bracket_scaled(0, b + j, m, x, single, scale);
                     continue;
                 }
                 differences_double(raw, dtypes, s, m, base, d);
@@ -58,20 +65,26 @@ int geomerge_importance_survey(struct work *work, int64_t pieces, const int64_t 
 /* theta_0 + (theta_1 - theta_0) where the product is at least `from`, rounded. Inputs and value as above. */
 int geomerge_importance(struct work *work, int64_t n, const struct rows *rows, double from, int check, const struct place *out) {
     double base[CHUNK], d[CHUNK], bad = 0, scale;
-    float single[CHUNK], sizes[CHUNK];
+    float single[CHUNK], least_size = 0;
     const int dtypes[2] = {work->inputs[0].dtype, work->inputs[1].dtype};
     const void *raw[MOST];
     for (int64_t at = 0, m; at < n; at += WINDOW) {
         int64_t size = least(WINDOW, n - at);
         if (!fetch(work, at, size, raw)) return -1;
         char *to = window_of(work, out, at);
-        for (int64_t s = 0; s < size; s += m) {
-            m = of_row(rows, at + s, least(CHUNK, size - s), &scale);
+        for (int64_t s = 0, left = 0; s < size; s += m, left -= m) {
+            if (!left) {
+                left = rest_of_row(rows, at + s, &scale);
+                least_size = least_of(from, scale);
+            }
+            m = least(least(CHUNK, size - s), left);
             for (int k = 0; check && k < 2; k++) bad += odd_raw(raw[k], dtypes[k], s, m);
-            if (alike_float(raw, dtypes, s, m, single, sizes)) {
-                const float least_size = least_of(from, scale);
+            if (alike_float(raw, dtypes, s, m, scale, single)) {
                 const uint16_t *x = (const uint16_t *)raw[1] + s;
-                EACH(m) single[i] += (from_bf16(x[i]) - single[i]) * (sizes[i] >= least_size ? 1.0f : 0.0f);
+                EACH(m) {
+                    float apart = from_bf16(x[i]) - single[i];
+                    single[i] += apart * (fabsf(apart) >= least_size ? 1.0f : 0.0f);
+                }
                 if (work->first > at + s) tell_float(work, at + s, m, single);
                 store_float(single, out->dtype, s, m, to);
                 continue;

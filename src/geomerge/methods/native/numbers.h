@@ -166,6 +166,7 @@ static inline lanes_double larger_double(lanes_double a, lanes_double b) {
 typedef lanes_float floats;
 typedef int32_t ints __attribute__((vector_size(REGISTER)));
 
+static inline lanes_double every(double value) { return value - (lanes_double){0}; }
 static inline floats all(float value) { return value - (floats){0}; }
 static inline floats where(ints mask, floats x) { return (floats)(mask & (ints)x); } /* and 0 elsewhere */
 static inline floats size_of(floats x) { return (floats)((ints)x & 0x7FFFFFFF); }
