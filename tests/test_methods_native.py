@@ -135,6 +135,8 @@ def test_same_bytes_of_importances(shape: tuple[int, int], size: float) -> None:
         tensors = stored([base, other], dtype)
         for out in (dtype, torch.float64):
             same(lambda tensors=tensors, out=out: merge(made, tensors, dtype=out, tile=1 << 13))  # type: ignore[misc]
+    gaps = [torch.stack([t, t], -1)[..., 0] for t in stored([base, other], torch.bfloat16)]
+    same(lambda: merge(made, gaps, dtype=torch.bfloat16, tile=1 << 13))
 
 
 @compiled
@@ -204,7 +206,7 @@ LOOPS = {
     "dare_linear": {"geomerge_task_vectors_float"},
     "breadcrumbs": {"geomerge_survey_float", "geomerge_task_vectors_float"},
     "breadcrumbs_ties": {"geomerge_survey_float", "geomerge_task_vectors_float"},
-    "arcee_fusion": {"geomerge_divergences", "geomerge_importance_survey", "geomerge_importance"},
+    "arcee_fusion": {"geomerge_importance_survey", "geomerge_importance"},
     "nearswap": {"geomerge_program"},
     "ram": {"geomerge_program"},
     "ramplus_tl": {"geomerge_program"},
@@ -287,13 +289,13 @@ def test_same_files(method: str, tmp_path: Path, called: set[str]) -> None:
 
 
 @compiled
-@pytest.mark.parametrize("method", ["linear", "slerp", "ties", "dare_ties", "breadcrumbs"])
+@pytest.mark.parametrize("method", ["linear", "slerp", "ties", "dare_ties", "breadcrumbs", "arcee_fusion"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_names_the_same_damage(method: str, bad: float) -> None:
     """A parent with NaN or Inf is refused in the same words."""
     case = next(c for c in cases(method) if c.inputs >= 2)
-    tensors = stored(case.models((3, 50_003)), torch.bfloat16)
-    tensors[1][1, 40_000] = bad
+    tensors = stored(case.models((60, 2_501) if method == "arcee_fusion" else (3, 50_003)), torch.bfloat16)
+    tensors[1].view(-1)[90_003] = bad
     said = []
     for switch in (native.turned_off, contextlib.nullcontext):
         with switch(), pytest.raises(NotFiniteError) as caught:

@@ -330,6 +330,11 @@ class Scan:
         return found
 
     @property
+    def in_place(self) -> bool:
+        """Whether compiled loops read all inputs where they lie."""
+        return None not in self._stored
+
+    @property
     def _stored(self) -> list[native.Stored | None]:
         if self._places is None:
             self._places = [stored_of(source) for source in self.sources]

@@ -17,7 +17,7 @@ from geomerge.methods.order import nth_smallest
 from geomerge.methods.properties import BASE, IDENTICAL
 from geomerge.methods.registry import register
 from geomerge.methods.sums import lane_sums
-from geomerge.methods.tile import Loop, Place, Scan, Segment, Tile
+from geomerge.methods.tile import Loop, Place, Scan, Tile
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -36,23 +36,11 @@ def importance(tile: Tile, divergences: Floats, columns: int) -> Tensor:
 
 def row_divergences(scan: Scan) -> Floats:
     """The Kullback–Leibler divergence of each row's softmax from the base's. Never negative: rounding may leave −10⁻¹⁷."""
-    columns = max(scan.columns or 1, 1)
 
     def measured(tiles: Iterator[Tile]) -> list[float]:
         return [value for tile in tiles for value in _divergences(*tile.inputs)]
 
-    def compiled(segment: Segment) -> list[float]:
-        found: list[float] = []
-        for place in scan.places(segment):
-            inputs = scan.stored(place.start, place.numel)
-            finite, here = native.divergences(inputs, columns, _FLOOR, check=scan.checks)
-            if not finite:
-                scan.look_again(place.start, place.numel)
-            found += here.tolist()
-        return found
-
-    parts = scan.over_segments(compiled) if scan.compiled and columns <= native.ROW else scan.over(measured)
-    return np.maximum([value for part in parts for value in part], 0.0)
+    return np.maximum([value for part in scan.over(measured) for value in part], 0.0)
 
 
 def _divergences(base: Tensor, other: Tensor) -> list[float]:
@@ -67,23 +55,37 @@ def _softmax(rows: Tensor) -> Tensor:
 
 
 class _Important:
-    """The compiled loop over importances: what three quartiles are chosen from."""
+    """The compiled loop over importances, of which three quartiles are chosen; it finds rows' divergences as it meets them."""
 
     ranked = (0, 0, 0)
 
-    def __init__(self, rows: native.Rows) -> None:
-        self.rows = rows
+    def __init__(self, scan: Scan, columns: int) -> None:
+        self.rows = native.Rows(columns, np.full(scan.numel // columns, math.nan), _FLOOR, known=False)
+        if not scan.in_place:  # a sample's pieces come without the rest of their rows
+            self.complete(scan)
+
+    def complete(self, scan: Scan) -> None:
+        """Find what nobody has asked for."""
+        if np.isnan(self.rows.divergences).any():
+            scan.over_segments(lambda segment: [self.count(p, {}, check=scan.checks) for p in scan.places(segment)])
+        self.rows.known = True
 
     def count(
         self, place: Place, brackets: dict[int, native.Bounds], starts: Sequence[int] = (0,), *, check: bool
     ) -> tuple[bool, dict[int, native.Counted]]:
-        inputs, bounds = place.scan.stored(place.start, place.numel), list(brackets.values())
+        scan, columns = place.scan, self.rows.columns
+        inputs, bounds = scan.stored(place.start, place.numel), list(brackets.values())
         finite, counted = native.importance_survey(inputs, place.start, self.rows, bounds, starts, check=check)
+        if not finite:  # perhaps in the rest of the rows
+            for start in starts:
+                first = (place.start + start) // columns * columns
+                scan.look_again(first, -(-(place.start + start + place.numel - first) // columns) * columns)
         return finite, dict(zip(brackets, counted, strict=True))
 
 
-_SHORT = 64
-"""Rows of fewer elements are too short for the loops over rows."""
+def _own(scan: Scan, columns: int) -> bool:
+    """Whether there are compiled loops for rows of such a length: much shorter ones would cost more than they save."""
+    return scan.compiled and 64 <= columns <= native.ROW
 
 
 @register
@@ -119,9 +121,9 @@ dtype: bfloat16
         last, columns = scan.numel - 1, max(scan.columns or 1, 1)
         if last < 0:
             return np.zeros(1), 1, 0.0
-        divergences = row_divergences(scan)
+        own = _Important(scan, columns) if _own(scan, columns) else None
+        divergences = row_divergences(scan) if own is None else own.rows.divergences
         ranks = [math.floor(q * last) for q in (0.25, 0.5, 0.75)]
-        own = _Important(native.Rows(columns, divergences)) if scan.compiled and columns >= _SHORT else None
         lower, median, upper = nth_smallest(
             scan, lambda tile: [importance(tile, divergences, columns)] * 3, ranks, recorded=True, loop=own
         )
@@ -135,7 +137,7 @@ dtype: bfloat16
 
     def compiled(self, scan: Scan, stats: tuple[Floats, int, float]) -> Loop | None:
         divergences, columns, least = stats
-        if not scan.compiled or columns < _SHORT:
+        if not _own(scan, columns):
             return None
         rows = native.Rows(columns, divergences)
 

@@ -344,36 +344,43 @@ _TOGETHER = 1 << 13
 """Elements of each input that rows are put together to, where they are shorter."""
 
 
-def divergences(inputs: Inputs, columns: int, floor: float, *, check: bool) -> tuple[bool, np.ndarray]:
-    """Σ p ln(p/q) of each row of at most `ROW` columns, where p and q are the second and first input's softmax plus `floor`."""
-    found = np.empty(inputs.numel // columns)
-    room = ctypes.c_void_p(call.address(16 * columns + 64, "scratch"))
-    return inputs.call(
-        "divergences", ctypes.c_int64(len(found)), ctypes.c_int64(columns), ctypes.c_double(floor), room,
-        ctypes.c_int(check), ctypes.c_void_p(found.ctypes.data),
-    ), found  # fmt: skip
-
-
 class _Rows(ctypes.Structure):
-    _fields_ = (("first", ctypes.c_int64), ("columns", ctypes.c_int64), ("scales", ctypes.c_void_p))
+    _fields_ = (
+        ("first", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("divergences", ctypes.c_void_p),
+        ("room", ctypes.c_void_p),
+        ("floor", ctypes.c_double),
+        ("known", ctypes.c_int32),
+    )
 
 
-@dataclass(frozen=True)
+@dataclass
 class Rows:
-    """Rows of a tensor, with a number of each: at least 0, float64, one after the other."""
+    """Rows of a tensor, and of each Σ p ln(p/q), where p and q are the second and first input's softmax plus a floor.
+
+    Attributes:
+        columns: Elements of a row, at most `ROW`.
+        divergences: Float64, at least 0; NaN until a survey has met the row.
+        floor: Needed until all are known.
+        known: None is NaN: surveys need no whole rows.
+    """
 
     columns: int
-    scales: np.ndarray
+    divergences: np.ndarray
+    floor: float = 0.0
+    known: bool = True
 
     def packed(self, first: int) -> _Rows:
         """For the loops, which get elements from the `first` on."""
-        return _Rows(first, self.columns, self.scales.ctypes.data)
+        room = None if self.known else call.address(16 * self.columns + 64, "scratch")
+        return _Rows(first, self.columns, self.divergences.ctypes.data, room, self.floor, self.known)
 
 
 def importance_survey(
     inputs: Inputs, first: int, rows: Rows, brackets: Sequence[Bounds], starts: Sequence[int] = (0,), *, check: bool
 ) -> tuple[bool, list[Counted]]:
-    """As `survey`, of one expert's |θ₁ − θ₀|, each times the number of its row; `first` is the first element's place."""
+    """As `survey`, of one expert's |θ₁ − θ₀|, each times its row's divergence; `first` is the first element's place."""
     asked = [(0, bounds) for bounds in brackets]
     where = ctypes.byref(rows.packed(first))
     return _surveyed("importance_survey", inputs, asked, starts, where, single=False, check=check)

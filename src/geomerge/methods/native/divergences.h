@@ -97,37 +97,24 @@ static double near_divergence(const double *powers, int64_t n, const double *sha
     return far ? NAN : halved(lanes);
 }
 
-/* Of each row of `columns` <= WINDOW elements the Kullback-Leibler divergence of the second input's softmax from the first's, each
- * plus `floor`; `room` is for two rows and a register. Returns whether all are finite (looked at only if `check`). */
-int geomerge_divergences(struct work *work, int64_t rows, int64_t columns, double floor, double *room, int check, double *out) {
-    const void *raw[MOST];
-    double bad = 0, share[2], p[CHUNK], q[CHUNK], apart[CHUNK];
-    const int64_t together = WINDOW / columns;
-    room = (double *)(((uintptr_t)room + REGISTER - 1) / REGISTER * REGISTER);
-    for (int64_t row = 0; row < rows; row++) {
-        double lanes[CHUNK] = {0};
-        const int64_t first = row % together * columns;
-        if (!first && !fetch(work, row * columns, least(together, rows - row) * columns, raw)) return -1;
-        for (int k = 0; k < 2; k++) {
-            double *x = room + k * columns;
-            for (int64_t s = 0; s < columns; s += CHUNK) {
-                int64_t m = least(CHUNK, columns - s);
-                load_double(raw[k], work->inputs[k].dtype, first + s, m, x + s);
-                if (check) bad += odd_double(raw[k], work->inputs[k].dtype, first + s, m, x + s);
-            }
-            share[k] = powers(x, columns);
-        }
-        out[row] = near_divergence(room, columns, share, floor);
-        if (out[row] == out[row]) continue;
-        for (int64_t s = 0; s < columns; s += CHUNK) {
-            int64_t m = least(CHUNK, columns - s);
-            EACH(m) q[i] = room[s + i] * share[0] + floor;
-            EACH(m) p[i] = room[columns + s + i] * share[1] + floor;
-            for (int64_t i = m; i < CHUNK; i++) p[i] = q[i] = 1;
-            log_of_ratio(p, q, apart);
-            EACH(m) lanes[i] += p[i] * apart[i];
-        }
-        out[row] = halved(lanes);
+/* The Kullback-Leibler divergence of the softmax of the second of two rows from the first's, each plus `floor`; `rows` is for
+ * the powers of both. */
+static double divergence(const void *const *raw, const int *dtypes, int64_t start, int64_t columns, double floor, double *rows) {
+    double share[2], p[CHUNK], q[CHUNK], apart[CHUNK], lanes[CHUNK] = {0};
+    for (int k = 0; k < 2; k++) {
+        double *x = rows + k * columns;
+        for (int64_t s = 0; s < columns; s += CHUNK) load_double(raw[k], dtypes[k], start + s, least(CHUNK, columns - s), x + s);
+        share[k] = powers(x, columns);
     }
-    return bad == 0;
+    const double found = near_divergence(rows, columns, share, floor);
+    if (found == found) return found;
+    for (int64_t s = 0; s < columns; s += CHUNK) {
+        int64_t m = least(CHUNK, columns - s);
+        EACH(m) q[i] = rows[s + i] * share[0] + floor;
+        EACH(m) p[i] = rows[columns + s + i] * share[1] + floor;
+        for (int64_t i = m; i < CHUNK; i++) p[i] = q[i] = 1;
+        log_of_ratio(p, q, apart);
+        EACH(m) lanes[i] += p[i] * apart[i];
+    }
+    return halved(lanes);
 }
