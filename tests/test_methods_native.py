@@ -135,8 +135,29 @@ def test_same_bytes_of_importances(shape: tuple[int, int], size: float) -> None:
         tensors = stored([base, other], dtype)
         for out in (dtype, torch.float64):
             same(lambda tensors=tensors, out=out: merge(made, tensors, dtype=out, tile=1 << 13))  # type: ignore[misc]
-    gaps = [torch.stack([t, t], -1)[..., 0] for t in stored([base, other], torch.bfloat16)]
-    same(lambda: merge(made, gaps, dtype=torch.bfloat16, tile=1 << 13))
+
+
+class Computed(TensorSource):
+    """A tensor that lies nowhere as it is, such as one that is made of codes."""
+
+    stored = None  # type: ignore[assignment]
+
+
+@compiled
+@pytest.mark.parametrize("shape", [(60, 896), (3, 64)], ids=str)
+def test_same_importances_of_what_lies_nowhere(shape: tuple[int, int]) -> None:
+    base = torch.randn(shape) * 0.05
+    tensors = stored([base, base + torch.randn(shape) * 1e-3], torch.bfloat16)
+    made: Any = registry.get("arcee_fusion").make({}, count=1)
+    found = []
+    for kind in (TensorSource, Computed):
+        scan = Scan([kind(t) for t in tensors], shape, columns=shape[1], tile=1 << 10)
+        assert scan.compiled
+        assert scan.in_place == (kind is TensorSource)
+        divergences, columns, least = made.measure(scan)
+        found.append((divergences.tolist(), columns, least))
+    assert found[0] == found[1]
+    assert all(value > 0 for value in found[0][0])
 
 
 @compiled

@@ -112,11 +112,9 @@ class Brackets:
     def __init__(
         self, bounds: Sequence[Bounds], size: int, *, single: bool, experts: Sequence[int] | None = None
     ) -> None:
-        # The loops store as many at a time as a register holds.
-        dtype = np.dtype(np.float32 if single else np.float64)
-        self._found = (
-            call.room(len(bounds) * (size + 16) * dtype.itemsize, "found").view(dtype).reshape(len(bounds), -1)
-        )
+        dtype, width = np.dtype(np.float32 if single else np.float64), size + 16  # a register more is stored
+        memory = call.room(len(bounds) * width * dtype.itemsize, "found")
+        self._found = memory.view(dtype).reshape(len(bounds), width)
         of = [0] * len(bounds) if experts is None else experts
         rows = [row.ctypes.data for row in self._found]
         self.array = (_Bracket * len(bounds))(
