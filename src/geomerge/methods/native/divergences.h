@@ -43,24 +43,26 @@ static void near_powers(double *x, int64_t n, double most, double *lanes) {
     for (int64_t i = whole; i < n; i++) x[i] = near_exp(x[i] - most), lanes[i % CHUNK] += x[i];
 }
 
+/* The least and the largest of n raw numbers, of which `x` is the doubles. */
+static void extremes(const void *raw, int dtype, int64_t start, int64_t n, const double *x, double *lowest, double *most) {
+    if (dtype == BF16) { /* whose bits, those of a negative number turned over, are in their order */
+        const int16_t *bits = (const int16_t *)raw + start;
+        int16_t low = INT16_MAX, high = INT16_MIN;
+        EACH(n) {
+            int16_t place = bits[i] ^ ((bits[i] >> 15) & INT16_MAX);
+            low = place < low ? place : low, high = place > high ? place : high;
+        }
+        *lowest = from_bf16((uint16_t)(low ^ ((low >> 15) & INT16_MAX)));
+        *most = from_bf16((uint16_t)(high ^ ((high >> 15) & INT16_MAX)));
+        return;
+    }
+    *lowest = *most = x[0];
+    EACH(n) *lowest = x[i] < *lowest ? x[i] : *lowest, *most = x[i] > *most ? x[i] : *most;
+}
+
 /* Powers of e in the place of n numbers, all divided by that of the largest; what makes a softmax of them. */
-static double powers(double *x, int64_t n) {
-    double lanes[CHUNK] = {0}, most = x[0], lowest = x[0];
-    int64_t whole = n / LANES(double) * LANES(double);
-    lanes_double large = most - (lanes_double){0}, against = -large;
-    for (int64_t i = 0; i < whole; i += LANES(double)) {
-        lanes_double some;
-        memcpy(&some, x + i, sizeof some);
-        large = larger_double(large, some), against = larger_double(against, -some);
-    }
-    for (int lane = 0; lane < LANES(double); lane++) {
-        most = large[lane] > most ? large[lane] : most;
-        lowest = -against[lane] < lowest ? -against[lane] : lowest;
-    }
-    for (int64_t i = whole; i < n; i++) {
-        most = x[i] > most ? x[i] : most;
-        lowest = x[i] < lowest ? x[i] : lowest;
-    }
+static double powers(double *x, int64_t n, double lowest, double most) {
+    double lanes[CHUNK] = {0};
     if (most - lowest < NEAR) near_powers(x, n, most, lanes);
     else
         for (int64_t s = 0; s < n; s += CHUNK) {
@@ -104,7 +106,9 @@ static double divergence(const void *const *raw, const int *dtypes, int64_t star
     for (int k = 0; k < 2; k++) {
         double *x = rows + k * columns;
         for (int64_t s = 0; s < columns; s += CHUNK) load_double(raw[k], dtypes[k], start + s, least(CHUNK, columns - s), x + s);
-        share[k] = powers(x, columns);
+        double lowest, most;
+        extremes(raw[k], dtypes[k], start, columns, x, &lowest, &most);
+        share[k] = powers(x, columns, lowest, most);
     }
     const double found = near_divergence(rows, columns, share, floor);
     if (found == found) return found;
