@@ -116,7 +116,9 @@ def test_same_bytes_of_scores(count: int, size: float) -> None:
         experts[-1][3] = experts[0][3] = base[3]
         values = {"weight": weight, "lambda": factor, "winsor": winsor, "density": density}
         ready = registry.get("pcb").make(values, count=count)
-        same(lambda t=stored([base, *experts], torch.bfloat16): merge(ready, t, dtype=torch.float32, tile=1 << 13))  # type: ignore[misc]  # noqa: B008, B023
+        tensors = stored([base, *experts], torch.bfloat16)
+        for out in (torch.float32, torch.bfloat16):  # the latter's results, too, are looked at in float32 first
+            same(lambda t=tensors, out=out: merge(ready, t, dtype=out, tile=1 << 13))  # type: ignore[misc]  # noqa: B023
 
 
 @compiled

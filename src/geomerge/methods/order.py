@@ -193,7 +193,7 @@ def _select(
     found: list[tuple[float, int, list[list[int]]] | None] = [None] * len(counts)
     if not wanted:
         return found
-    size = min(max(_SAMPLE, int((3.2 * n / _COLLECT) ** 2)), 4 * _MOST)
+    size = min(max(_SAMPLE, int((1.6 * n / _COLLECT) ** 2)), 4 * _MOST)
 
     def look(scan: Scan) -> Look | None:
         own = loops(scan) if loops is not None and scan.compiled else None

@@ -52,17 +52,6 @@ static inline void pack(uint32_t chosen, const uint16_t *from, uint16_t *to) {
 #endif
 }
 
-/* Bits of the PACK elements that are negative zeros: what is added to them shows, whatever its size. */
-static inline uint32_t negative_zeros(const uint16_t *x) {
-#ifdef __AVX512BW__
-    return _mm512_cmpeq_epi16_mask(_mm512_loadu_si512(x), _mm512_set1_epi16((short)0x8000));
-#else
-    uint32_t found = 0;
-    for (int i = 0; i < PACK; i++) found |= (uint32_t)(x[i] == 0x8000) << i;
-    return found;
-#endif
-}
-
 static inline floats clamped(floats x, floats low, floats high) {
 #ifdef __AVX512BW__
     return (floats)_mm512_max_ps(_mm512_min_ps((__m512)x, (__m512)high), (__m512)low);
@@ -141,24 +130,25 @@ static void scored(const struct contest *c, int k, int64_t at, int64_t m, double
     }
 }
 
-/* Chooses elements of a block; how many. Not sure of one: `least` is not above `high` and `most` is not below `low`. With `above` those
- * whose `least` is above `high` are counted. */
-static int64_t choose(struct contest *c, const uint16_t *const *x, float low, float high, int zeros, int64_t *above) {
+/* Puts some of PACK elements from s on behind the `chosen` ones; how many. */
+static inline int64_t take(struct contest *c, const uint16_t *const *x, int s, uint32_t some, int64_t chosen) {
+    uint16_t places[PACK];
+    for (int i = 0; i < PACK; i++) places[i] = (uint16_t)(s + i);
+    for (int k = 0; k <= c->experts; k++) pack(some, x[k] + s, c->part[k] + chosen);
+    pack(some, places, c->place + chosen);
+    return __builtin_popcount(some);
+}
+
+/* Chooses elements of a block of which it is not sure that their score lies below `low` or above `high`; how many. Those above are
+ * counted. */
+static int64_t choose(struct contest *c, const uint16_t *const *x, float low, float high, int64_t *above) {
     int64_t chosen = 0;
     for (int s = 0; s < BLOCK; s += PACK) {
         uint32_t some = ~below(c->most + s, low);
-        if (above) {
-            uint32_t over = ~below(c->least + s, high);
-            *above += __builtin_popcount(over);
-            some &= ~over;
-        }
-        if (zeros) some |= negative_zeros(x[0] + s);
-        if (!some) continue;
-        for (int k = 0; k <= c->experts; k++) pack(some, x[k] + s, c->part[k] + chosen);
-        uint16_t places[PACK];
-        for (int i = 0; i < PACK; i++) places[i] = (uint16_t)(s + i);
-        pack(some, places, c->place + chosen);
-        chosen += __builtin_popcount(some);
+        const uint32_t over = ~below(c->least + s, high);
+        *above += __builtin_popcount(over);
+        some &= ~over;
+        if (some) chosen += take(c, x, s, some, chosen);
     }
     return chosen;
 }
@@ -190,7 +180,7 @@ int geomerge_competition_survey(struct work *work, int64_t pieces, const int64_t
                 for (int j = 0; j < brackets; j++) {
                     const int k = b[j].expert;
                     if (told && (!j || b[j - 1].expert != k)) limits(&c, k);
-                    int64_t chosen = told ? choose(&c, x, (float)b[j].low, (float)b[j].high, 0, &b[j].above)
+                    int64_t chosen = told ? choose(&c, x, (float)b[j].low, (float)b[j].high, &b[j].above)
                                           : choose_all(&c, x, all_of);
                     for (int64_t i = 0; i < chosen; i += CHUNK) {
                         int64_t m = least(CHUNK, chosen - i);
@@ -203,10 +193,141 @@ int geomerge_competition_survey(struct work *work, int64_t pieces, const int64_t
     return bad == 0;
 }
 
+/* theta_0 + factor * sum of w tau / sum of w of m <= CHUNK chosen elements from `at` on. */
+static void exactly(const struct contest *c, int64_t at, int64_t m, double factor, double *restrict result) {
+    double d[CHUNK], score[CHUNK], total[CHUNK], divisor[CHUNK];
+    m = (m + 7) / 8 * 8;
+    EACH(m) total[i] = divisor[i] = -0.0; /* what is added to these stays as it is */
+    for (int k = 0; k < c->experts; k++) {
+        const struct competitor *own = c->of + k;
+        if (!own->counts) continue;
+        scored(c, k, at, m, d, score);
+        EACH(m) {
+            double w = CLAMP_OF(score[i], 0, 0, own->least, own->most) + -own->least;
+            w = SHRINK_OF(w, 0, 0, own->shrink, 0) * own->share;
+            double clipped = CLAMP_OF(SIZE_OF(d[i], 0, 0, 0, 0), 0, 0, own->low, own->high);
+            total[i] += clipped * SIGN_OF(d[i], 0, 0, 0, 0) * w * own->weight;
+            divisor[i] += w;
+        }
+    }
+    EACH(m) result[i] = fma(total[i] / FLOOR_OF(divisor[i], 0, 0, 1e-12, 0), factor, (double)from_bf16(c->part[0][at + i]));
+}
+
+/* e^x for 0 <= x <= COMPETITORS, within 2^-18 of it. */
+static inline floats quick_exp(floats x) {
+    const float terms[5] = {1 / 120.f, 1 / 24.f, 1 / 6.f, 0.5f, 1};
+    const floats shifted = plus_product_float(all(0x1.8p23f), x, all(1.44269504f)), k = shifted - all(0x1.8p23f);
+    const floats r = plus_product_float(x, k, all(-0.693147181f));
+    floats p = all(terms[0]);
+    for (int i = 1; i < 5; i++) p = plus_product_float(all(terms[i]), p, r);
+    p = plus_product_float(all(1), p, r);
+    return (floats)((ints)p + ((ints)shifted << 23)); /* whose last bits hold k */
+}
+
+#define PART (CHUNK / LANES(float))
+
+static inline ints rounded_bf16(floats x) {
+    const ints bits = (ints)x;
+    return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16 & 0xFFFF;
+}
+
+/* Numbers of 16 bits that have room of 32. */
+static inline void halves(ints x, uint16_t *out) {
+#ifdef __AVX512BW__
+    _mm256_storeu_si256((__m256i *)out, _mm512_cvtepi32_epi16((__m512i)x));
+#else
+    for (int i = 0; i < LANES(float); i++) out[i] = (uint16_t)x[i];
+#endif
+}
+
+/* What float32 knows of an expert. */
+struct contender {
+    float low, high, scale, least, range, share, weight;
+    float margin; /* by how much a score less `least` is wrong beside what the score is */
+    int expert;
+};
+
+/* The result of a block in float32 together with how far it may be wrong, rounded where that leaves no choice; how many others there
+ * are, which are chosen. A score may be wrong by `error` of it (a power of e whose exponent is n u^2: by twice n times what u is wrong
+ * by, and by 2^-17 for all else, of which tanh(z) - z is at most 2^-20), and by what the sum of the task vectors is, 2^-21 of the sum of
+ * their sizes; w = (score - least) * share by as much and by the bounds' own rounding. With E for these of all experts together and H for the largest of the vectors the
+ * weighted mean T/D is wrong by 2 H (E/D + 2^-20) at most, since |T/D| <= H. */
+static int64_t quickly(struct contest *c, const uint16_t *const *x, float factor, uint16_t *out) {
+    struct contender of[COMPETITORS];
+    int count = 0;
+    float largest = 0, error = 0;
+    for (int k = 0; k < c->experts; k++) {
+        const struct competitor *own = c->of + k;
+        if (!own->counts) continue;
+        error = fmaxf(error, (float)(0x1p-17 + 2 * c->experts * own->high * own->scale * 0x1p-22));
+        largest = fmaxf(largest, (float)(own->high * fabs(own->weight)));
+        of[count++] = (struct contender){
+            .low = (float)own->low, .high = (float)own->high, .scale = (float)(own->scale * sqrt(c->experts)),
+            .least = (float)own->least, .range = (float)(own->most - own->least), .share = (float)own->share,
+            .weight = (float)own->weight, .margin = (float)((fabs(own->least) + fabs(own->most)) * 0x1p-22), .expert = k};
+    }
+    const floats one = all(1), zero = {0};
+    const ints sign = (ints)all(-0.0f);
+    /* In short loops, of which the processor has several elements under way. */
+    floats d[COMPETITORS][PART], sum[PART], size[PART], wrong_sum[PART], total[PART], divisor[PART], doubt[PART];
+    _Alignas(64) float open[PART * LANES(float)];
+    int64_t chosen = 0;
+    for (int s = 0; s < BLOCK; s += PART * LANES(float)) {
+        for (int i = 0; i < PART; i++) {
+            const int at = s + i * LANES(float);
+            const floats base = widened_float(x[0] + at);
+            floats all_of = zero, sizes_of = zero;
+            for (int k = 0; k < c->experts; k++) {
+                d[k][i] = widened_float(x[k + 1] + at) - base;
+                all_of += d[k][i], sizes_of += size_of(d[k][i]);
+            }
+            sum[i] = all_of, size[i] = sizes_of;
+            wrong_sum[i] = plus_product_float(sizes_of * all(0x1p-21f), size_of(all_of), all(error));
+            total[i] = divisor[i] = doubt[i] = zero;
+        }
+        for (int j = 0; j < count; j++) {
+            const struct contender *own = of + j;
+            const floats least = all(own->least), share = all(own->share);
+            for (int i = 0; i < PART; i++) {
+                const floats mine = d[own->expert][i], clipped = clamped(size_of(mine), all(own->low), all(own->high));
+                const floats u = (clipped - all(own->low)) * all(own->scale), grown = mine * quick_exp(u * u);
+                const floats above = grown * sum[i] - least;
+                const floats wrong = plus_product_float(all(own->margin), size_of(grown), wrong_sum[i]);
+                const floats w = clamped(above, zero, all(own->range)) * share;
+                const floats vector = where(~(mine == zero), (floats)((ints)clipped | ((ints)mine & sign)));
+                total[i] = plus_product_float(total[i], vector * all(own->weight), w);
+                divisor[i] += w;
+                doubt[i] = plus_product_float(doubt[i], where(above + wrong >= zero, wrong), share);
+            }
+        }
+        for (int i = 0; i < PART; i++) {
+            const int at = s + i * LANES(float);
+            const floats base = widened_float(x[0] + at);
+            const ints none = divisor[i] == zero;
+            const floats inverse = one / (divisor[i] + where(none, one));
+            const floats merged = plus_product_float(base, total[i] * inverse, all(factor));
+            floats wrong = plus_product_float((size_of(merged) + size_of(base)) * all(0x1p-22f),
+                                              plus_product_float(all(0x1p-20f), doubt[i], inverse), all(2.25f * largest * fabsf(factor)));
+            wrong = where(~(none & (doubt[i] == zero)), wrong);
+            const ints low = rounded_bf16(merged - wrong), high = rounded_bf16(merged + wrong);
+            const ints unsure = (low != high) | ~(size[i] * size[i] < all(0x1p-9f)) | ~(doubt[i] <= divisor[i] * all(0x1p-4f)) |
+                                (~none & (divisor[i] < all(1e-9f))) | ((ints)base == sign);
+            const floats told = where(unsure, one);
+            memcpy(open + i * LANES(float), &told, sizeof told);
+            halves(low, out + at);
+        }
+        for (int i = 0; i < PART * LANES(float); i += PACK) {
+            const uint32_t some = ~below(open + i, 0.5f);
+            if (some) chosen += take(c, x, s + i, some, chosen);
+        }
+    }
+    return chosen;
+}
+
 /* theta_0 + factor * sum of w tau / sum of w, rounded. Inputs and value as above. */
 int geomerge_competition(struct work *work, int64_t n, const struct competitor *of, double factor, int check, const struct place *out) {
     struct contest c = {.of = of, .experts = work->count - 1};
-    double bad = 0, d[CHUNK], score[CHUNK], total[BLOCK], divisor[BLOCK];
+    double bad = 0, result[CHUNK];
     const void *raw[MOST];
     const uint16_t *x[COMPETITORS + 1];
     for (int64_t at = 0; at < n; at += WINDOW) {
@@ -217,36 +338,18 @@ int geomerge_competition(struct work *work, int64_t n, const struct competitor *
         for (int64_t s = 0; s < size; s += BLOCK) {
             const int64_t all_of = least(BLOCK, size - s);
             for (int k = 0; k <= c.experts; k++) x[k] = (const uint16_t *)raw[k] + s;
-            const int told = all_of == BLOCK && differences(&c, x);
-            EACH(BLOCK) total[i] = -0.0, divisor[i] = -0.0; /* what is added to these stays as it is */
-            for (int k = 0; k < c.experts; k++) {
-                const struct competitor *own = of + k;
-                if (!own->counts) continue;
-                int64_t chosen;
-                if (!told) chosen = choose_all(&c, x, all_of);
-                else limits(&c, k), chosen = choose(&c, x, (float)own->least, 0, 1, 0);
-                for (int64_t i = 0; i < chosen; i += CHUNK) {
-                    int64_t m = least(CHUNK, chosen - i), padded = (m + 7) / 8 * 8;
-                    scored(&c, k, i, m, d, score);
-                    for (int64_t j = 0; j < padded; j++) {
-                        double w = CLAMP_OF(score[j], 0, 0, own->least, own->most) + -own->least;
-                        score[j] = SHRINK_OF(w, 0, 0, own->shrink, 0) * own->share;
-                        double clipped = CLAMP_OF(SIZE_OF(d[j], 0, 0, 0, 0), 0, 0, own->low, own->high);
-                        d[j] = clipped * SIGN_OF(d[j], 0, 0, 0, 0) * score[j] * own->weight;
-                    }
-                    for (int64_t j = 0; j < m; j++) {
-                        int place = c.place[i + j];
-                        total[place] += d[j], divisor[place] += score[j];
-                    }
+            const int quick = all_of == BLOCK && out->dtype == BF16 && work->first <= at + s;
+            uint16_t *rounded = (uint16_t *)to + s;
+            const int64_t chosen = quick ? quickly(&c, x, (float)factor, rounded) : choose_all(&c, x, all_of);
+            for (int64_t i = 0; i < chosen; i += CHUNK) {
+                const int64_t m = least(CHUNK, chosen - i);
+                exactly(&c, i, m, factor, result);
+                if (quick) {
+                    for (int64_t j = 0; j < m; j++) rounded[c.place[i + j]] = to_bf16((float)result[j]);
+                    continue;
                 }
-            }
-            for (int64_t i = 0; i < all_of; i += CHUNK) {
-                int64_t m = least(CHUNK, all_of - i);
-                load_double(x[0], BF16, i, m, score);
-                for (int j = 0; j < CHUNK; j++)
-                    d[j] = fma(total[i + j] / FLOOR_OF(divisor[i + j], 0, 0, 1e-12, 0), factor, score[j]);
-                if (work->first > at + s + i) tell_double(work, at + s + i, m, d);
-                store_double(d, out->dtype, s + i, m, to);
+                if (work->first > at + s + i) tell_double(work, at + s + i, m, result);
+                store_double(result, out->dtype, s + i, m, to);
             }
         }
         if (!deliver(work, out, at + size, n)) return -1;
