@@ -86,16 +86,8 @@ QUICK_BRACKET(bracket_bf16, float, float, ps, __m512, _mm512_abs_ps(DIFFERENCE),
 QUICK_BRACKET(bracket_scaled, float, double, ps, __m512, _mm512_abs_ps(DIFFERENCE), WIDE_STORE, const uint16_t *restrict x,
               const float *restrict base, double scale)
 
-/* Whether float32 holds the differences of bfloat16 numbers: what is rounded off is more than half the last place of one of the two. */
-static int exact(int64_t m, const uint16_t *x, const float *base) {
-    int32_t lost = 0;
-    for (int64_t i = 0; i < m; i += LANES(float)) {
-        __m512 wide = (__m512)widened_float(x + i), from = _mm512_loadu_ps(base + i), d = _mm512_sub_ps(wide, from);
-        lost |= _mm512_cmp_ps_mask(_mm512_add_ps(d, from), wide, _CMP_NEQ_UQ) | _mm512_cmp_ps_mask(_mm512_sub_ps(wide, d), from, _CMP_NEQ_UQ);
-    }
-    return !lost;
-}
 #define QUICK 1
+#define SCALED 1 /* there is `bracket_scaled` */
 #elif defined __AVX2__
 
 /* For each mask of eight lanes the lanes that are set, first ones first. */
@@ -171,15 +163,27 @@ FUSED bracket_bf16(const int two, struct bracket *b, int64_t m, const uint16_t *
     b->collected = found - (float *)b->found;
 }
 #define QUICK 1
-#define exact(m, x, base) 0
+#define SCALED 0
 #define bracket_scaled(two, b, m, x, base, scale) (void)0
 #else
 #define QUICK 0
-#define exact(m, x, base) 0
+#define SCALED 0
 #define bracket_scaled(two, b, m, x, base, scale) (void)0
 #define bracket_bf16(two, b, m, x, base) (void)0
 #define bracket_doubles(two, b, m, x) (void)0
 #endif
+
+/* Whether float32 is sure to hold the differences of bfloat16 numbers, which are of 8 bits: one is 0, or the exponents are no more than 15
+ * apart. */
+static int exact(int64_t m, const uint16_t *x, const uint16_t *base) {
+    const int16_t most = 15 << 7;
+    int16_t far = 0;
+    EACH(m) {
+        int16_t apart = (int16_t)((x[i] & 0x7F80) - (base[i] & 0x7F80));
+        far |= ((apart > most) | (apart < -most)) & ((x[i] & 0x7FFF) != 0) & ((base[i] & 0x7FFF) != 0);
+    }
+    return !far;
+}
 
 #define BRACKET(T)                                                                                    \
     static void bracket_##T(struct bracket *b, const T *restrict y, int64_t m) {                      \
@@ -233,7 +237,7 @@ FUSED bracket_bf16(const int two, struct bracket *b, int64_t m, const uint16_t *
                     int64_t m = least(CHUNK, size - s);                                               \
                     load_##T(raw[0], in[0].dtype, s, m, base);                                        \
                     if (check) bad += odd_##T(raw[0], in[0].dtype, s, m, base);                       \
-                    const int narrow = sizeof(T) == 8 && in[0].dtype == BF16 && m % LANES(float) == 0; \
+                    const int narrow = SCALED && sizeof(T) == 8 && in[0].dtype == BF16 && m % LANES(float) == 0; \
                     if (narrow) load_float(raw[0], BF16, s, m, single);                               \
                     int j = 0;                                                                        \
                     for (int k = 0; k + 1 < work->count; k++) {                                       \
@@ -247,7 +251,7 @@ FUSED bracket_bf16(const int two, struct bracket *b, int64_t m, const uint16_t *
                             continue;                                                                 \
                         }                                                                             \
                         if (QUICK && sizeof(T) == 8 && narrow && in[k + 1].dtype == BF16 &&           \
-                            exact(m, (const uint16_t *)raw[k + 1] + s, single)) {                     \
+                            exact(m, (const uint16_t *)raw[k + 1] + s, (const uint16_t *)raw[0] + s)) {                     \
                             if (check) bad += odd_##T(raw[k + 1], BF16, s, m, 0);                     \
                             const uint16_t *x = (const uint16_t *)raw[k + 1] + s;                     \
                             for (; j < brackets && b[j].expert == k; j++)                             \

@@ -12,9 +12,9 @@ struct rows {
 
 /* Whether float32 holds the differences, for which `single` is the base; times a number as small as that products may be equal. */
 static int alike_float(const void *const *raw, const int *dtypes, int64_t s, int64_t m, double scale, float *single) {
-    if (dtypes[0] != BF16 || dtypes[1] != BF16 || m % LANES(float) || scale < SCALES) return 0;
+    if (!SCALED || dtypes[0] != BF16 || dtypes[1] != BF16 || m % LANES(float) || scale < SCALES) return 0;
     load_float(raw[0], BF16, s, m, single);
-    return exact(m, (const uint16_t *)raw[1] + s, single);
+    return exact(m, (const uint16_t *)raw[1] + s, (const uint16_t *)raw[0] + s);
 }
 
 static void differences_double(const void *const *raw, const int *dtypes, int64_t s, int64_t m, double *base, double *d) {
