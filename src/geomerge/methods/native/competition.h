@@ -249,8 +249,8 @@ struct contender {
 
 /* The result of a block in float32 together with how far it may be wrong, rounded where that leaves no choice; how many others there
  * are, which are chosen. A score may be wrong by `error` of it (a power of e whose exponent is n u^2: by twice n times what u is wrong
- * by, and by 2^-17 for all else, of which tanh(z) - z is at most 2^-20), and by what the sum of the task vectors is, 2^-21 of the sum of
- * their sizes; w = (score - least) * share by as much and by the bounds' own rounding. With E for these of all experts together and H for the largest of the vectors the
+ * by, and by 2^-16 for all else: the power and the exponent's rounding 2^-18 each, tanh(z) - z 2^-19), and by what the sum of the task
+ * vectors is, 2^-20 of the sum of their sizes; w = (score - least) * share by as much and by the bounds' own rounding. With E for these of all experts together and H for the largest of the vectors the
  * weighted mean T/D is wrong by 2 H (E/D + 2^-20) at most, since |T/D| <= H. */
 static int64_t quickly(struct contest *c, const uint16_t *const *x, float factor, uint16_t *out) {
     struct contender of[COMPETITORS];
@@ -259,7 +259,7 @@ static int64_t quickly(struct contest *c, const uint16_t *const *x, float factor
     for (int k = 0; k < c->experts; k++) {
         const struct competitor *own = c->of + k;
         if (!own->counts) continue;
-        error = fmaxf(error, (float)(0x1p-17 + 2 * c->experts * own->high * own->scale * 0x1p-22));
+        error = fmaxf(error, (float)(0x1p-16 + 2 * c->experts * own->high * own->scale * 0x1p-22));
         largest = fmaxf(largest, (float)(own->high * fabs(own->weight)));
         of[count++] = (struct contender){
             .low = (float)own->low, .high = (float)own->high, .scale = (float)(own->scale * sqrt(c->experts)),
@@ -282,7 +282,7 @@ static int64_t quickly(struct contest *c, const uint16_t *const *x, float factor
                 all_of += d[k][i], sizes_of += size_of(d[k][i]);
             }
             sum[i] = all_of, size[i] = sizes_of;
-            wrong_sum[i] = plus_product_float(sizes_of * all(0x1p-21f), size_of(all_of), all(error));
+            wrong_sum[i] = plus_product_float(sizes_of * all(0x1p-20f), size_of(all_of), all(error));
             total[i] = divisor[i] = doubt[i] = zero;
         }
         for (int j = 0; j < count; j++) {
