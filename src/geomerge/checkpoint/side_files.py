@@ -82,7 +82,11 @@ def _matching(folder: Path, patterns: tuple[str, ...]) -> Iterator[Path]:
         subfolder, _, name = pattern.rpartition("/")
         place = folder / subfolder
         if place.is_dir():
-            yield from (p for p in place.iterdir() if fnmatchcase(p.name, name) and p.is_file())
+            yield from (
+                p
+                for p in place.iterdir()
+                if (p.name == name or "*" in name and fnmatchcase(p.name, name)) and p.is_file()
+            )
 
 
 def _sentence_transformers(folder: Path) -> Iterator[Path]:

@@ -16,7 +16,6 @@ from geomerge.errors import RunError, UsageError
 from geomerge.methods import gram, native, program
 from geomerge.methods.base import Elementwise, Matrix, Method, Span
 from geomerge.methods.combine import exactly, weighted_sum
-from geomerge.methods.linalg import one_thread
 from geomerge.methods.rest import is_matrix, rest_method
 from geomerge.methods.tile import Loop, Place, Scan, Segment, Tile
 from geomerge.methods.walk import Walk, whole
@@ -227,6 +226,8 @@ def merge_matrix(method: Matrix, scan: Scan, shape: tuple[int, ...]) -> Tensor:
         NotFiniteError: An input holds NaN or Inf.
         RunError: The result does.
     """
+    from geomerge.methods.linalg import one_thread
+
     based = method.base_use == "required"
     inputs = whole(scan, based=based)
     with one_thread():

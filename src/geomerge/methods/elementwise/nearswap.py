@@ -44,5 +44,7 @@ dtype: bfloat16
 
     def blend(self, tile: Tile, stats: None) -> Tensor:
         (delta,) = tile.task_vectors()
+        if self.t >= _FLOOR:  # the same without a division
+            return tile.base.add_(delta.clamp_(-self.t, self.t))
         share = delta.abs().clamp_(min=_FLOOR).reciprocal_().mul_(self.t).clamp_(0.0, 1.0)
         return tile.base.addcmul_(share, delta)
