@@ -85,7 +85,7 @@ def _matching(folder: Path, patterns: tuple[str, ...]) -> Iterator[Path]:
             yield from (
                 p
                 for p in place.iterdir()
-                if (p.name == name or "*" in name and fnmatchcase(p.name, name)) and p.is_file()
+                if (p.name == name or ("*" in name and fnmatchcase(p.name, name))) and p.is_file()
             )
 
 
