@@ -122,8 +122,7 @@ static void scored(const struct contest *c, int k, int64_t at, int64_t m, double
         else EACH(m) sum[i] = to[i];
     }
     EACH(m) sum[i] *= d[i];
-    for (int64_t i = m; i < CHUNK; i++) sum[i] = 0;
-    tanh_of(sum, one);
+    tanh_of(sum, m, one);
     EACH(m) {
         double u = (CLAMP_OF(SIZE_OF(d[i], 0, 0, 0, 0), 0, 0, own->low, own->high) + -own->low) * own->scale;
         score[i] = one[i] * exp_of(u * u * experts);

@@ -52,12 +52,12 @@ static inline double steep_tanh(double x) {
     return less_one / (less_one + 2) * ((x > 0 ? 1.0 : 0.0) - (x < 0 ? 1.0 : 0.0));
 }
 
-static void tanh_of(const double *restrict x, double *restrict out) {
+static void tanh_of(const double *restrict x, int64_t n, double *restrict out) {
     int64_t steep = 0;
-    for (int i = 0; i < CHUNK; i++) steep |= fabs(x[i]) >= FLAT;
-    for (int i = 0; i < CHUNK; i++) out[i] = flat_tanh(x[i]);
+    EACH(n) steep |= fabs(x[i]) >= FLAT;
+    EACH(n) out[i] = flat_tanh(x[i]);
     if (!steep) return;
-    for (int i = 0; i < CHUNK; i++) out[i] = fabs(x[i]) < FLAT ? out[i] : steep_tanh(x[i]);
+    EACH(n) out[i] = fabs(x[i]) < FLAT ? out[i] : steep_tanh(x[i]);
 }
 
 /* The rest as in methods/functions.py. */

@@ -118,7 +118,7 @@ static void do_steps(struct work *work, const struct step *steps, int count, con
                 for (int64_t stop = least(m, i + left); i < stop; i++) o[i] = table[k];
             break;
         }
-        case TANH: tanh_of(a, o); break;
+        case TANH: tanh_of(a, CHUNK, o); break;
         case THIN: {
             struct thinning *thin = each->data;
             if (thin->equal != thin->equal && thin->drop == INFINITY) {
