@@ -287,10 +287,16 @@ static int fuse(int t, const struct combination *rule, struct thinning *thin, co
         if (dtypes[k] != BF16) return 0;
         x[k] = (const uint16_t *)raw[k] + start;
     }
-    int64_t taken[4];
+    int64_t taken[4], dropped[4];
     for (int k = 0; k < t; k++) {
-        if (thin[k].drop_equal == thin[k].drop_equal || thin[k].width == 32) return 0;
+        if (thin[k].width == 32) return 0;
         drop[k] = (float)thin[k].drop;
+        dropped[k] = 0;
+        if (thin[k].drop_equal == thin[k].drop_equal) { /* all of those are dropped, or none, unless the last of them lies here */
+            if (thin[k].drop_left) dropped[k] = equals(x[0], x[k + 1], (float)thin[k].drop_equal);
+            if (thin[k].drop_left < dropped[k]) return 0;
+            if (!thin[k].drop_left) drop[k] = (float)thin[k].drop_equal;
+        }
         if (thin[k].drop < INFINITY) outliers = drop;
         keep[k] = (float)thin[k].keep, c[k] = (float)coefficients[k], w[k] = (float)weights[k];
         random |= thin[k].width;
@@ -311,7 +317,7 @@ static int fuse(int t, const struct combination *rule, struct thinning *thin, co
     else if (t == 2) { FUSED_FOR(2) }
     else if (t == 3) { FUSED_FOR(3) }
     else { FUSED_FOR(4) }
-    for (int k = 0; !any && k < t; k++) thin[k].left -= taken[k];
+    for (int k = 0; !any && k < t; k++) thin[k].left -= taken[k], thin[k].drop_left -= dropped[k];
     return !any;
 }
 
