@@ -249,8 +249,9 @@ struct contender {
 /* The result of a block in float32 together with how far it may be wrong, rounded where that leaves no choice; how many others there
  * are, which are chosen. A score may be wrong by `error` of it (a power of e whose exponent is n u^2: by twice n times what u is wrong
  * by, and by 2^-16 for all else: the power and the exponent's rounding 2^-18 each, tanh(z) - z 2^-19), and by what the sum of the task
- * vectors is, 2^-20 of the sum of their sizes; w = (score - least) * share by as much and by the bounds' own rounding. With E for these of all experts together and H for the largest of the vectors the
- * weighted mean T/D is wrong by 2 H (E/D + 2^-20) at most, since |T/D| <= H. */
+ * vectors is, 2^-20 of the sum of their sizes; w = (score - least) * share by as much and by the bounds' own rounding. With E for
+ * these of all experts together and H for the largest of the vectors the weighted mean T/D is wrong by 2 H (E/D + 2^-20) at most, since
+ * |T/D| <= H. */
 static int64_t quickly(struct contest *c, const uint16_t *const *x, float factor, uint16_t *out) {
     struct contender of[COMPETITORS];
     int count = 0;
