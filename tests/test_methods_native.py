@@ -139,6 +139,16 @@ def test_same_bytes_of_importances(shape: tuple[int, int], size: float) -> None:
             same(lambda tensors=tensors, out=out: merge(made, tensors, dtype=out, tile=1 << 13))  # type: ignore[misc]
 
 
+@compiled
+@pytest.mark.parametrize("size", [1e-19, 5e-21, 1e-21])
+def test_same_bytes_of_the_smallest_scores(size: float) -> None:
+    """Products of such task vectors are below what float32 holds."""
+    torch.manual_seed(0)
+    expert = torch.randn(16, 1024) * size
+    ready = registry.get("pcb").make({"scope": "tensor", "density": 0.2}, count=1)
+    same(lambda: merge(ready, stored([torch.zeros_like(expert), expert], torch.bfloat16), dtype=torch.bfloat16))
+
+
 class Computed(TensorSource):
     """A tensor that lies nowhere as it is, such as one that is made of codes."""
 

@@ -310,7 +310,7 @@ static int64_t quickly(struct contest *c, const uint16_t *const *x, float factor
                                               plus_product_float(all(0x1p-20f), doubt[i], inverse), all(2.25f * largest * fabsf(factor)));
             wrong = where(~(none & (doubt[i] == zero)), wrong);
             const ints low = rounded_bf16(merged - wrong), high = rounded_bf16(merged + wrong);
-            const ints unsure = (low != high) | ~(size[i] * size[i] < all(0x1p-9f)) | ~(doubt[i] <= divisor[i] * all(0x1p-4f)) |
+            const ints unsure = (low != high) | ~(wrong < all(INFINITY)) | ~(size[i] * size[i] < all(0x1p-9f)) | ~(doubt[i] <= divisor[i] * all(0x1p-4f)) |
                                 (~none & (divisor[i] < all(1e-9f))) | ((ints)base == sign);
             const floats told = where(unsure, one);
             memcpy(open + i * LANES(float), &told, sizeof told);
@@ -324,9 +324,17 @@ static int64_t quickly(struct contest *c, const uint16_t *const *x, float factor
     return chosen;
 }
 
+/* Whether float32 can hold what `quickly` computes: no quotient overflows, no score that counts is lost below. */
+static int in_range(const struct contest *c, double factor) {
+    int fine = fabs(factor) < 1e30;
+    for (int k = 0; k < c->experts; k++) fine &= !c->of[k].counts || c->of[k].most - c->of[k].least >= 1e-30;
+    return fine;
+}
+
 /* theta_0 + factor * sum of w tau / sum of w, rounded. Inputs and value as above. */
 int geomerge_competition(struct work *work, int64_t n, const struct competitor *of, double factor, int check, const struct place *out) {
     struct contest c = {.of = of, .experts = work->count - 1};
+    const int fine = in_range(&c, factor);
     double bad = 0, result[CHUNK];
     const void *raw[MOST];
     const uint16_t *x[COMPETITORS + 1];
@@ -338,7 +346,7 @@ int geomerge_competition(struct work *work, int64_t n, const struct competitor *
         for (int64_t s = 0; s < size; s += BLOCK) {
             const int64_t all_of = least(BLOCK, size - s);
             for (int k = 0; k <= c.experts; k++) x[k] = (const uint16_t *)raw[k] + s;
-            const int quick = all_of == BLOCK && out->dtype == BF16 && work->first <= at + s;
+            const int quick = fine && all_of == BLOCK && out->dtype == BF16 && work->first <= at + s;
             uint16_t *rounded = (uint16_t *)to + s;
             const int64_t chosen = quick ? quickly(&c, x, (float)factor, rounded) : choose_all(&c, x, all_of);
             for (int64_t i = 0; i < chosen; i += CHUNK) {
