@@ -62,13 +62,8 @@ class _Important:
     def __init__(self, scan: Scan, columns: int) -> None:
         self.rows = native.Rows(columns, np.full(scan.numel // columns, math.nan), _FLOOR, known=False)
         if not scan.in_place:  # a sample's pieces come without the rest of their rows
-            self.complete(scan)
-
-    def complete(self, scan: Scan) -> None:
-        """Find what nobody has asked for."""
-        if np.isnan(self.rows.divergences).any():
             scan.over_segments(lambda segment: [self.count(p, {}, check=scan.checks) for p in scan.places(segment)])
-        self.rows.known = True
+            self.rows.known = True
 
     def count(
         self, place: Place, brackets: dict[int, native.Bounds], starts: Sequence[int] = (0,), *, check: bool

@@ -19,8 +19,11 @@ struct competitor {
 struct contest {
     const struct competitor *of;
     int experts;
-    uint16_t part[COMPETITORS + 1][BLOCK + PACK]; /* what is chosen of each input, ... */
-    uint16_t place[BLOCK + PACK];                 /* ... and where it lies in the block */
+    uint16_t part[COMPETITORS + 1][BLOCK + PACK]; /* what is chosen of each input */
+};
+
+/* What float32 tells of the scores of a block. */
+struct look {
     _Alignas(64) float d[COMPETITORS][BLOCK], sum[BLOCK], doubt[BLOCK], least[BLOCK], most[BLOCK];
 };
 
@@ -67,19 +70,19 @@ static inline floats clamped(floats x, floats low, floats high) {
 
 /* The task vectors of a block, roughly, their sum, and by how much that may be wrong beside DOUBT of it: the sum of their sizes over
  * 2^20. Whether all scores can be told from these: products p are so small that tanh(p) is p within 2^-11. */
-static int differences(struct contest *c, const uint16_t *const *x) {
+static int differences(const struct contest *c, struct look *look, const uint16_t *const *x) {
     floats large = {0};
     for (int i = 0; i < BLOCK; i += LANES(float)) {
         floats base = widened_float(x[0] + i), sum = {0}, size = {0};
         for (int k = 0; k < c->experts; k++) {
             floats d = widened_float(x[k + 1] + i) - base;
-            memcpy(c->d[k] + i, &d, sizeof d);
+            memcpy(look->d[k] + i, &d, sizeof d);
             sum += d, size += size_of(d);
         }
         large = where(large > size, large) + where(~(large > size), size);
         size = plus_product_float(size * all(0x1p-20f), size_of(sum), all(DOUBT));
-        memcpy(c->sum + i, &sum, sizeof sum);
-        memcpy(c->doubt + i, &size, sizeof size);
+        memcpy(look->sum + i, &sum, sizeof sum);
+        memcpy(look->doubt + i, &size, sizeof size);
     }
     int none = 1;
     for (int i = 0; i < LANES(float); i++) none &= large[i] * large[i] < 0x1p-5f;
@@ -88,22 +91,22 @@ static int differences(struct contest *c, const uint16_t *const *x) {
 
 /* Between what numbers an expert's scores lie. Eight powers of e in turn, each within 2^-11 (four terms of the series from -1/2 to 1/2),
  * and a share of the range within 2^-17 (see `geomerge.methods.elementwise.pcb`) are within DOUBT together with the above. */
-static void limits(struct contest *c, int k) {
+static void limits(const struct contest *c, struct look *look, int k) {
     const struct competitor *own = c->of + k;
     const float root = 1.6487213f;
     const floats low = all((float)own->low), high = all((float)own->high), half = all(-0.5f), terms[5] = {
         all(root / 24), all(root / 6), all(root / 2), all(root), all(root)};
     const floats scale = all((float)(own->scale * sqrt(c->experts / 8.)));
     for (int i = 0; i < BLOCK; i += LANES(float)) {
-        floats d = *(const floats *)(c->d[k] + i), size = size_of(d);
+        floats d = *(const floats *)(look->d[k] + i), size = size_of(d);
         floats u = (clamped(size, low, high) - low) * scale, x = plus_product_float(half, u, u), p = terms[0];
         for (int j = 1; j < 5; j++) p = plus_product_float(terms[j], p, x);
         p *= p, p *= p, p *= p;
-        floats score = d * p * *(const floats *)(c->sum + i);
-        floats error = plus_product_float(all(0x1p-120f), size * p, *(const floats *)(c->doubt + i));
+        floats score = d * p * *(const floats *)(look->sum + i);
+        floats error = plus_product_float(all(0x1p-120f), size * p, *(const floats *)(look->doubt + i));
         floats least = score - error, most = score + error;
-        memcpy(c->least + i, &least, sizeof least);
-        memcpy(c->most + i, &most, sizeof most);
+        memcpy(look->least + i, &least, sizeof least);
+        memcpy(look->most + i, &most, sizeof most);
     }
 }
 
@@ -131,20 +134,17 @@ static void scored(const struct contest *c, int k, int64_t at, int64_t m, double
 
 /* Puts some of PACK elements from s on behind the `chosen` ones; how many. */
 static inline int64_t take(struct contest *c, const uint16_t *const *x, int s, uint32_t some, int64_t chosen) {
-    uint16_t places[PACK];
-    for (int i = 0; i < PACK; i++) places[i] = (uint16_t)(s + i);
     for (int k = 0; k <= c->experts; k++) pack(some, x[k] + s, c->part[k] + chosen);
-    pack(some, places, c->place + chosen);
     return __builtin_popcount(some);
 }
 
 /* Chooses elements of a block of which it is not sure that their score lies below `low` or above `high`; how many. Those above are
  * counted. */
-static int64_t choose(struct contest *c, const uint16_t *const *x, float low, float high, int64_t *above) {
+static int64_t choose(struct contest *c, const struct look *look, const uint16_t *const *x, float low, float high, int64_t *above) {
     int64_t chosen = 0;
     for (int s = 0; s < BLOCK; s += PACK) {
-        uint32_t some = ~below(c->most + s, low);
-        const uint32_t over = ~below(c->least + s, high);
+        uint32_t some = ~below(look->most + s, low);
+        const uint32_t over = ~below(look->least + s, high);
         *above += __builtin_popcount(over);
         some &= ~over;
         if (some) chosen += take(c, x, s, some, chosen);
@@ -155,7 +155,6 @@ static int64_t choose(struct contest *c, const uint16_t *const *x, float low, fl
 /* The same for m elements of which nothing is known. */
 static int64_t choose_all(struct contest *c, const uint16_t *const *x, int64_t m) {
     for (int k = 0; k <= c->experts; k++) memcpy(c->part[k], x[k], (size_t)m * 2);
-    EACH(m) c->place[i] = (uint16_t)i;
     return m;
 }
 
@@ -164,6 +163,7 @@ static int64_t choose_all(struct contest *c, const uint16_t *const *x, int64_t m
 int geomerge_competition_survey(struct work *work, int64_t pieces, const int64_t *starts, int64_t n, const struct competitor *of,
                                 int brackets, struct bracket *b, int check) {
     struct contest c = {.of = of, .experts = work->count - 1};
+    struct look look;
     double bad = 0, d[CHUNK], score[CHUNK];
     const void *raw[MOST];
     const uint16_t *x[COMPETITORS + 1];
@@ -175,11 +175,11 @@ int geomerge_competition_survey(struct work *work, int64_t pieces, const int64_t
             for (int64_t s = 0; s < size; s += BLOCK) {
                 const int64_t all_of = least(BLOCK, size - s);
                 for (int k = 0; k <= c.experts; k++) x[k] = (const uint16_t *)raw[k] + s;
-                const int told = all_of == BLOCK && differences(&c, x);
+                const int told = all_of == BLOCK && differences(&c, &look, x);
                 for (int j = 0; j < brackets; j++) {
                     const int k = b[j].expert;
-                    if (told && (!j || b[j - 1].expert != k)) limits(&c, k);
-                    int64_t chosen = told ? choose(&c, x, (float)b[j].low, (float)b[j].high, &b[j].above)
+                    if (told && (!j || b[j - 1].expert != k)) limits(&c, &look, k);
+                    int64_t chosen = told ? choose(&c, &look, x, (float)b[j].low, (float)b[j].high, &b[j].above)
                                           : choose_all(&c, x, all_of);
                     for (int64_t i = 0; i < chosen; i += CHUNK) {
                         int64_t m = least(CHUNK, chosen - i);
@@ -251,8 +251,9 @@ struct contender {
  * by, and by 2^-16 for all else: the power and the exponent's rounding 2^-18 each, tanh(z) - z 2^-19), and by what the sum of the task
  * vectors is, 2^-20 of the sum of their sizes; w = (score - least) * share by as much and by the bounds' own rounding. With E for
  * these of all experts together and H for the largest of the vectors the weighted mean T/D is wrong by 2 H (E/D + 2^-20) at most, since
- * |T/D| <= H. */
-static int64_t quickly(struct contest *c, const uint16_t *const *x, float factor, uint16_t *out) {
+ * |T/D| <= H; a little more for E <= D/16, of which nothing else is told, and 2^-22 of base and result for the last roundings. `place`
+ * gets where in the block the chosen ones lie. */
+static int64_t quickly(struct contest *c, const uint16_t *const *x, float factor, uint16_t *out, uint16_t *place) {
     struct contender of[COMPETITORS];
     int count = 0;
     float largest = 0, error = 0;
@@ -310,14 +311,15 @@ static int64_t quickly(struct contest *c, const uint16_t *const *x, float factor
                                               plus_product_float(all(0x1p-20f), doubt[i], inverse), all(2.25f * largest * fabsf(factor)));
             wrong = where(~(none & (doubt[i] == zero)), wrong);
             const ints low = rounded_bf16(merged - wrong), high = rounded_bf16(merged + wrong);
-            const ints unsure = (low != high) | ~(wrong < all(INFINITY)) | ~(size[i] * size[i] < all(0x1p-9f)) | ~(doubt[i] <= divisor[i] * all(0x1p-4f)) |
-                                (~none & (divisor[i] < all(1e-9f))) | ((ints)base == sign);
+            const ints unsure = (low != high) | ~(wrong < all(INFINITY)) | ~(size[i] * size[i] < all(0x1p-9f)) |
+                                ~(doubt[i] <= divisor[i] * all(0x1p-4f)) | (~none & (divisor[i] < all(1e-9f))) | ((ints)base == sign);
             const floats told = where(unsure, one);
             memcpy(open + i * LANES(float), &told, sizeof told);
             halves(low, out + at);
         }
         for (int i = 0; i < PART * LANES(float); i += PACK) {
             const uint32_t some = ~below(open + i, 0.5f);
+            for (uint32_t left = some, at = (uint32_t)chosen; left; left &= left - 1) place[at++] = (uint16_t)(s + i + __builtin_ctz(left));
             if (some) chosen += take(c, x, s + i, some, chosen);
         }
     }
@@ -336,6 +338,7 @@ int geomerge_competition(struct work *work, int64_t n, const struct competitor *
     struct contest c = {.of = of, .experts = work->count - 1};
     const int fine = in_range(&c, factor);
     double bad = 0, result[CHUNK];
+    uint16_t place[BLOCK];
     const void *raw[MOST];
     const uint16_t *x[COMPETITORS + 1];
     for (int64_t at = 0; at < n; at += WINDOW) {
@@ -348,12 +351,12 @@ int geomerge_competition(struct work *work, int64_t n, const struct competitor *
             for (int k = 0; k <= c.experts; k++) x[k] = (const uint16_t *)raw[k] + s;
             const int quick = fine && all_of == BLOCK && out->dtype == BF16 && work->first <= at + s;
             uint16_t *rounded = (uint16_t *)to + s;
-            const int64_t chosen = quick ? quickly(&c, x, (float)factor, rounded) : choose_all(&c, x, all_of);
+            const int64_t chosen = quick ? quickly(&c, x, (float)factor, rounded, place) : choose_all(&c, x, all_of);
             for (int64_t i = 0; i < chosen; i += CHUNK) {
                 const int64_t m = least(CHUNK, chosen - i);
                 exactly(&c, i, m, factor, result);
                 if (quick) {
-                    for (int64_t j = 0; j < m; j++) rounded[c.place[i + j]] = to_bf16((float)result[j]);
+                    for (int64_t j = 0; j < m; j++) rounded[place[i + j]] = to_bf16((float)result[j]);
                     continue;
                 }
                 if (work->first > at + s + i) tell_double(work, at + s + i, m, result);

@@ -72,7 +72,8 @@ static double powers(double *x, int64_t n, double lowest, double most) {
     return 1 / halved(lanes);
 }
 
-/* The sum of p ln(p/q) for p and q of two rows of powers where a few terms of the logarithm do for all; NaN where they do not. */
+/* The sum of p ln(p/q) for p and q of two rows of powers where a few terms of the logarithm do for all; NaN where they do not, or where a
+ * power is. */
 static double near_divergence(const double *powers, int64_t n, const double *share, double floor) {
     const int64_t whole = n / BUNDLE * BUNDLE;
     double lanes[CHUNK];

@@ -10,9 +10,14 @@ struct rows {
     int32_t known;
 };
 
-/* Whether float32 holds the differences, for which `single` is the base; times a number as small as that products may be equal. */
-static int alike_float(const void *const *raw, const int *dtypes, int64_t s, int64_t m, double scale, float *single) {
-    if (!SCALED || dtypes[0] != BF16 || dtypes[1] != BF16 || m % LANES(float) || scale < SCALES) return 0;
+/* Whether a row's products may be told from its differences in float32 ... */
+static inline int narrow_row(const int *dtypes, double scale) {
+    return SCALED && dtypes[0] == BF16 && dtypes[1] == BF16 && scale >= SCALES;
+}
+
+/* ... and whether float32 holds these; `single` gets the base. */
+static int narrow_base(const void *const *raw, int64_t s, int64_t m, float *single) {
+    if (m % LANES(float)) return 0;
     load_float(raw[0], BF16, s, m, single);
     return exact(m, (const uint16_t *)raw[1] + s, (const uint16_t *)raw[0] + s);
 }
@@ -47,11 +52,12 @@ int geomerge_importance_survey(struct work *work, int64_t pieces, const int64_t 
                     for (int64_t i = 0; i < left; i += CHUNK) bad += odd_raw(raw[k], dtypes[k], s + i, least(CHUNK, left - i));
                 double *scale = rows->divergences + row;
                 if (*scale != *scale) *scale = fmax(divergence(raw, dtypes, s, columns, rows->floor, room), 0);
-                scale_bounds(b, brackets, *scale);
+                const int narrow = narrow_row(dtypes, *scale);
+                if (narrow) scale_bounds(b, brackets, *scale);
                 const int64_t stop = least(s + left, starts[p] + n - at);
                 for (int64_t from = at + s < starts[p] ? starts[p] - at : s, m; from < stop; from += m) {
                     m = least(CHUNK, stop - from);
-                    if (alike_float(raw, dtypes, from, m, *scale, single)) {
+                    if (narrow && narrow_base(raw, from, m, single)) {
                         const uint16_t *x = (const uint16_t *)raw[1] + from;
                         for (int j = 0; j < brackets; j++)
                             if (b[j].common[1] == b[j].common[1]) bracket_scaled(1, b + j, m, x, single, *scale);
@@ -78,16 +84,18 @@ int geomerge_importance(struct work *work, int64_t n, const struct rows *rows, d
         int64_t size = least(WINDOW, n - at);
         if (!fetch(work, at, size, raw)) return -1;
         char *to = window_of(work, out, at);
+        int narrow = 0;
         for (int64_t s = 0, left = 0; s < size; s += m, left -= m) {
             if (!left) {
                 const int64_t place = rows->first + at + s, row = place / rows->columns;
                 left = (row + 1) * rows->columns - place;
                 scale = rows->divergences[row];
-                least_size = least_of(from, scale);
+                narrow = narrow_row(dtypes, scale);
+                if (narrow) least_size = least_of(from, scale);
             }
             m = least(least(CHUNK, size - s), left);
             for (int k = 0; check && k < 2; k++) bad += odd_raw(raw[k], dtypes[k], s, m);
-            if (alike_float(raw, dtypes, s, m, scale, single)) {
+            if (narrow && narrow_base(raw, s, m, single)) {
                 const uint16_t *x = (const uint16_t *)raw[1] + s;
                 EACH(m) {
                     float apart = from_bf16(x[i]) - single[i];
