@@ -8,6 +8,7 @@
     python benchmarks/pieces.py groups       # recorded methods with operations compiled together, and one after the other
     python benchmarks/pieces.py sorts        # NumPy's sorts and the compiled ones, of normal numbers and of a coarse grid
     python benchmarks/pieces.py thresholds   # the k largest magnitudes, of rows that are alike and of rows that are not
+    python benchmarks/pieces.py scores       # thresholds and output of PCB-Merging and Arcee Fusion, and rows' divergences
     python benchmarks/pieces.py processes    # whole merges of 0.5B: with torch imported first, and without compiled loops
     python benchmarks/pieces.py pursuit 1000 # sums of 64 rows for 1,000 missing tokens, 50,000 shared tokens of width 896
 
@@ -30,6 +31,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -253,9 +255,9 @@ def groups(numel: int = 1 << 20, rounds: int = 15) -> None:
     out = native.in_memory(torch.empty(numel, dtype=torch.bfloat16))
     assert out is not None
 
-    def prepared(name: str, parameters: dict[str, object], known: bool) -> Prepared:
+    def prepared(name: str, known: bool) -> Prepared:
         steps.laid_out.cache_clear()
-        method = registry.get(name).make(parameters, count=3)
+        method = registry.get(name).make({}, count=3)
         sources = [TensorSource(x.view(-1, 1024)) for x in (base, *experts)]
 
         def opened(**options: object) -> Scan:
@@ -265,16 +267,10 @@ def groups(numel: int = 1 << 20, rounds: int = 15) -> None:
             return prepare(method, opened, (numel // 1024, 1024), 1.0, "BF16")
 
     print(f"{'ns an element':18s}{'together':>10s}{'one by one':>12s}{'times':>7s}")
-    for name, parameters in (
-        *(
-            (name, {})
-            for name in ("tall_mask", "ram", "emr", "consensus", "ramplus_tl", "sce", "widen", "consensus_ties")
-        ),
-        ("pcb", {"scope": "tensor"}),
-    ):
+    for name in ("tall_mask", "ram", "emr", "consensus", "ramplus_tl", "sce", "widen", "consensus_ties"):
         best = {}
         for known in (True, False):
-            made = prepared(name, parameters, known)
+            made = prepared(name, known)
             loop = made.loop("BF16")
             assert loop is not None
             place = next(made.scan.places(made.scan.segments[0]))
@@ -306,6 +302,39 @@ def thresholds(rows: int = 4864, width: int = 896, rounds: int = 9) -> None:
             work = functools.partial(order.largest, scan, magnitudes, [scan.numel // 5] * 3, range(3))
             found.append(_seconds(work) / scan.numel * 1e9)
         print(f"{name:12s}{statistics.median(found):16.2f}{len(missed):12d}", flush=True)
+
+
+def scores(rows: int = 4096, width: int = 896, rounds: int = 9) -> None:
+    """The loops of PCB-Merging (three experts) and Arcee Fusion, in memory, on one core: what they measure, what they make."""
+    from geomerge.methods import registry
+    from geomerge.methods.tile import Scan, TensorSource
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    base = torch.randn(rows, width) * 0.02
+    models = [m.bfloat16() for m in (base, *(base + torch.randn(rows, width) * 2e-4 for _ in range(3)))]
+    out = torch.empty(rows * width, dtype=torch.bfloat16)
+    stored = native.in_memory(out)
+    assert stored is not None
+
+    def show(name: str, work: Callable[[], object]) -> None:
+        seconds = statistics.median(_seconds(work) for _ in range(rounds))
+        print(f"{name:32s}{seconds / (rows * width) * 1e9:8.2f} ns", flush=True)
+
+    for name, count in (("pcb", 3), ("arcee_fusion", 1)):
+        made: Any = registry.get(name).make({}, count=count)
+        scan = Scan([TensorSource(m) for m in models[: count + 1]], (rows, width), columns=width if made.rows else None)
+        stats = made.measure(scan)
+        make = made.compiled(scan, stats)
+        places = [place for segment in scan.segments for place in scan.places(segment)]
+        show(f"{name}, thresholds", lambda made=made, scan=scan: made.measure(scan))  # type: ignore[misc]
+        show(f"{name}, output", lambda make=make, places=places: [make(p, stored.at(p.start), None) for p in places])  # type: ignore[misc]
+
+    def divergences() -> None:
+        unknown = native.Rows(width, np.full(rows, math.nan), 1e-8, known=False)
+        native.importance_survey(scan.stored(0, scan.numel), 0, unknown, [], check=True)
+
+    show("arcee_fusion, divergences alone", divergences)
 
 
 def sorts() -> None:
@@ -421,6 +450,8 @@ if __name__ == "__main__":
         copies()
     elif sys.argv[1:] == ["groups"]:
         groups()
+    elif sys.argv[1:] == ["scores"]:
+        scores()
     elif sys.argv[1:] == ["sorts"]:
         sorts()
     elif sys.argv[1:] == ["thresholds"]:

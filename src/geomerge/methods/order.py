@@ -56,8 +56,8 @@ _WIDE = 0.12
 _MOST = 1 << 20
 """Elements in the largest sample of a tensor; of a model four times as many."""
 _COLLECT = 1 << 20
-"""Values a bracket of a tensor is meant to hold at most, and one of a model two and a half times as many; beyond four times that
-(sixteen times of a model), counting takes over."""
+"""Values a bracket of a tensor is meant to hold at most, and one of a model two and a half times as many; beyond four times so
+many (of a model, sixteen times), counting takes over."""
 
 
 def _look(scan: Scan, magnitudes: Magnitudes, experts: Sequence[int] | None, *, recorded: bool) -> Look | None:
