@@ -230,6 +230,61 @@ def test_same_ranks_in_rows(method: str, shape: tuple[int, ...]) -> None:
     same(lambda: merge(ready, [far * 0, near, near.flip(0), -near], dtype=torch.float64))
 
 
+RULES = [
+    {"weight": 1.0},
+    {"weight": [0.7, 0.4, 1.3, 0.2], "lambda": 1.1},
+    {"weight": [0.7, 0.4, 1.3, 0.2], "normalize": False},
+    {"weight": 0.6, "rescale": False},
+    {"weight": [0.5, -0.3, 0.2, 0.1]},
+]
+
+
+@compiled
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("method", ["della", "della_linear"])
+def test_same_pruning_where_float32_decides(method: str, rule: dict[str, Any]) -> None:
+    """Small differences of bfloat16 models, many of them equal; such as have places of their own, and such as share them."""
+    torch.manual_seed(0)
+    for count, shape in itertools.product((1, 2, 3, 4), ((96, 896), (7, 4864), (3, 9001), (257, 33), (1, 5))):
+        base = torch.randn(shape) * 0.02
+        experts = [base + torch.randn(shape) * size for size in (3e-4, 2e-3, 1e-4, 3e-2)[:count]]
+        if (
+            shape[0] > 3
+        ):  # rows of nothing, of zeros of either sign, of one bit, of tiny and huge numbers, and without a change
+            base[0], experts[0][0] = 0.0, -0.0
+            base[1] = -0.0
+            experts[-1][2] = base[2] * 2
+            experts[0][3] = torch.randn(shape[1]) * 1e-25
+            base[3] = torch.randn(shape[1]) * 1e-30
+            experts[0][4] = base[4] * 1e30
+            experts[-1][5] = base[5]
+            experts[0][6, ::3] = base[6, ::3] * 1e-6
+        if shape[0] > 7:  # and of such as float32 has few bits for
+            base[7:20] = 0.0
+            for expert in experts:
+                expert[7:20] = torch.randn(13, shape[1]) * 10 ** (torch.rand(13, 1) * 4 - 41)
+        weight = rule["weight"]
+        values = {"density": 0.5, "epsilon": 0.2} | rule
+        values["weight"] = weight[:count] if isinstance(weight, list) else weight
+        try:
+            ready = registry.get(method).make(values, count=count)
+            ready.check(count)
+        except ValueError:
+            continue  # weights that add up to nothing
+        tensors = stored([base, *experts], torch.bfloat16)
+        same(lambda r=ready, t=tensors: merge(r, t, dtype=torch.bfloat16))  # type: ignore[misc]
+
+
+@compiled
+def test_same_pruning_where_sixteen_bits_do_not_decide() -> None:
+    """Of two million elements' words some thirty are the first half of their limit."""
+    shape = (2048, 1024)
+    base = torch.randn(shape) * 0.02
+    tensors = stored([base, base + torch.randn(shape) * 1e-2], torch.bfloat16)
+    ready = registry.get("della_linear").make({"weight": 1.0, "density": 0.5, "epsilon": 0.1}, count=1)
+    same(lambda: merge(ready, tensors, dtype=torch.bfloat16))
+
+
 LOOPS = {
     "linear": {"geomerge_span"},
     "slerp": {"geomerge_gram_float", "geomerge_span"},

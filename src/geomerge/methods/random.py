@@ -1,8 +1,8 @@
 """Random numbers that belong to an element, not to a moment.
 
 Every draw is a function of (seed, label, flat index): the same for every tile size, thread count, shard split and
-device. The stream is NumPy's counter-based PCG64DXSM, whose `advance` jumps to any tile for free; each 64-bit word gives
-the numbers of two elements.
+device. The stream is NumPy's counter-based PCG64DXSM, whose `advance` jumps to any tile for free; each 64-bit number gives
+the words of two elements or of four.
 """
 
 from __future__ import annotations
@@ -70,19 +70,16 @@ def keep_(values: Tensor, tile: Tile, label: str, probability: float) -> Tensor:
 def drawing(place: Place, label: str, probability: float) -> tuple[np.random.PCG64DXSM, int, int]:
     """For a compiled loop that draws as `keep_` does: the generator at a place, the bits of a word, and its limit."""
     width, limit = _resolution(probability)
-    generator = stream(place.scan.seed, f"{label}/{place.scan.name}")
-    first, shift = divmod(place.start, 64 // width)
+    number, shift = divmod(place.start, 64 // width)
     assert shift == 0, "segments hold whole numbers of 64 bits"
-    generator.advance(first)
-    return generator, width, limit
+    return stream_at(place, label, number), width, limit
 
 
-def drawing_words(place: Place, label: str) -> tuple[np.random.PCG64DXSM, int | None]:
-    """For a compiled loop that draws `words` of 32 bits: the generator at a place, and the word before its next number."""
+def stream_at(place: Place | Tile, label: str, number: int) -> np.random.PCG64DXSM:
+    """The generator of a tensor's words, before so many numbers of 64 bits."""
     generator = stream(place.scan.seed, f"{label}/{place.scan.name}")
-    first, half = divmod(place.start, 2)
-    generator.advance(first)
-    return generator, int(generator.random_raw()) >> 32 if half else None
+    generator.advance(number)
+    return generator
 
 
 def _resolution(probability: float) -> tuple[int, int]:
@@ -92,13 +89,21 @@ def _resolution(probability: float) -> tuple[int, int]:
     return width, min(round(probability * 2**width), 2**width - 1)
 
 
+FINER = "/finer"
+"""What the label of the words ends with that decide where those of 16 bits do not."""
+
+
 def bernoulli(tile: Tile, label: str, probability: Tensor) -> Tensor:
-    """A mask of the tile's shape: true with the probability given for each element, to 2⁻³²."""
-    drawn = words(tile, label)
-    mask = drawn.astype(np.float64) < limit_of(probability.reshape(-1).cpu().numpy())
+    """A mask of the tile's shape: true with the probability given for each element, to 2⁻³².
+
+    Sixteen bits decide for all elements but one in 2¹⁶, which draw sixteen more from a stream of their own.
+    """
+    drawn = words(tile, label, 16).astype(np.int64)
+    limits = np.rint(probability.reshape(-1).cpu().numpy() * 2.0**32)
+    limit = np.minimum(limits, 2.0**32).astype(np.int64)
+    mask = drawn < limit >> 16
+    for index in np.flatnonzero(drawn == limit >> 16):
+        number, lane = divmod(tile.start + int(index), 4)
+        finer = int(stream_at(tile, label + FINER, number).random_raw()) >> 16 * lane & 0xFFFF
+        mask[index] = finer < limit[index] & 0xFFFF
     return torch.from_numpy(mask).view(tile.base.shape).to(tile.base.device)
-
-
-def limit_of(probability: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Below which 32 bits an element survives with each of these probabilities."""
-    return np.minimum(np.rint(probability * 2.0**32), 2.0**32)

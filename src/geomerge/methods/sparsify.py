@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 import numpy as np
 import torch
 
-from geomerge.methods.native import Pruning, Thinning
+from geomerge.methods.native import Pruning, Thinning, numbers_of
 from geomerge.methods.order import largest, largest_of_all
-from geomerge.methods.random import bernoulli, drawing, drawing_words, keep_
+from geomerge.methods.random import FINER, bernoulli, drawing, keep_, stream_at
 from geomerge.methods.selection import Selection
 from geomerge.methods.tile import Place, Scan, Tile
 from geomerge.methods.walk import Walk
@@ -297,6 +297,7 @@ class MagPrune:
 
     def prune(self, thinning: Thinning, pruning: Pruning, k: int, place: Place) -> None:
         """Say for a compiled loop what `keep_` drops from a place on."""
+        pruning.first = place.start
         if self.density[k] >= 1:
             return
         if self.density[k] <= 0:
@@ -304,10 +305,9 @@ class MagPrune:
             return
         pruning.start, pruning.step = self.line(k, max(place.scan.columns or 1, 1))
         pruning.rescale = self.rescale == "inverse"
-        generator, half = drawing_words(place, f"della/{k}")
-        if half is not None:
-            pruning.spare, pruning.spared = half, 1
-        thinning.draw(generator, 32)
+        label = f"della/{k}"
+        pruning.finer[:] = numbers_of(stream_at(place, label + FINER, 0))
+        thinning.draw(stream_at(place, label, place.start // 4), 16)
 
     def keep_(self, delta: Tensor, k: int, tile: Tile, stats: None) -> Tensor:
         if self.density[k] >= 1:

@@ -202,11 +202,16 @@ class Thinning(ctypes.Structure):
 
     def draw(self, generator: np.random.PCG64DXSM, width: int, limit: int = 0) -> None:
         """Each element draws a word of so many bits, and those below `limit` survive (unless a `Pruning` says which)."""
-        inner: Any = generator.state["state"]
-        low = 2**64 - 1
-        self.state[:] = (inner["state"] & low, inner["state"] >> 64)
-        self.step[:] = (inner["inc"] & low, inner["inc"] >> 64)
+        numbers = numbers_of(generator)
+        self.state[:], self.step[:] = numbers[:2], numbers[2:]
         self.width, self.limit = width, limit
+
+
+def numbers_of(generator: np.random.PCG64DXSM) -> tuple[int, int, int, int]:
+    """A generator's state and increment, low words first."""
+    inner: Any = generator.state["state"]
+    low = 2**64 - 1
+    return inner["state"] & low, inner["state"] >> 64, inner["inc"] & low, inner["inc"] >> 64
 
 
 class _Combination(ctypes.Structure):
@@ -304,8 +309,9 @@ class Pruning(ctypes.Structure):
         ("start", ctypes.c_double),
         ("step", ctypes.c_double),
         ("rescale", ctypes.c_int32),
-        ("spared", ctypes.c_int32),
-        ("spare", ctypes.c_uint32),
+        ("first", ctypes.c_int64),
+        ("last", ctypes.c_uint64),
+        ("finer", ctypes.c_uint64 * 4),
     )
 
 
@@ -325,12 +331,13 @@ def pruned(
     Args:
         inputs, rule, out, beginning, check: As for `task_vectors`.
         columns: Elements in a row.
-        thinned: Task vectors that draw numbers of 32 bits are pruned.
+        thinned: Task vectors that draw words are pruned.
         prunings: How.
     """
     some = max(_TOGETHER // columns, 1)
     experts = inputs.count - 1
-    scratch = call.address(some * columns * (8 * inputs.count + 4 * experts) + 24 * columns, "scratch")
+    words, ranks = 2 * some * columns + 16, 2 * columns + 128
+    scratch = call.address(experts * (words + 3 * ranks) + 32 * columns, "scratch")
     return inputs.call(
         "pruned", ctypes.c_int64(inputs.numel), ctypes.c_int64(columns), ctypes.c_int64(some), thinned, prunings,
         ctypes.byref(rule.packed()), call.doubles(rule.coefficients), call.doubles(rule.weights),

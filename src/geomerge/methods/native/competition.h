@@ -14,7 +14,6 @@ struct competitor {
 
 #define COMPETITORS 8
 #define BLOCK 1024 /* elements that are looked at together */
-#define PACK 32    /* and chosen together */
 
 struct contest {
     const struct competitor *of;
@@ -224,20 +223,6 @@ static inline floats quick_exp(floats x) {
 }
 
 #define PART (CHUNK / LANES(float))
-
-static inline ints rounded_bf16(floats x) {
-    const ints bits = (ints)x;
-    return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16 & 0xFFFF;
-}
-
-/* Numbers of 16 bits that have room of 32. */
-static inline void halves(ints x, uint16_t *out) {
-#ifdef __AVX512BW__
-    _mm256_storeu_si256((__m256i *)out, _mm512_cvtepi32_epi16((__m512i)x));
-#else
-    for (int i = 0; i < LANES(float); i++) out[i] = (uint16_t)x[i];
-#endif
-}
 
 /* What float32 knows of an expert. */
 struct contender {

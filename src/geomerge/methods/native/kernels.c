@@ -39,6 +39,7 @@ const char geomerge_source[] = GEOMERGE_SOURCE;
 #include "gram.h"
 #include "brackets.h"
 #include "task_vectors.h"
+#include "ranks.h"
 #include "pruned.h"
 #include "program.h"
 #include "divergences.h"

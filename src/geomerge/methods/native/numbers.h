@@ -171,6 +171,48 @@ static inline floats all(float value) { return value - (floats){0}; }
 static inline floats where(ints mask, floats x) { return (floats)(mask & (ints)x); } /* and 0 elsewhere */
 static inline floats size_of(floats x) { return (floats)((ints)x & 0x7FFFFFFF); }
 
+static inline ints rounded_bf16(floats x) {
+    const ints bits = (ints)x;
+    return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16 & 0xFFFF;
+}
+
+/* Numbers of 16 bits that have room of 32. */
+static inline void halves(ints x, uint16_t *out) {
+#ifdef __AVX512BW__
+    _mm256_storeu_si256((__m256i *)out, _mm512_cvtepi32_epi16((__m512i)x));
+#else
+    for (int i = 0; i < LANES(float); i++) out[i] = (uint16_t)x[i];
+#endif
+}
+
+/* Numbers of 16 bits as float32. */
+static inline floats numbers_of(const uint16_t *x) {
+#ifdef __AVX512BW__
+    return (floats)_mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)x)));
+#elif defined __AVX2__ && defined __FMA__
+    return (floats)_mm256_cvtepi32_ps(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)x)));
+#else
+    floats wide;
+    for (int i = 0; i < LANES(float); i++) wide[i] = (float)x[i];
+    return wide;
+#endif
+}
+
+/* Bits of the lanes of a mask. */
+static inline uint32_t lanes_in(ints mask) {
+#ifdef __AVX512BW__
+    return (uint32_t)_mm512_movepi32_mask((__m512i)mask);
+#elif defined __AVX2__ && defined __FMA__
+    return (uint32_t)_mm256_movemask_ps((__m256)mask);
+#else
+    uint32_t found = 0;
+    for (int i = 0; i < LANES(float); i++) found |= (uint32_t)(mask[i] != 0) << i;
+    return found;
+#endif
+}
+
+#define PACK 32 /* elements that are looked at, or chosen, together */
+
 /* 0 when all are finite, else NaN or more. */
 #define DAMAGE(T)                                             \
     static inline T damage_##T(const T *restrict x, int64_t n) { \

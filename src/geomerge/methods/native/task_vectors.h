@@ -15,10 +15,20 @@ struct thinning {      /* what remains of one task vector */
     uint32_t limit;
 };
 
+/* PCG64DXSM: the multiplier of its states, and the number that one gives. */
+#define MULTIPLIER 0xda942042e4dd58b5ULL
+
+static inline uint64_t output_of(unsigned __int128 state) {
+    uint64_t high = (uint64_t)(state >> 64), low = (uint64_t)state | 1;
+    high ^= high >> 32;
+    high *= MULTIPLIER;
+    high ^= high >> 48;
+    return high * low;
+}
+
 /* The next n <= CHUNK words of some thinnings' generators: each number of 64 bits gives several. A call for fewer than CHUNK is the
  * last one. Several in step, since each number of one generator has to wait for the one before. */
 FUSED draw_some(const int t, struct thinning *each, int64_t need, uint64_t (*numbers)[CHUNK / 2]) {
-    const uint64_t multiplier = 0xda942042e4dd58b5ULL;
     unsigned __int128 state[4], step[4];
     for (int k = 0; k < t; k++) {
         state[k] = (unsigned __int128)each[k].state[1] << 64 | each[k].state[0];
@@ -26,12 +36,8 @@ FUSED draw_some(const int t, struct thinning *each, int64_t need, uint64_t (*num
     }
     for (int64_t i = 0; i < need; i++)
         for (int k = 0; k < t; k++) {
-            uint64_t high = (uint64_t)(state[k] >> 64), low = (uint64_t)state[k] | 1;
-            high ^= high >> 32;
-            high *= multiplier;
-            high ^= high >> 48;
-            numbers[k][i] = high * low;
-            state[k] = state[k] * multiplier + step[k];
+            numbers[k][i] = output_of(state[k]);
+            state[k] = state[k] * MULTIPLIER + step[k];
         }
     for (int k = 0; k < t; k++) each[k].state[0] = (uint64_t)state[k], each[k].state[1] = (uint64_t)(state[k] >> 64);
 }
