@@ -18,8 +18,9 @@ COUNTS = (1, 2, 3, 4)
 
 
 def _variants(method: type[Method]) -> Iterator[dict[str, Any]]:
-    """Parameters: as they are, and each choice of what has two or more."""
+    """Parameters: as they are, as mergekit has them, and each choice of what has two or more."""
     yield {}
+    yield method.mergekit
     for name, p in method.parameters().items():
         if isinstance(p.default, bool):
             yield {name: not p.default}

@@ -230,6 +230,18 @@ def test_same_ranks_in_rows(method: str, shape: tuple[int, ...]) -> None:
     same(lambda: merge(ready, [far * 0, near, near.flip(0), -near], dtype=torch.float64))
 
 
+@compiled
+@pytest.mark.parametrize("density", [[0.4, 0.3, 0.5], [0.5, 1.0, 0.3]], ids=str)
+@pytest.mark.parametrize("method", ["dare_linear", "dare_ties", "della", "della_linear", "ties", "breadcrumbs_ties"])
+def test_same_norms_before_and_after_thinning(method: str, density: list[float]) -> None:
+    """Rescaled to the L1 norm that each task vector had; rows and tensors of odd lengths, several segments."""
+    values = {"weight": [1.0, 0.4, 0.3], "density": density, "rescale": True, "rescale_norm": "l1", "epsilon": 0.2}
+    made = registry.get(method)
+    ready = made.make({key: value for key, value in values.items() if key in made.parameters()}, count=3)
+    for shape, kind, dtype in itertools.product(((5, 9001), (131, 896), (33, 1), (700,)), KINDS, DTYPES):
+        same(lambda t=stored(models(4, shape, kind), dtype): merge(ready, t, dtype=dtype))  # type: ignore[misc]  # noqa: B008
+
+
 RULES = [
     {"weight": 1.0},
     {"weight": [0.7, 0.4, 1.3, 0.2], "lambda": 1.1},
@@ -341,6 +353,23 @@ def test_takes_the_loops(method: str, called: set[str]) -> None:
     tensors = stored(models(inputs, (31, 4801), "dense"), torch.bfloat16)
     merge(made, tensors, dtype=torch.bfloat16, tile=1 << 13)
     assert called == LOOPS[method]
+
+
+@compiled
+@pytest.mark.parametrize(
+    ("method", "loops"),
+    [
+        ("dare_ties", {"geomerge_norms_float", "geomerge_task_vectors_float"}),
+        ("della", {"geomerge_pruned_norms", "geomerge_pruned"}),
+        ("sce", {"geomerge_program"}),
+    ],
+)
+def test_which_loops_the_profile_of_mergekit_calls(method: str, loops: set[str], called: set[str]) -> None:
+    made = registry.get(method)
+    values = {key: value for key, value in VALUES.items() if key in made.parameters()}
+    ready = made.make(values, count=3, compat="mergekit")
+    merge(ready, stored(models(4, (31, 4801), "dense"), torch.bfloat16), dtype=torch.bfloat16, tile=1 << 13)
+    assert called == loops
 
 
 @compiled

@@ -6,19 +6,21 @@ tile of one expert's task vector in place. A published method is a chain of such
 
 from __future__ import annotations
 
+import ctypes
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 
+from geomerge.methods import native
 from geomerge.methods.native import Pruning, Thinning, numbers_of
 from geomerge.methods.order import largest, largest_of_all
 from geomerge.methods.random import FINER, bernoulli, drawing, keep_, stream_at
 from geomerge.methods.selection import Selection
-from geomerge.methods.tile import Place, Scan, Tile
+from geomerge.methods.tile import BLOCK, Place, Scan, Segment, Tile, added_up
 from geomerge.methods.walk import Walk
 
 if TYPE_CHECKING:
@@ -68,6 +70,16 @@ def measure(step: Sparsifier, scan: Scan) -> tuple[Any, list[float]]:
     if step.rescale == "none":
         return stats, [1.0] * scan.experts
 
+    sums = _norms(step, scan, stats) if scan.numel else [0.0] * (2 * scan.experts)
+    pairs = zip(sums[::2], sums[1::2], strict=True)
+    return stats, [before / after if before > 1e-7 and after > 1e-7 else 1.0 for before, after in pairs]
+
+
+def _norms(step: Sparsifier, scan: Scan, stats: Any) -> list[float]:
+    """Of each expert ‖δ‖₁ and ‖δ⊙m‖₁."""
+    if isinstance(step, Thins | MagPrune) and scan.compiled and (scan.columns or 0) <= native.ROW:
+        return added_up(part for segment in scan.over_segments(_counted(step, scan, stats)) for part in segment)
+
     def norms(tile: Tile) -> list[Tensor]:
         found = []
         for k, delta in enumerate(tile.task_vectors()):
@@ -75,9 +87,31 @@ def measure(step: Sparsifier, scan: Scan) -> tuple[Any, list[float]]:
             found.append(step.keep_(delta, k, tile, stats).abs_())
         return found
 
-    sums = scan.sums(norms) if scan.numel else [0.0] * (2 * scan.experts)
-    pairs = zip(sums[::2], sums[1::2], strict=True)
-    return stats, [before / after if before > 1e-7 and after > 1e-7 else 1.0 for before, after in pairs]
+    return scan.sums(norms)
+
+
+def _counted(step: Thins | MagPrune, scan: Scan, stats: Any) -> Callable[[Segment], list[list[list[float]]]]:
+    """What compiled loops add up of a segment."""
+
+    def counted(segment: Segment) -> list[list[list[float]]]:
+        found = []
+        for place in scan.places(segment):
+            inputs = scan.stored(place.start, place.numel)
+            thinned = place.carry.setdefault("thinned", native.whole(scan.experts))
+            if isinstance(step, MagPrune):
+                columns = max(scan.columns or 1, 1)
+                pruned = step.prunings(thinned, place)
+                finite, sums = native.pruned_norms(inputs, columns, thinned, pruned, check=scan.checks)
+            else:
+                for k, each in enumerate(thinned):
+                    step.thin(each, k, place, stats)
+                finite, sums = native.norms(inputs, BLOCK, thinned, single=scan.single, check=scan.checks)
+            if not finite:
+                scan.look_again(place.start, place.numel)
+            found.append(sums.tolist())
+        return found
+
+    return counted
 
 
 def _inverse(density: Sequence[float]) -> list[float]:
@@ -295,8 +329,14 @@ class MagPrune:
         steps = torch.from_numpy(self.by_rank(k, delta.shape[-1])).to(delta)
         return torch.empty_like(delta).scatter_(-1, _ascending(delta.abs()), steps.expand_as(delta))
 
-    def prune(self, thinning: Thinning, pruning: Pruning, k: int, place: Place) -> None:
-        """Say for a compiled loop what `keep_` drops from a place on."""
+    def prunings(self, thinned: ctypes.Array[Thinning], place: Place) -> ctypes.Array[Pruning]:
+        """What `keep_` drops of each task vector from a place on, for a compiled loop."""
+        found = (Pruning * len(thinned))()
+        for k, (thinning, pruning) in enumerate(zip(thinned, found, strict=True)):
+            self._prune(thinning, pruning, k, place)
+        return found
+
+    def _prune(self, thinning: Thinning, pruning: Pruning, k: int, place: Place) -> None:
         pruning.first = place.start
         if self.density[k] >= 1:
             return

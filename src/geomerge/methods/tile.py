@@ -453,8 +453,7 @@ class Scan:
             parts = self.over_segments(summed)
         else:
             parts = self.over(lambda tiles: [[block_sums(q) for q in quantities(tile)] for tile in tiles])
-        columns = zip(*(tile for segment in parts for tile in segment), strict=True)
-        return [math.fsum(value for part in column for value in part) for column in columns]
+        return added_up(part for segment in parts for part in segment)
 
     def sample(self, limit: int) -> Iterator[Tile]:
         """Tiles of about `limit` elements in all, spread evenly: for estimates that only steer, never for results."""
@@ -480,6 +479,11 @@ class Scan:
         number = max(limit // piece, 1)
         last = (self.numel - piece) // piece
         return piece, [last * i // max(number - 1, 1) * piece for i in range(number)]
+
+
+def added_up(parts: Iterable[Sequence[Sequence[float]]]) -> list[float]:
+    """The exact sum of each of several columns of numbers, of which every part has some."""
+    return [math.fsum(value for part in column for value in part) for column in zip(*parts, strict=True)]
 
 
 def block_sums(values: Tensor) -> list[float]:

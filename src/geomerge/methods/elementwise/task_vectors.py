@@ -109,9 +109,7 @@ class TaskVectors(Elementwise):
             thinned = place.carry.setdefault("thinned", native.whole(scan.experts))
             inputs = scan.stored(place.start, place.numel)
             if isinstance(step, MagPrune):
-                pruned = (native.Pruning * scan.experts)()
-                for k, pair in enumerate(zip(thinned, pruned, strict=True)):
-                    step.prune(*pair, k, place)
+                pruned = step.prunings(thinned, place)
                 columns = max(scan.columns or 1, 1)
                 return native.pruned(inputs, columns, thinned, pruned, rule, out, beginning, check=scan.checks)
             assert isinstance(step, Thins)

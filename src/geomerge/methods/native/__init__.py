@@ -273,6 +273,23 @@ def task_vectors(
     )  # fmt: skip
 
 
+def norms(
+    inputs: Inputs, block: int, thinned: ctypes.Array[Thinning], *, single: bool, check: bool
+) -> tuple[bool, np.ndarray]:
+    """Whether all inputs are finite (looked at if `check`), and Σ|τₖ| in each block, before and after thinning.
+
+    Returns:
+        The sums have the shape ``(2 · experts, blocks)``: of each expert before, then after.
+    """
+    found = np.empty((2 * (inputs.count - 1), -(-inputs.numel // block)))
+    name = "norms_float" if single else "norms_double"
+    finite = inputs.call(
+        name, ctypes.c_int64(inputs.numel), ctypes.c_int64(block), thinned, ctypes.c_void_p(found.ctypes.data),
+        ctypes.c_int(check),
+    )  # fmt: skip
+    return finite, found
+
+
 def program(
     inputs: Inputs,
     first: int,
@@ -334,15 +351,38 @@ def pruned(
         thinned: Task vectors that draw words are pruned.
         prunings: How.
     """
-    some = max(_TOGETHER // columns, 1)
-    experts = inputs.count - 1
-    words, ranks = 2 * some * columns + 16, 2 * columns + 128
-    scratch = call.address(experts * (words + 3 * ranks) + 32 * columns, "scratch")
+    some, scratch = _pruning_room(inputs, columns)
     return inputs.call(
         "pruned", ctypes.c_int64(inputs.numel), ctypes.c_int64(columns), ctypes.c_int64(some), thinned, prunings,
         ctypes.byref(rule.packed()), call.doubles(rule.coefficients), call.doubles(rule.weights),
         ctypes.c_void_p(scratch), ctypes.c_int(check), out=out, beginning=beginning,
     )  # fmt: skip
+
+
+def pruned_norms(
+    inputs: Inputs,
+    columns: int,
+    thinned: ctypes.Array[Thinning],
+    prunings: ctypes.Array[Pruning],
+    *,
+    check: bool,
+) -> tuple[bool, np.ndarray]:
+    """As `norms`, of the rows that `pruned` prunes."""
+    rows = inputs.numel // columns
+    some, scratch = _pruning_room(inputs, columns)
+    found = np.empty((2 * (inputs.count - 1), rows))
+    finite = inputs.call(
+        "pruned_norms", ctypes.c_int64(rows), ctypes.c_int64(columns), ctypes.c_int64(some), thinned, prunings,
+        ctypes.c_void_p(found.ctypes.data), ctypes.c_void_p(scratch), ctypes.c_int(check),
+    )  # fmt: skip
+    return finite, found
+
+
+def _pruning_room(inputs: Inputs, columns: int) -> tuple[int, int]:
+    """How many rows are read at once, and where there is room for what these need."""
+    some = max(_TOGETHER // columns, 1)
+    words, ranks = 2 * some * columns + 16, 2 * columns + 128
+    return some, call.address((inputs.count - 1) * (words + 3 * ranks) + 32 * columns, "scratch")
 
 
 _TOGETHER = 1 << 13

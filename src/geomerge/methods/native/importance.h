@@ -49,7 +49,7 @@ int geomerge_importance_survey(struct work *work, int64_t pieces, const int64_t 
                 const int64_t place = rows->first + at + s, row = place / columns;
                 left = least((row + 1) * columns - place, size - s);
                 for (int k = 0; check && k < 2; k++)
-                    for (int64_t i = 0; i < left; i += CHUNK) bad += odd_raw(raw[k], dtypes[k], s + i, least(CHUNK, left - i));
+                    bad += odd_raw(raw[k], dtypes[k], s, left);
                 double *scale = rows->divergences + row;
                 if (*scale != *scale) *scale = fmax(divergence(raw, dtypes, s, columns, rows->floor, room), 0);
                 const int narrow = narrow_row(dtypes, *scale);

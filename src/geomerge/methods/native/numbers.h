@@ -257,11 +257,15 @@ LOAD(float) LOAD(double) STORE(float) STORE(double) DAMAGE(float) DAMAGE(double)
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* The same of at most CHUNK raw numbers that nobody has loaded. */
+/* The same of raw numbers that nobody has loaded. */
 static double odd_raw(const void *raw, int dtype, int64_t start, int64_t n) {
-    double x[CHUNK];
-    if (dtype != BF16) load_double(raw, dtype, start, n, x);
-    return odd_double(raw, dtype, start, n, x);
+    double x[CHUNK], odd = 0;
+    for (int64_t s = 0; s < n; s += CHUNK) {
+        const int64_t m = least(CHUNK, n - s);
+        if (dtype != BF16) load_double(raw, dtype, start + s, m, x);
+        odd += odd_double(raw, dtype, start + s, m, x);
+    }
+    return odd;
 }
 
 /* The sum of CHUNK lanes, half to half. */

@@ -29,32 +29,58 @@ static uint32_t finer_word(const struct pruning *p, int64_t index) {
     return (uint32_t)(output_of(state) >> 16 * (index % 4)) & 0xFFFF;
 }
 
-/* A task vector's element after pruning. */
-static inline double pruned_one(const struct pruning *p, double d, uint16_t rank, uint16_t word, int64_t index) {
-    const double share = (double)rank * p->step + p->start, limit = rint(share * 0x1p32);
-    const int64_t whole = (int64_t)(limit < 0x1p32 ? limit : 0x1p32), half = whole >> 16;
-    const int kept = word < half || (word == half && finer_word(p, index) < (uint32_t)(whole & 0xFFFF));
-    return p->rescale ? d * (kept ? 1.0 : 0.0) / share : d * (kept ? 1.0 : 0.0);
+/* m <= CHUNK elements of a row: those at `place` or (if that is 0) those from `at` on. */
+struct part {
+    const uint16_t *place;
+    int64_t at, m;
+};
+
+/* The probabilities of task vector k's elements, and 1 for those that survive (else 0). */
+static void survivors(const struct row *row, int k, const struct pruning *p, const struct part *part, double *restrict share,
+                      double *restrict kept) {
+    uint16_t rank[CHUNK], word[CHUNK];
+    const double start = p->start, step = p->step;
+    const int64_t m = part->m;
+    int64_t open = 0;
+    if (part->place) EACH(m) rank[i] = row->rank[k][part->place[i]], word[i] = row->word[k][part->place[i]];
+    else memcpy(rank, row->rank[k] + part->at, (size_t)m * 2), memcpy(word, row->word[k] + part->at, (size_t)m * 2);
+    EACH(m) {
+        share[i] = (double)rank[i] * step + start;
+        const double limit = rint(share[i] * 0x1p32), first = (double)word[i] * 0x1p16;
+        kept[i] = first + 0x1p16 <= limit ? 1.0 : 0.0;
+        open |= (first < limit) & (first + 0x1p16 > limit);
+    }
+    for (int64_t i = 0; open && i < m; i++) {
+        const double limit = rint(share[i] * 0x1p32), first = (double)word[i] * 0x1p16;
+        if (first < limit && first + 0x1p16 > limit)
+            kept[i] = first + finer_word(p, row->at + (part->place ? part->place[i] : part->at + i)) < limit ? 1.0 : 0.0;
+    }
 }
 
-/* m <= CHUNK elements of a row, those at `place` or (if that is 0) those from `at` on, in double precision. */
-static void prune(const struct work *work, const struct row *row, const struct thinning *thin, const struct pruning *pruned,
-                  const struct combination *rule, const double *c, const double *w, const uint16_t *place, int64_t at, int64_t m,
-                  double *result) {
-    double base[CHUNK], d[MOST][CHUNK];
+/* The base and the task vectors of a part. */
+static void differences_of(const struct work *work, const struct row *row, const struct part *part, double *base, double (*d)[CHUNK]) {
     for (int k = 0; k < work->count; k++) {
         double *x = k ? d[k - 1] : base;
         const int dtype = work->inputs[k].dtype;
-        if (place) EACH(m) load_double(row->raw[k], dtype, place[i], 1, x + i);
-        else load_double(row->raw[k], dtype, at, m, x);
-        if (!k) continue;
-        EACH(m) x[i] -= base[i];
-        if (thin[k - 1].keep == INFINITY) EACH(m) x[i] = 0;
-        else if (thin[k - 1].width)
-            EACH(m) {
-                const int64_t j = place ? place[i] : at + i;
-                x[i] = pruned_one(pruned + k - 1, x[i], row->rank[k - 1][j], row->word[k - 1][j], row->at + j);
-            }
+        if (part->place) EACH(part->m) load_double(row->raw[k], dtype, part->place[i], 1, x + i);
+        else load_double(row->raw[k], dtype, part->at, part->m, x);
+        if (k) EACH(part->m) x[i] -= base[i];
+    }
+}
+
+/* The merged elements of a part, in double precision. */
+static void prune(const struct work *work, const struct row *row, const struct thinning *thin, const struct pruning *pruned,
+                  const struct combination *rule, const double *c, const double *w, const struct part *part, double *result) {
+    double base[CHUNK], d[MOST][CHUNK], share[CHUNK], kept[CHUNK];
+    const int64_t m = part->m;
+    differences_of(work, row, part, base, d);
+    for (int k = 0; k + 1 < work->count; k++) {
+        double *restrict x = d[k];
+        if (thin[k].keep == INFINITY) EACH(m) x[i] = 0;
+        if (!thin[k].width) continue;
+        survivors(row, k, pruned + k, part, share, kept);
+        if (pruned[k].rescale) EACH(m) x[i] = x[i] * kept[i] / share[i];
+        else EACH(m) x[i] *= kept[i];
     }
     combine_double(rule, work->count - 1, c, w, m, base, d, result, 0);
 }
@@ -134,13 +160,19 @@ static void prune_row(int t, const struct row *row, const struct pruning *pruned
     else { PRUNE_FOR(4) }
 }
 
+static int all_bf16(const struct work *work) {
+    int found = 1;
+    for (int k = 0; k < work->count; k++) found &= work->inputs[k].dtype == BF16;
+    return found;
+}
+
 /* Whether float32 may be used: numbers are such that nothing is lost beyond what `prune_quickly` allows for. */
 static int pruned_in_range(const struct work *work, const struct place *out, const struct thinning *thin, const struct pruning *pruned,
                            const struct combination *rule, const double *c, const double *w) {
     const int t = work->count - 1;
     int fine = t <= 4 && out->dtype == BF16 && (!rule->elect || !rule->normalize || rule->clamp);
     fine &= fabs(rule->factor) > 0x1p-30 && fabs(rule->factor) < 0x1p30;
-    for (int k = 0; k <= t; k++) fine &= work->inputs[k].dtype == BF16;
+    fine &= all_bf16(work);
     for (int k = 0; k < t; k++) {
         fine &= fabs(c[k]) > 0x1p-30 && fabs(c[k]) < 0x1p30 && fabs(w[k]) > 0x1p-30 && fabs(w[k]) < 0x1p30;
         fine &= thin[k].width && pruned[k].start >= 0x1p-10 && pruned[k].step >= 0;
@@ -171,71 +203,133 @@ static void draw_words(int t, int64_t at, int64_t size, struct thinning *thin, s
         if (thin[k].width) pruned[k].last = words[k * stride + need - 1];
 }
 
-/* As `geomerge_task_vectors_double`, after pruning by rows of `columns` <= WINDOW elements, of which `some` are read at once. `room` is
- * for the words of these, and beside those for a row's ranks, keys and remainders, and what sorting it takes (4 doubles each). */
+/* What the rows of a call need: words of `most` elements, and of one row ranks and what finding them takes. */
+struct pruner {
+    uint64_t *words;
+    int64_t columns, most, stride;
+    double *room; /* 4 for each element of a row */
+    struct tally tally[MOST];
+    struct row row;
+};
+
+/* `room` is for that. */
+static void set_up(struct pruner *p, int t, int64_t columns, int64_t some, char *room) {
+    const int64_t width = columns + 2 * PACK;
+    p->columns = columns, p->most = some * columns, p->stride = p->most / 4 + 2;
+    p->words = (uint64_t *)room;
+    p->room = (double *)(p->words + t * p->stride);
+    uint16_t *own = (uint16_t *)(p->room + 4 * columns);
+    for (int k = 0; k < t; k++, own += 3 * width) {
+        p->tally[k] = (struct tally){.key = own, .rest = own + width, .rank = own + 2 * width};
+        p->row.rank[k] = p->tally[k].rank;
+    }
+}
+
+/* The ranks of all task vectors that are pruned in the row that begins at element s of the inputs in `raw`, element `at` of all; whether
+ * float32 holds enough of each (asked only if `quick`). */
+static int rank_row(struct pruner *p, const struct work *work, const void *const *raw, int64_t s, int64_t at, const struct thinning *thin,
+                    const struct pruning *pruned, int quick) {
+    struct row *row = &p->row;
+    double base[CHUNK];
+    row->at = pruned->first + at + s;
+    for (int k = 0; k < work->count; k++) row->raw[k] = (const char *)raw[k] + s * sizes[work->inputs[k].dtype];
+    for (int k = 0; quick && k + 1 < work->count; k++)
+        if (thin[k].width) quick = ranks_bf16(p->tally + k, row->raw[k + 1], row->raw[0], p->columns);
+    for (int k = 0; !quick && k + 1 < work->count; k++) {
+        if (!thin[k].width) continue;
+        for (int64_t i = 0; i < p->columns; i += CHUNK) {
+            const int64_t m = least(CHUNK, p->columns - i);
+            load_double(row->raw[0], work->inputs[0].dtype, i, m, base);
+            load_double(row->raw[k + 1], work->inputs[k + 1].dtype, i, m, p->room + i);
+            for (int64_t j = 0; j < m; j++) p->room[i + j] -= base[j];
+        }
+        ranks(p->room, p->columns, p->tally[k].rank, (int64_t *)(p->room + p->columns));
+    }
+    return quick;
+}
+
+static void next_row(struct pruner *p, int t, const struct thinning *thin) {
+    for (int k = 0; k < t; k++)
+        if (thin[k].width) p->row.word[k] += p->columns;
+}
+
+/* As `geomerge_task_vectors_double`, after pruning by rows of `columns` <= WINDOW elements, of which `some` are read at once. */
 int geomerge_pruned(struct work *work, int64_t n, int64_t columns, int64_t some, struct thinning *thin, struct pruning *pruned,
                     const struct combination *rule, const double *c, const double *w, char *room, int check,
                     const struct place *out) {
     double result[CHUNK], bad = 0;
     uint16_t place[WINDOW];
     const void *raw[MOST];
-    const int count = work->count, t = count - 1;
-    const int64_t most = some * columns, stride = most / 4 + 2, width = columns + 2 * PACK;
-    uint64_t *words = (uint64_t *)room;
-    double *d = (double *)(words + t * stride);
-    uint16_t *ranked = (uint16_t *)(d + 4 * columns);
-    struct tally rows[MOST];
-    const int fine = pruned_in_range(work, out, thin, pruned, rule, c, w);
-    struct row whole = {0}, *row = &whole;
-    for (int k = 0; k < t; k++) {
-        uint16_t *own = ranked + 3 * k * width;
-        rows[k] = (struct tally){.key = own, .rest = own + width, .rank = own + 2 * width};
-        row->rank[k] = rows[k].rank;
-    }
-    for (int64_t at = 0; at < n; at += most) {
-        int64_t size = least(most, n - at);
+    const int t = work->count - 1, fine = pruned_in_range(work, out, thin, pruned, rule, c, w);
+    struct pruner p = {0};
+    set_up(&p, t, columns, some, room);
+    for (int64_t at = 0; at < n; at += p.most) {
+        int64_t size = least(p.most, n - at);
         if (!fetch(work, at, size, raw)) return -1;
-        for (int k = 0; check && k < count; k++)
-            for (int64_t s = 0; s < size; s += CHUNK) bad += odd_raw(raw[k], work->inputs[k].dtype, s, least(CHUNK, size - s));
-        draw_words(t, at, size, thin, pruned, words, stride, row);
+        for (int k = 0; check && k <= t; k++) bad += odd_raw(raw[k], work->inputs[k].dtype, 0, size);
+        draw_words(t, at, size, thin, pruned, p.words, p.stride, &p.row);
         char *to = out->memory ? window_of(work, out, at) : window_of(work, out, 0);
         for (int64_t s = 0; s < size; s += columns) {
-            int quick = fine && work->first <= at + s;
-            row->at = pruned->first + at + s;
-            for (int k = 0; k < count; k++) row->raw[k] = (const char *)raw[k] + s * sizes[work->inputs[k].dtype];
-            for (int k = 0; quick && k < t; k++) quick = ranks_bf16(rows + k, row->raw[k + 1], row->raw[0], columns);
-            for (int k = 0; !quick && k < t; k++) {
-                double base[CHUNK];
-                if (!thin[k].width) continue;
-                for (int64_t i = 0; i < columns; i += CHUNK) {
-                    const int64_t m = least(CHUNK, columns - i);
-                    load_double(row->raw[0], work->inputs[0].dtype, i, m, base);
-                    load_double(row->raw[k + 1], work->inputs[k + 1].dtype, i, m, d + i);
-                    for (int64_t j = 0; j < m; j++) d[i + j] -= base[j];
-                }
-                ranks(d, columns, rows[k].rank, (int64_t *)(d + columns));
-            }
             int64_t done = 0, chosen = 0;
-            if (quick) {
+            if (rank_row(&p, work, raw, s, at, thin, pruned, fine && work->first <= at + s)) {
                 uint16_t *rounded = (uint16_t *)to + s;
                 done = columns / LANES(float) * LANES(float);
-                prune_row(t, row, pruned, rule, c, w, done, rounded, place, &chosen);
+                prune_row(t, &p.row, pruned, rule, c, w, done, rounded, place, &chosen);
                 for (int64_t i = 0; i < chosen; i += CHUNK) {
-                    const int64_t m = least(CHUNK, chosen - i);
-                    prune(work, row, thin, pruned, rule, c, w, place + i, 0, m, result);
-                    for (int64_t j = 0; j < m; j++) rounded[place[i + j]] = to_bf16((float)result[j]);
+                    const struct part part = {place + i, 0, least(CHUNK, chosen - i)};
+                    prune(work, &p.row, thin, pruned, rule, c, w, &part, result);
+                    for (int64_t j = 0; j < part.m; j++) rounded[place[i + j]] = to_bf16((float)result[j]);
                 }
             }
             for (int64_t i = done; i < columns; i += CHUNK) {
-                const int64_t m = least(CHUNK, columns - i);
-                prune(work, row, thin, pruned, rule, c, w, 0, i, m, result);
-                if (work->first > at + s + i) tell_double(work, at + s + i, m, result);
-                store_double(result, out->dtype, s + i, m, to);
+                const struct part part = {0, i, least(CHUNK, columns - i)};
+                prune(work, &p.row, thin, pruned, rule, c, w, &part, result);
+                if (work->first > at + s + i) tell_double(work, at + s + i, part.m, result);
+                store_double(result, out->dtype, s + i, part.m, to);
             }
-            for (int k = 0; k < t; k++)
-                if (thin[k].width) row->word[k] += columns;
+            next_row(&p, t, thin);
         }
         if (!out->memory && !put(work, out, to, at, size)) return -1;
+    }
+    return bad == 0;
+}
+
+static void add_sizes(int64_t m, const double *restrict d, const double *restrict kept, double *restrict whole, double *restrict left) {
+    EACH(m) {
+        whole[i] += fabs(d[i]);
+        left[i] += fabs(d[i]) * kept[i];
+    }
+}
+
+/* The sum of the sizes of each task vector in each of `rows` rows, and that of what is left after pruning: two rows of `sums` for each. */
+int geomerge_pruned_norms(struct work *work, int64_t rows, int64_t columns, int64_t some, struct thinning *thin, struct pruning *pruned,
+                          double *sums, char *room, int check) {
+    double base[CHUNK], d[MOST][CHUNK], share[CHUNK], kept[CHUNK], bad = 0;
+    double lanes[2 * MOST][CHUNK];
+    const void *raw[MOST];
+    const int t = work->count - 1, fine = all_bf16(work);
+    struct pruner p = {0};
+    set_up(&p, t, columns, some, room);
+    for (int64_t at = 0; at < rows * columns; at += p.most) {
+        int64_t size = least(p.most, rows * columns - at);
+        if (!fetch(work, at, size, raw)) return -1;
+        for (int k = 0; check && k <= t; k++) bad += odd_raw(raw[k], work->inputs[k].dtype, 0, size);
+        draw_words(t, at, size, thin, pruned, p.words, p.stride, &p.row);
+        for (int64_t s = 0; s < size; s += columns) {
+            rank_row(&p, work, raw, s, at, thin, pruned, fine);
+            memset(lanes, 0, 2 * (size_t)t * sizeof *lanes);
+            for (int64_t i = 0; i < columns; i += CHUNK) {
+                const struct part part = {0, i, least(CHUNK, columns - i)};
+                differences_of(work, &p.row, &part, base, d);
+                for (int k = 0; k < t; k++) {
+                    if (thin[k].width) survivors(&p.row, k, pruned + k, &part, share, kept);
+                    else for (int64_t j = 0; j < part.m; j++) kept[j] = thin[k].keep == INFINITY ? 0 : 1;
+                    add_sizes(part.m, d[k], kept, lanes[2 * k], lanes[2 * k + 1]);
+                }
+            }
+            for (int k = 0; k < 2 * t; k++) sums[k * rows + (at + s) / columns] = halved(lanes[k]);
+            next_row(&p, t, thin);
+        }
     }
     return bad == 0;
 }

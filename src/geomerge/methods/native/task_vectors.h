@@ -400,3 +400,46 @@ int geomerge_task_vectors_double(struct work *work, int64_t n, struct thinning *
     }
     return bad == 0;
 }
+
+/* The sum of the sizes of each task vector in blocks of so many elements, and that of what is left after thinning: two rows of `sums`
+ * for each. */
+#define NORMS(T, abs)                                                                                 \
+    int geomerge_norms_##T(struct work *work, int64_t n, int64_t block, struct thinning *thin, double *sums, int check) { \
+        T base[CHUNK], d[CHUNK], lanes[2 * MOST][CHUNK] = {{0}}, bad = 0;                             \
+        uint64_t numbers[MOST][CHUNK / 2];                                                            \
+        const void *raw[MOST];                                                                        \
+        const struct place *in = work->inputs;                                                        \
+        const int t = work->count - 1;                                                                \
+        const int64_t blocks = (n + block - 1) / block;                                               \
+        for (int64_t at = 0; at < n; at += WINDOW) {                                                  \
+            int64_t size = least(WINDOW, n - at);                                                     \
+            if (!fetch(work, at, size, raw)) return -1;                                               \
+            for (int64_t s = 0; s < size; s += CHUNK) {                                               \
+                int64_t m = least(CHUNK, size - s);                                                   \
+                load_##T(raw[0], in[0].dtype, s, m, base);                                            \
+                if (check) bad += odd_##T(raw[0], in[0].dtype, s, m, base);                           \
+                draw(t, thin, m, numbers);                                                            \
+                for (int k = 0; k < t; k++) {                                                         \
+                    T *restrict whole = lanes[2 * k], *restrict left = lanes[2 * k + 1];              \
+                    load_##T(raw[k + 1], in[k + 1].dtype, s, m, d);                                   \
+                    if (check) bad += odd_##T(raw[k + 1], in[k + 1].dtype, s, m, d);                  \
+                    EACH(m) {                                                                         \
+                        d[i] -= base[i];                                                              \
+                        whole[i] += abs(d[i]);                                                        \
+                    }                                                                                 \
+                    thin_##T(thin + k, m, numbers[k], d);                                             \
+                    EACH(m) left[i] += abs(d[i]);                                                     \
+                }                                                                                     \
+                if ((at + s + m) % block && at + s + m < n) continue;                                 \
+                for (int k = 0; k < 2 * t; k++) {                                                     \
+                    double wide[CHUNK];                                                               \
+                    EACH(CHUNK) wide[i] = (double)lanes[k][i];                                        \
+                    sums[k * blocks + (at + s) / block] = halved(wide);                               \
+                    memset(lanes[k], 0, sizeof lanes[k]);                                             \
+                }                                                                                     \
+            }                                                                                         \
+        }                                                                                             \
+        return bad == 0;                                                                              \
+    }
+
+NORMS(float, fabsf) NORMS(double, fabs)
