@@ -239,7 +239,7 @@ def test_same_norms_before_and_after_thinning(method: str, density: list[float])
     made = registry.get(method)
     ready = made.make({key: value for key, value in values.items() if key in made.parameters()}, count=3)
     for shape, kind, dtype in itertools.product(((5, 9001), (131, 896), (33, 1), (700,)), KINDS, DTYPES):
-        same(lambda t=stored(models(4, shape, kind), dtype): merge(ready, t, dtype=dtype))  # type: ignore[misc]  # noqa: B008
+        same(lambda t=stored(models(4, shape, kind), dtype), d=dtype: merge(ready, t, dtype=d))  # type: ignore[misc]  # noqa: B008
 
 
 RULES = [
