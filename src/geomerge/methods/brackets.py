@@ -152,7 +152,7 @@ def choose(segments: list[Bracket], count: int) -> Selection | None:
     above = sum(s.above for s in segments)
     if any(s.overflow for s in segments) or above >= count:
         return None
-    values = np.concatenate([s.values for s in segments])
+    values = segments[0].values if len(segments) == 1 else np.concatenate([s.values for s in segments])
     number = [s.counts for s in segments]
     weights = None
     if any(counts is not None for counts in number):
@@ -204,25 +204,12 @@ def _threshold(
 
 def _of_many(values: Floats, count: int) -> tuple[float, int]:
     """The `count`-th largest, and how many are greater."""
-    if values.size > _FEW:
-        sample = values[:: values.size // _SAMPLE].reshape(1, -1)
-        ((bounds, _),) = bounds_of([sample], [count], values.size, -math.inf)
-        bracket = Bracket(*bounds)
-        bracket.add(values)
-        bracket.fold(values.size)
-        if bracket.above < count and 2 * bracket.values.size < values.size:
-            found = _threshold(bracket.values, None, _common([bracket]), count - bracket.above)
-            if found is not None:
-                return found[0], found[1] + bracket.above
+    if native.available():
+        return native.largest(values, count)
     # Not by a partition, which degenerates where few values make up most, as those of bfloat16 models do.
-    ordered = _sorted(values)
+    ordered = np.sort(values)
     threshold = ordered[-count]
     return float(threshold), values.size - int(np.searchsorted(ordered, threshold, side="right"))
-
-
-_FEW = 1 << 15
-"""So many values are sorted; of more, a bracket tells which need to be."""
-_SAMPLE = 1 << 12
 
 
 def _equal(segment: Bracket, value: float) -> int:

@@ -1,4 +1,4 @@
-/* Numbers in ascending order, by RADIX bits of their patterns after the other. */
+/* Numbers in order, by RADIX bits of their patterns after the other. */
 
 #pragma once
 
@@ -69,3 +69,37 @@ void geomerge_ranks(int64_t n, const double *x, struct placed *room, int64_t *ra
     const struct placed *found = sorted_places(n, room, room + n);
     EACH(n) rank[found[i].index] = i;
 }
+
+/* The `count`-th largest of n numbers, 1 <= count <= n, and how many are greater: by RADIX bits of what distinguishes those that may be
+ * it. `room` is for all. */
+#define LARGEST(T, Bits)                                                                    \
+    T geomerge_largest_##T(int64_t n, const T *x, int64_t count, Bits *room, int64_t *greater) { \
+        Bits least_of_all, most_of_all;                                                     \
+        EACH(n) room[i] = ordered_##T(x[i]);                                                \
+        for (*greater = 0;;) {                                                              \
+            least_of_all = most_of_all = room[0];                                           \
+            EACH(n) {                                                                       \
+                least_of_all = room[i] < least_of_all ? room[i] : least_of_all;             \
+                most_of_all = room[i] > most_of_all ? room[i] : most_of_all;                \
+            }                                                                               \
+            if (least_of_all == most_of_all) break;                                         \
+            int shift = 0;                                                                  \
+            while ((most_of_all - least_of_all) >> shift >= DIGITS) shift++;                \
+            uint32_t counts[DIGITS] = {0};                                                  \
+            EACH(n) counts[(room[i] - least_of_all) >> shift]++;                            \
+            int64_t digit = (int64_t)((most_of_all - least_of_all) >> shift), left = 0;     \
+            for (; count > counts[digit]; digit--) count -= counts[digit], *greater += counts[digit]; \
+            EACH(n) {                                                                       \
+                const Bits bits = room[i];                                                  \
+                room[left] = bits;                                                          \
+                left += (int64_t)((bits - least_of_all) >> shift) == digit;                 \
+            }                                                                               \
+            n = left;                                                                       \
+        }                                                                                   \
+        T found;                                                                            \
+        const Bits bits = pattern_of_##T(least_of_all);                                     \
+        memcpy(&found, &bits, sizeof found);                                                \
+        return found;                                                                       \
+    }
+
+LARGEST(float, uint32_t) LARGEST(double, uint64_t)
