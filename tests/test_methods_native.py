@@ -231,7 +231,7 @@ def test_same_ranks_in_rows(method: str, shape: tuple[int, ...]) -> None:
 
 
 @compiled
-@pytest.mark.parametrize("density", [[0.4, 0.3, 0.5], [0.5, 1.0, 0.3]], ids=str)
+@pytest.mark.parametrize("density", [[0.4, 1 / 3, 0.5], [0.5, 1.0, 0.3]], ids=str)
 @pytest.mark.parametrize("method", ["dare_linear", "dare_ties", "della", "della_linear", "ties", "breadcrumbs_ties"])
 def test_same_norms_before_and_after_thinning(method: str, density: list[float]) -> None:
     """Rescaled to the L1 norm that each task vector had; rows and tensors of odd lengths, several segments."""
@@ -260,9 +260,8 @@ def test_same_pruning_where_float32_decides(method: str, rule: dict[str, Any]) -
     for count, shape in itertools.product((1, 2, 3, 4), ((96, 896), (7, 4864), (3, 9001), (257, 33), (1, 5))):
         base = torch.randn(shape) * 0.02
         experts = [base + torch.randn(shape) * size for size in (3e-4, 2e-3, 1e-4, 3e-2)[:count]]
-        if (
-            shape[0] > 3
-        ):  # rows of nothing, of zeros of either sign, of one bit, of tiny and huge numbers, and without a change
+        # Rows of nothing, of zeros of either sign, of one bit, of tiny and huge numbers, without a change, ...
+        if shape[0] > 3:
             base[0], experts[0][0] = 0.0, -0.0
             base[1] = -0.0
             experts[-1][2] = base[2] * 2
@@ -271,10 +270,13 @@ def test_same_pruning_where_float32_decides(method: str, rule: dict[str, Any]) -
             experts[0][4] = base[4] * 1e30
             experts[-1][5] = base[5]
             experts[0][6, ::3] = base[6, ::3] * 1e-6
-        if shape[0] > 7:  # and of such as float32 has few bits for
+        # ... of such as float32 has few bits for, and whose differences it does not hold.
+        if shape[0] > 7:
             base[7:20] = 0.0
             for expert in experts:
                 expert[7:20] = torch.randn(13, shape[1]) * 10 ** (torch.rand(13, 1) * 4 - 41)
+            for model in (base, *experts):
+                model[20:22] = (1 + torch.rand(2, shape[1])) * 1.1e38 * torch.randn(2, shape[1]).sign()
         weight = rule["weight"]
         values = {"density": 0.5, "epsilon": 0.2} | rule
         values["weight"] = weight[:count] if isinstance(weight, list) else weight
@@ -288,8 +290,22 @@ def test_same_pruning_where_float32_decides(method: str, rule: dict[str, Any]) -
 
 
 @compiled
+@pytest.mark.parametrize("method", ["arcee_fusion", "pcb", "ties", "della"])
+def test_same_where_float32_does_not_hold_the_differences(method: str) -> None:
+    """Of numbers that bfloat16 holds."""
+    torch.manual_seed(0)
+    case = next(c for c in cases(method) if c.inputs >= 2)
+    tensors = [(1 + torch.rand(64, 4096)) * 1.1e38 * torch.randn(64, 4096).sign() for _ in range(case.inputs)]
+    known = registry.get(method).parameters()
+    values = {key: value for key, value in (VALUES | {"lambda": 0.01}).items() if key in known}
+    ready = registry.get(method).make(values, count=case.count)
+    same(lambda: merge(ready, stored(tensors, torch.bfloat16), dtype=torch.bfloat16))
+
+
+@compiled
 def test_same_pruning_where_sixteen_bits_do_not_decide() -> None:
     """Of two million elements' words some thirty are the first half of their limit."""
+    torch.manual_seed(0)
     shape = (2048, 1024)
     base = torch.randn(shape) * 0.02
     tensors = stored([base, base + torch.randn(shape) * 1e-2], torch.bfloat16)

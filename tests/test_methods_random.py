@@ -111,6 +111,23 @@ def test_bernoulli(p: float) -> None:
     assert within(ones, p * N, p * (1 - p) * N)
 
 
+@pytest.mark.parametrize("p", [2**-18, 0.300001, 1 - 2**-20])
+def test_bernoulli_draws_two_words(p: float) -> None:
+    """As if both made one number of 32 bits; of two million elements thirty need the second."""
+    rows, columns = 12_567, 167
+
+    def halves(label: str) -> NDArray[np.uint64]:
+        return stream(7, f"{label}/tensor").random_raw(rows * columns // 4 + 1).view("<u2").astype(np.uint64)
+
+    expected = (halves("x") << np.uint64(16) | halves("finer/x")) < round(p * 2**32)
+    scan = Scan([TensorSource(torch.zeros(rows, columns))], (rows, columns), columns=columns, name="tensor", seed=7)
+    masks = scan.over(
+        lambda tiles: [bernoulli(t, "x", torch.full(t.base.shape, p, dtype=torch.float64)) for t in tiles]
+    )
+    found = torch.cat([mask for segment in masks for mask in segment])
+    assert np.array_equal(found.view(-1).numpy(), expected[: rows * columns])
+
+
 def test_bernoulli_of_many_probabilities() -> None:
     """Each column with its own: every one within 5 σ of 241 draws."""
     p = torch.linspace(0, 1, COLUMNS, dtype=torch.float64).expand(ROWS, COLUMNS)

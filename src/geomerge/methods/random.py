@@ -89,8 +89,8 @@ def _resolution(probability: float) -> tuple[int, int]:
     return width, min(round(probability * 2**width), 2**width - 1)
 
 
-FINER = "/finer"
-"""What the label of the words ends with that decide where those of 16 bits do not."""
+FINER = "finer/"
+"""What the label of the words begins with that decide where those of 16 bits do not."""
 
 
 def bernoulli(tile: Tile, label: str, probability: Tensor) -> Tensor:
@@ -104,6 +104,6 @@ def bernoulli(tile: Tile, label: str, probability: Tensor) -> Tensor:
     mask = drawn < limit >> 16
     for index in np.flatnonzero(drawn == limit >> 16):
         number, lane = divmod(tile.start + int(index), 4)
-        finer = int(stream_at(tile, label + FINER, number).random_raw()) >> 16 * lane & 0xFFFF
+        finer = int(stream_at(tile, FINER + label, number).random_raw()) >> 16 * lane & 0xFFFF
         mask[index] = finer < limit[index] & 0xFFFF
     return torch.from_numpy(mask).view(tile.base.shape).to(tile.base.device)

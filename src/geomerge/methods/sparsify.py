@@ -101,7 +101,7 @@ def _counted(step: Thins | MagPrune, scan: Scan, stats: Any) -> Callable[[Segmen
             if isinstance(step, MagPrune):
                 columns = max(scan.columns or 1, 1)
                 pruned = step.prunings(thinned, place)
-                finite, sums = native.pruned_norms(inputs, columns, thinned, pruned, check=scan.checks)
+                finite, sums = native.pruned_norms(inputs, place.start, columns, thinned, pruned, check=scan.checks)
             else:
                 for k, each in enumerate(thinned):
                     step.thin(each, k, place, stats)
@@ -337,7 +337,6 @@ class MagPrune:
         return found
 
     def _prune(self, thinning: Thinning, pruning: Pruning, k: int, place: Place) -> None:
-        pruning.first = place.start
         if self.density[k] >= 1:
             return
         if self.density[k] <= 0:
@@ -346,7 +345,7 @@ class MagPrune:
         pruning.start, pruning.step = self.line(k, max(place.scan.columns or 1, 1))
         pruning.rescale = self.rescale == "inverse"
         label = f"della/{k}"
-        pruning.finer[:] = numbers_of(stream_at(place, label + FINER, 0))
+        pruning.finer[:] = numbers_of(stream_at(place, FINER + label, 0))
         thinning.draw(stream_at(place, label, place.start // 4), 16)
 
     def keep_(self, delta: Tensor, k: int, tile: Tile, stats: None) -> Tensor:

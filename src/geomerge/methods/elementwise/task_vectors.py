@@ -111,7 +111,9 @@ class TaskVectors(Elementwise):
             if isinstance(step, MagPrune):
                 pruned = step.prunings(thinned, place)
                 columns = max(scan.columns or 1, 1)
-                return native.pruned(inputs, columns, thinned, pruned, rule, out, beginning, check=scan.checks)
+                return native.pruned(
+                    inputs, place.start, columns, thinned, pruned, rule, out, beginning, check=scan.checks
+                )
             assert isinstance(step, Thins)
             for k, each in enumerate(thinned):
                 step.thin(each, k, place, found)

@@ -326,14 +326,13 @@ class Pruning(ctypes.Structure):
         ("start", ctypes.c_double),
         ("step", ctypes.c_double),
         ("rescale", ctypes.c_int32),
-        ("first", ctypes.c_int64),
-        ("last", ctypes.c_uint64),
         ("finer", ctypes.c_uint64 * 4),
     )
 
 
 def pruned(
     inputs: Inputs,
+    first: int,
     columns: int,
     thinned: ctypes.Array[Thinning],
     prunings: ctypes.Array[Pruning],
@@ -347,13 +346,14 @@ def pruned(
 
     Args:
         inputs, rule, out, beginning, check: As for `task_vectors`.
+        first: The first element's place in the tensor.
         columns: Elements in a row.
         thinned: Task vectors that draw words are pruned.
         prunings: How.
     """
-    some, scratch = _pruning_room(inputs, columns)
+    some, scratch = pruning_room(inputs, columns)
     return inputs.call(
-        "pruned", ctypes.c_int64(inputs.numel), ctypes.c_int64(columns), ctypes.c_int64(some), thinned, prunings,
+        "pruned", *map(ctypes.c_int64, (inputs.numel, first, columns, some)), thinned, prunings,
         ctypes.byref(rule.packed()), call.doubles(rule.coefficients), call.doubles(rule.weights),
         ctypes.c_void_p(scratch), ctypes.c_int(check), out=out, beginning=beginning,
     )  # fmt: skip
@@ -361,25 +361,26 @@ def pruned(
 
 def pruned_norms(
     inputs: Inputs,
+    first: int,
     columns: int,
     thinned: ctypes.Array[Thinning],
     prunings: ctypes.Array[Pruning],
     *,
     check: bool,
 ) -> tuple[bool, np.ndarray]:
-    """As `norms`, of the rows that `pruned` prunes."""
+    """As `norms`, after pruning as by `pruned`; a block is a row."""
     rows = inputs.numel // columns
-    some, scratch = _pruning_room(inputs, columns)
+    some, scratch = pruning_room(inputs, columns)
     found = np.empty((2 * (inputs.count - 1), rows))
     finite = inputs.call(
-        "pruned_norms", ctypes.c_int64(rows), ctypes.c_int64(columns), ctypes.c_int64(some), thinned, prunings,
+        "pruned_norms", *map(ctypes.c_int64, (rows, first, columns, some)), thinned, prunings,
         ctypes.c_void_p(found.ctypes.data), ctypes.c_void_p(scratch), ctypes.c_int(check),
     )  # fmt: skip
     return finite, found
 
 
-def _pruning_room(inputs: Inputs, columns: int) -> tuple[int, int]:
-    """How many rows are read at once, and where there is room for what these need."""
+def pruning_room(inputs: Inputs, columns: int) -> tuple[int, int]:
+    """How many rows are read at once, and where there is room for what these need, as `set_up` in pruned.h lays it out."""
     some = max(_TOGETHER // columns, 1)
     words, ranks = 2 * some * columns + 16, 2 * columns + 128
     return some, call.address((inputs.count - 1) * (words + 3 * ranks) + 32 * columns, "scratch")

@@ -174,13 +174,14 @@ FUSED bracket_bf16(const int two, struct bracket *b, int64_t m, const uint16_t *
 #endif
 
 /* Whether float32 is sure to hold the differences of bfloat16 numbers, which are of 8 bits: one is 0, or the exponents are no more than 15
- * apart. */
+ * apart; and neither is so large that the difference overflows. */
 static int exact(int64_t m, const uint16_t *x, const uint16_t *base) {
-    const int16_t most = 15 << 7;
+    const int16_t most = 15 << 7, huge = 254 << 7;
     int16_t far = 0;
     EACH(m) {
-        int16_t apart = (int16_t)((x[i] & 0x7F80) - (base[i] & 0x7F80));
+        int16_t first = x[i] & 0x7F80, second = base[i] & 0x7F80, apart = (int16_t)(first - second);
         far |= ((apart > most) | (apart < -most)) & ((x[i] & 0x7FFF) != 0) & ((base[i] & 0x7FFF) != 0);
+        far |= (first >= huge) | (second >= huge);
     }
     return !far;
 }

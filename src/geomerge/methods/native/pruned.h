@@ -5,16 +5,15 @@
 struct pruning {
     double start, step; /* an element of rank r in its row survives with probability start + r * step, ... */
     int32_t rescale;    /* ... and is divided by that, if this is 1 */
-    int64_t first;      /* where in the tensor the first element is, whose word the generator's next number has */
-    uint64_t last;      /* the generator's last number */
     uint64_t finer[4];  /* state and increment, at the tensor's beginning, of the generator of words for those that one does not decide */
 };
 
-/* One row: pointers to the base's, then the experts' elements, and for each expert to the ranks and words of those. */
+/* One row: the base's and the experts' elements, and for each expert the ranks and words of those. */
 struct row {
     const void *raw[MOST];
-    const uint16_t *rank[MOST], *word[MOST];
-    int64_t at;
+    const uint16_t *rank[MOST];
+    const half_word *word[MOST];
+    int64_t at; /* where in the tensor it begins */
 };
 
 /* The 16 bits that decide where the first are just the limit's. */
@@ -38,7 +37,8 @@ struct part {
 /* The probabilities of task vector k's elements, and 1 for those that survive (else 0). */
 static void survivors(const struct row *row, int k, const struct pruning *p, const struct part *part, double *restrict share,
                       double *restrict kept) {
-    uint16_t rank[CHUNK], word[CHUNK];
+    uint16_t rank[CHUNK];
+    half_word word[CHUNK];
     const double start = p->start, step = p->step;
     const int64_t m = part->m;
     int64_t open = 0;
@@ -166,13 +166,13 @@ static int all_bf16(const struct work *work) {
     return found;
 }
 
-/* Whether float32 may be used: numbers are such that nothing is lost beyond what `prune_quickly` allows for. */
+/* Whether float32 may be used: numbers are such that nothing is lost beyond what `prune_quickly` allows for. Differences are 2^-60 or
+ * more (SMALLEST), and so are their weighted means, since coefficients are weights times a factor of 1 or more. */
 static int pruned_in_range(const struct work *work, const struct place *out, const struct thinning *thin, const struct pruning *pruned,
                            const struct combination *rule, const double *c, const double *w) {
     const int t = work->count - 1;
-    int fine = t <= 4 && out->dtype == BF16 && (!rule->elect || !rule->normalize || rule->clamp);
+    int fine = t <= 4 && all_bf16(work) && out->dtype == BF16 && (!rule->elect || !rule->normalize || rule->clamp);
     fine &= fabs(rule->factor) > 0x1p-30 && fabs(rule->factor) < 0x1p30;
-    fine &= all_bf16(work);
     for (int k = 0; k < t; k++) {
         fine &= fabs(c[k]) > 0x1p-30 && fabs(c[k]) < 0x1p30 && fabs(w[k]) > 0x1p-30 && fabs(w[k]) < 0x1p30;
         fine &= thin[k].width && pruned[k].start >= 0x1p-10 && pruned[k].step >= 0;
@@ -180,42 +180,23 @@ static int pruned_in_range(const struct work *work, const struct place *out, con
     return fine;
 }
 
-/* The words of elements [at, at + size), for each expert in `words` from where `row` points to on. */
-static void draw_words(int t, int64_t at, int64_t size, struct thinning *thin, struct pruning *pruned, uint64_t *words, int64_t stride,
-                       struct row *row) {
-    uint64_t numbers[MOST][CHUNK / 2];
-    int64_t begun = 0, before = 0;
-    for (int k = 0; k < t; k++) {
-        if (!thin[k].width) continue;
-        before = (pruned[k].first + at) % 4;
-        begun = before && at;
-        if (begun) words[k * stride] = pruned[k].last;
-        row->word[k] = (uint16_t *)(words + k * stride) + before;
-    }
-    const int64_t need = (before + size + 3) / 4;
-    for (int64_t i = begun; i < need; i += CHUNK / 4) {
-        const int64_t m = least(CHUNK / 4, need - i);
-        draw(t, thin, 4 * m, numbers);
-        for (int k = 0; k < t; k++)
-            if (thin[k].width) memcpy(words + k * stride + i, numbers[k], (size_t)m * 8);
-    }
-    for (int k = 0; k < t; k++)
-        if (thin[k].width) pruned[k].last = words[k * stride + need - 1];
-}
-
-/* What the rows of a call need: words of `most` elements, and of one row ranks and what finding them takes. */
+/* What the rows of a call need. */
 struct pruner {
+    int64_t first;        /* where in the tensor the inputs begin; the generators' next numbers have that element's words */
+    int64_t columns;
+    int64_t most;         /* elements that are read at once */
+    int64_t stride;       /* numbers that hold the words of so many */
     uint64_t *words;
-    int64_t columns, most, stride;
-    double *room; /* 4 for each element of a row */
+    uint64_t last[MOST];  /* numbers of the generators */
+    double *room;         /* for sorting a row: 4 for each element */
     struct tally tally[MOST];
     struct row row;
 };
 
-/* `room` is for that. */
-static void set_up(struct pruner *p, int t, int64_t columns, int64_t some, char *room) {
+/* `room` as `native.pruning_room` gives it. */
+static void set_up(struct pruner *p, int t, int64_t first, int64_t columns, int64_t some, char *room) {
     const int64_t width = columns + 2 * PACK;
-    p->columns = columns, p->most = some * columns, p->stride = p->most / 4 + 2;
+    p->first = first, p->columns = columns, p->most = some * columns, p->stride = p->most / 4 + 2;
     p->words = (uint64_t *)room;
     p->room = (double *)(p->words + t * p->stride);
     uint16_t *own = (uint16_t *)(p->room + 4 * columns);
@@ -225,18 +206,35 @@ static void set_up(struct pruner *p, int t, int64_t columns, int64_t some, char 
     }
 }
 
-/* The ranks of all task vectors that are pruned in the row that begins at element s of the inputs in `raw`, element `at` of all; whether
- * float32 holds enough of each (asked only if `quick`). */
+/* Draws the words of elements [at, at + size). */
+static void draw_words(struct pruner *p, int t, int64_t at, int64_t size, struct thinning *thin) {
+    uint64_t numbers[MOST][CHUNK / 2];
+    const int64_t before = (p->first + at) % 4, need = (before + size + 3) / 4, begun = before && at;
+    for (int k = 0; k < t; k++) {
+        p->words[k * p->stride] = p->last[k];
+        p->row.word[k] = (const half_word *)(p->words + k * p->stride) + before;
+    }
+    for (int64_t i = begun; i < need; i += CHUNK / 4) {
+        const int64_t m = least(CHUNK / 4, need - i);
+        draw(t, thin, 4 * m, numbers);
+        for (int k = 0; k < t; k++)
+            if (thin[k].width) memcpy(p->words + k * p->stride + i, numbers[k], (size_t)m * 8);
+    }
+    for (int k = 0; k < t; k++) p->last[k] = p->words[k * p->stride + need - 1];
+}
+
+/* The ranks of all task vectors that are pruned in the row that begins at element s of the inputs in `raw`, element `at` of all, if these
+ * are bfloat16 by counting where that can be; whether it could. */
 static int rank_row(struct pruner *p, const struct work *work, const void *const *raw, int64_t s, int64_t at, const struct thinning *thin,
-                    const struct pruning *pruned, int quick) {
+                    int bf16) {
     struct row *row = &p->row;
     double base[CHUNK];
-    row->at = pruned->first + at + s;
+    int counted = bf16;
+    row->at = p->first + at + s;
     for (int k = 0; k < work->count; k++) row->raw[k] = (const char *)raw[k] + s * sizes[work->inputs[k].dtype];
-    for (int k = 0; quick && k + 1 < work->count; k++)
-        if (thin[k].width) quick = ranks_bf16(p->tally + k, row->raw[k + 1], row->raw[0], p->columns);
-    for (int k = 0; !quick && k + 1 < work->count; k++) {
-        if (!thin[k].width) continue;
+    for (int k = 0; k + 1 < work->count; k++) {
+        if (!thin[k].width || (bf16 && ranks_bf16(p->tally + k, row->raw[k + 1], row->raw[0], p->columns))) continue;
+        counted = 0;
         for (int64_t i = 0; i < p->columns; i += CHUNK) {
             const int64_t m = least(CHUNK, p->columns - i);
             load_double(row->raw[0], work->inputs[0].dtype, i, m, base);
@@ -245,33 +243,33 @@ static int rank_row(struct pruner *p, const struct work *work, const void *const
         }
         ranks(p->room, p->columns, p->tally[k].rank, (int64_t *)(p->room + p->columns));
     }
-    return quick;
+    return counted;
 }
 
-static void next_row(struct pruner *p, int t, const struct thinning *thin) {
-    for (int k = 0; k < t; k++)
-        if (thin[k].width) p->row.word[k] += p->columns;
+static void next_row(struct pruner *p, int t) {
+    for (int k = 0; k < t; k++) p->row.word[k] += p->columns;
 }
 
-/* As `geomerge_task_vectors_double`, after pruning by rows of `columns` <= WINDOW elements, of which `some` are read at once. */
-int geomerge_pruned(struct work *work, int64_t n, int64_t columns, int64_t some, struct thinning *thin, struct pruning *pruned,
-                    const struct combination *rule, const double *c, const double *w, char *room, int check,
+/* As `geomerge_task_vectors_double`, after pruning by rows of `columns` <= WINDOW elements, of which `some` are read at once; `first` is
+ * where in the tensor the inputs begin. */
+int geomerge_pruned(struct work *work, int64_t n, int64_t first, int64_t columns, int64_t some, struct thinning *thin,
+                    const struct pruning *pruned, const struct combination *rule, const double *c, const double *w, char *room, int check,
                     const struct place *out) {
     double result[CHUNK], bad = 0;
     uint16_t place[WINDOW];
     const void *raw[MOST];
-    const int t = work->count - 1, fine = pruned_in_range(work, out, thin, pruned, rule, c, w);
+    const int t = work->count - 1, bf16 = all_bf16(work), fine = pruned_in_range(work, out, thin, pruned, rule, c, w);
     struct pruner p = {0};
-    set_up(&p, t, columns, some, room);
+    set_up(&p, t, first, columns, some, room);
     for (int64_t at = 0; at < n; at += p.most) {
         int64_t size = least(p.most, n - at);
         if (!fetch(work, at, size, raw)) return -1;
         for (int k = 0; check && k <= t; k++) bad += odd_raw(raw[k], work->inputs[k].dtype, 0, size);
-        draw_words(t, at, size, thin, pruned, p.words, p.stride, &p.row);
+        draw_words(&p, t, at, size, thin);
         char *to = out->memory ? window_of(work, out, at) : window_of(work, out, 0);
         for (int64_t s = 0; s < size; s += columns) {
             int64_t done = 0, chosen = 0;
-            if (rank_row(&p, work, raw, s, at, thin, pruned, fine && work->first <= at + s)) {
+            if (rank_row(&p, work, raw, s, at, thin, bf16) && fine && work->first <= at + s) {
                 uint16_t *rounded = (uint16_t *)to + s;
                 done = columns / LANES(float) * LANES(float);
                 prune_row(t, &p.row, pruned, rule, c, w, done, rounded, place, &chosen);
@@ -287,7 +285,7 @@ int geomerge_pruned(struct work *work, int64_t n, int64_t columns, int64_t some,
                 if (work->first > at + s + i) tell_double(work, at + s + i, part.m, result);
                 store_double(result, out->dtype, s + i, part.m, to);
             }
-            next_row(&p, t, thin);
+            next_row(&p, t);
         }
         if (!out->memory && !put(work, out, to, at, size)) return -1;
     }
@@ -302,21 +300,21 @@ static void add_sizes(int64_t m, const double *restrict d, const double *restric
 }
 
 /* The sum of the sizes of each task vector in each of `rows` rows, and that of what is left after pruning: two rows of `sums` for each. */
-int geomerge_pruned_norms(struct work *work, int64_t rows, int64_t columns, int64_t some, struct thinning *thin, struct pruning *pruned,
-                          double *sums, char *room, int check) {
+int geomerge_pruned_norms(struct work *work, int64_t rows, int64_t first, int64_t columns, int64_t some, struct thinning *thin,
+                          const struct pruning *pruned, double *sums, char *room, int check) {
     double base[CHUNK], d[MOST][CHUNK], share[CHUNK], kept[CHUNK], bad = 0;
     double lanes[2 * MOST][CHUNK];
     const void *raw[MOST];
-    const int t = work->count - 1, fine = all_bf16(work);
+    const int t = work->count - 1, bf16 = all_bf16(work);
     struct pruner p = {0};
-    set_up(&p, t, columns, some, room);
+    set_up(&p, t, first, columns, some, room);
     for (int64_t at = 0; at < rows * columns; at += p.most) {
         int64_t size = least(p.most, rows * columns - at);
         if (!fetch(work, at, size, raw)) return -1;
         for (int k = 0; check && k <= t; k++) bad += odd_raw(raw[k], work->inputs[k].dtype, 0, size);
-        draw_words(t, at, size, thin, pruned, p.words, p.stride, &p.row);
+        draw_words(&p, t, at, size, thin);
         for (int64_t s = 0; s < size; s += columns) {
-            rank_row(&p, work, raw, s, at, thin, pruned, fine);
+            rank_row(&p, work, raw, s, at, thin, bf16);
             memset(lanes, 0, 2 * (size_t)t * sizeof *lanes);
             for (int64_t i = 0; i < columns; i += CHUNK) {
                 const struct part part = {0, i, least(CHUNK, columns - i)};
@@ -328,7 +326,7 @@ int geomerge_pruned_norms(struct work *work, int64_t rows, int64_t columns, int6
                 }
             }
             for (int k = 0; k < 2 * t; k++) sums[k * rows + (at + s) / columns] = halved(lanes[k]);
-            next_row(&p, t, thin);
+            next_row(&p, t);
         }
     }
     return bad == 0;

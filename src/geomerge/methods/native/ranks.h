@@ -11,16 +11,16 @@ static inline int64_t pattern(double x) {
 /* A magnitude's bits but the last ones, in whose place its index is: numbers in the order of the magnitudes, equal ones by index. */
 #define INDEX 0xFFFF
 
-struct exact { double size; int64_t index; };
+struct sized { double size; int64_t index; };
 
 static int smaller(const void *left, const void *right) {
-    const struct exact *a = left, *b = right;
+    const struct sized *a = left, *b = right;
     return a->size != b->size ? (a->size > b->size) - (a->size < b->size) : (a->index > b->index) - (a->index < b->index);
 }
 
 static inline int after(const double *d, int64_t a, int64_t b, int exactly) {
     if (!exactly) return a > b;
-    struct exact left = {fabs(d[a & INDEX]), a & INDEX}, right = {fabs(d[b & INDEX]), b & INDEX};
+    struct sized left = {fabs(d[a & INDEX]), a & INDEX}, right = {fabs(d[b & INDEX]), b & INDEX};
     return smaller(&left, &right) > 0;
 }
 
@@ -100,8 +100,8 @@ static void ranks(const double *restrict d, int64_t n, uint16_t *restrict rank, 
     sum_up(place, 1 << width);
     for (int64_t i = 0; i < n; i++) room[place[digits[i]]++] = (pattern(d[i]) & ~(int64_t)INDEX) | i;
     if (!mend(d, n, room, 0) || ((lost & INDEX) && !mend(d, n, room, 1))) {
-        struct exact *all = (struct exact *)(room + n);
-        for (int64_t k = 0; k < n; k++) all[k] = (struct exact){fabs(d[k]), k};
+        struct sized *all = (struct sized *)(room + n);
+        for (int64_t k = 0; k < n; k++) all[k] = (struct sized){fabs(d[k]), k};
         qsort(all, (size_t)n, sizeof *all, smaller);
         for (int64_t k = 0; k < n; k++) room[k] = all[k].index;
     }
@@ -112,11 +112,20 @@ typedef uint16_t shorts_u __attribute__((vector_size(REGISTER)));
 
 /* Magnitudes of differences of bfloat16 numbers by their first eight bits (in LONG rows nine), from a 64th of their mean's power of
  * two on over ten octaves: most have no more bits than that. Place 0 is for zeros. */
-enum { SPAN = 10, MEAN_AT = 6, LONG = 2048, PLACES = SPAN << 8, MEMBERS = 1024, SMALLEST = 127 - 60 /* as an exponent */ };
+enum {
+    SPAN = 10,    /* octaves */
+    MEAN_AT = 6,  /* which of them the mean is in */
+    PLACES = SPAN << 8,
+    LONG = 2048,    /* elements */
+    MEMBERS = 1024, /* of a place that are put in order, at most */
+    SMALLEST = 127 - 60, /* rows with differences below 2^-60 are left to float64: a biased exponent */
+};
 
-/* What is known of a row's magnitudes; there is room for 2 PACK more. */
+/* What is known of a row's magnitudes. Each goes on for 2 PACK elements more, which whole registers read. */
 struct tally {
-    uint16_t *key, *rest, *rank; /* in which place each lies; not 0 for one that is not the number which the place stands for; ranks */
+    uint16_t *key;  /* in which place each lies */
+    uint16_t *rest; /* not 0 where it is not the number that its place stands for */
+    uint16_t *rank;
 };
 
 /* Bits of the PACK numbers that are the same as one. */
@@ -208,18 +217,21 @@ static int order_rest(const struct tally *row, const uint16_t *x, const uint16_t
     return 1;
 }
 
-/* As `ranks`, of differences of bfloat16 numbers; 0 where that would take longer or not be exact. */
-static int ranks_bf16(const struct tally *row, const uint16_t *x, const uint16_t *base, int64_t n) {
-    if (!exact(n, x, base) || !tallied(row, x, base, n)) return 0;
+/* The ranks of n keys, equal ones by index, and the rank from which on each place's members are. */
+static void count_places(int64_t n, const uint16_t *restrict key, uint16_t *restrict rank, uint16_t *restrict first) {
     const int places = (n < LONG ? PLACES / 2 : PLACES) + PACK;
-    uint16_t first[PLACES + PACK];
     uint32_t wide[PLACES + PACK]; /* which is added twice as fast */
-    const uint16_t *restrict key = row->key;
-    uint16_t *restrict rank = row->rank;
     memset(first, 0, (size_t)places * sizeof *first);
     EACH(n) rank[i] = first[key[i]]++; /* how many of the same place come before each, ... */
     sum_up(first, places);
     for (int i = 0; i < places; i++) wide[i] = first[i];
     EACH(n) rank[i] = (uint16_t)(rank[i] + wide[key[i]]); /* ... and of those before */
+}
+
+/* As `ranks`, of differences of bfloat16 numbers; 0 where that would take longer or not be exact. */
+static int ranks_bf16(const struct tally *row, const uint16_t *x, const uint16_t *base, int64_t n) {
+    uint16_t first[PLACES + PACK];
+    if (!exact(n, x, base) || !tallied(row, x, base, n)) return 0;
+    count_places(n, row->key, row->rank, first);
     return order_rest(row, x, base, n, first);
 }

@@ -26,8 +26,8 @@ static inline uint64_t output_of(unsigned __int128 state) {
     return high * low;
 }
 
-/* The next n <= CHUNK words of some thinnings' generators: each number of 64 bits gives several. A call for fewer than CHUNK is the
- * last one. Several in step, since each number of one generator has to wait for the one before. */
+/* The next n <= CHUNK words of some thinnings' generators: each number of 64 bits gives several. A call for words that do not fill
+ * whole ones is the last. Several in step, since each number of one generator has to wait for the one before. */
 FUSED draw_some(const int t, struct thinning *each, int64_t need, uint64_t (*numbers)[CHUNK / 2]) {
     unsigned __int128 state[4], step[4];
     for (int k = 0; k < t; k++) {
