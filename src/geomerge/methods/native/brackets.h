@@ -177,13 +177,14 @@ FUSED bracket_bf16(const int two, struct bracket *b, int64_t m, const uint16_t *
  * apart; and neither is so large that the difference overflows. */
 static int exact(int64_t m, const uint16_t *x, const uint16_t *base) {
     const int16_t most = 15 << 7, huge = 254 << 7;
-    int16_t far = 0;
+    int16_t far = 0, largest = 0;
     EACH(m) {
         int16_t first = x[i] & 0x7F80, second = base[i] & 0x7F80, apart = (int16_t)(first - second);
         far |= ((apart > most) | (apart < -most)) & ((x[i] & 0x7FFF) != 0) & ((base[i] & 0x7FFF) != 0);
-        far |= (first >= huge) | (second >= huge);
+        first = first > second ? first : second;
+        largest = largest > first ? largest : first;
     }
-    return !far;
+    return !far && largest < huge;
 }
 
 #define BRACKET(T)                                                                                    \
