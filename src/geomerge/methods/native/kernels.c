@@ -38,6 +38,7 @@ const char geomerge_source[] = GEOMERGE_SOURCE;
 #include "span.h"
 #include "gram.h"
 #include "brackets.h"
+#include "random.h"
 #include "task_vectors.h"
 #include "ranks.h"
 #include "pruned.h"

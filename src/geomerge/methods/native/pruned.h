@@ -18,12 +18,11 @@ struct row {
 
 /* The 16 bits that decide where the first are just the limit's. */
 static uint32_t finer_word(const struct pruning *p, int64_t index) {
-    unsigned __int128 state = (unsigned __int128)p->finer[1] << 64 | p->finer[0];
-    unsigned __int128 plus = (unsigned __int128)p->finer[3] << 64 | p->finer[2], times = MULTIPLIER;
+    word_128 state = joined(p->finer), add = joined(p->finer + 2), by = MULTIPLIER;
     for (uint64_t left = (uint64_t)index / 4; left; left >>= 1) { /* so many steps, by powers of two */
-        if (left & 1) state = state * times + plus;
-        plus *= times + 1;
-        times *= times;
+        if (left & 1) state = state * by + add;
+        add *= by + 1;
+        by *= by;
     }
     return (uint32_t)(output_of(state) >> 16 * (index % 4)) & 0xFFFF;
 }

@@ -9,37 +9,18 @@ struct thinning {      /* what remains of one task vector */
     double drop_equal; /* ... where of those that equal this (NaN: all) the next `drop_left` are dropped */
     int64_t left;
     int64_t drop_left;
-    uint64_t state[2]; /* of the generator PCG64DXSM, low word first, ... */
-    uint64_t step[2];  /* ... and its increment */
+    uint64_t state[2]; /* of the generator (random.h) */
+    uint64_t step[2];
     int32_t width;     /* each element draws a word of 16 or 32 bits (0: none), and those below `limit` survive */
     uint32_t limit;
 };
 
-/* PCG64DXSM: the multiplier of its states, and the number that one gives. */
-#define MULTIPLIER 0xda942042e4dd58b5ULL
-
-static inline uint64_t output_of(unsigned __int128 state) {
-    uint64_t high = (uint64_t)(state >> 64), low = (uint64_t)state | 1;
-    high ^= high >> 32;
-    high *= MULTIPLIER;
-    high ^= high >> 48;
-    return high * low;
-}
-
 /* The next n <= CHUNK words of some thinnings' generators: each number of 64 bits gives several. A call for words that do not fill
  * whole ones is the last. Several in step, since each number of one generator has to wait for the one before. */
 FUSED draw_some(const int t, struct thinning *each, int64_t need, uint64_t (*numbers)[CHUNK / 2]) {
-    unsigned __int128 state[4], step[4];
-    for (int k = 0; k < t; k++) {
-        state[k] = (unsigned __int128)each[k].state[1] << 64 | each[k].state[0];
-        step[k] = (unsigned __int128)each[k].step[1] << 64 | each[k].step[0];
-    }
-    for (int64_t i = 0; i < need; i++)
-        for (int k = 0; k < t; k++) {
-            numbers[k][i] = output_of(state[k]);
-            state[k] = state[k] * MULTIPLIER + step[k];
-        }
-    for (int k = 0; k < t; k++) each[k].state[0] = (uint64_t)state[k], each[k].state[1] = (uint64_t)(state[k] >> 64);
+    uint64_t *state[4], *step[4];
+    for (int k = 0; k < t; k++) state[k] = each[k].state, step[k] = each[k].step;
+    numbers_of_generators(t, state, step, need, numbers);
 }
 
 static void draw(int t, struct thinning *each, int64_t n, uint64_t (*numbers)[CHUNK / 2]) {

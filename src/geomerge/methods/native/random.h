@@ -1,0 +1,100 @@
+/* NumPy's generator PCG64DXSM. */
+
+#pragma once
+
+/* Of the states. */
+#define MULTIPLIER 0xda942042e4dd58b5ULL
+
+typedef unsigned __int128 word_128;
+
+static inline word_128 joined(const uint64_t *words) { return (word_128)words[1] << 64 | words[0]; } /* low word first */
+
+/* The number that a state gives. */
+static inline uint64_t output_of(word_128 state) {
+    uint64_t high = (uint64_t)(state >> 64), low = (uint64_t)state | 1;
+    high ^= high >> 32;
+    high *= MULTIPLIER;
+    high ^= high >> 48;
+    return high * low;
+}
+
+#ifdef __AVX512DQ__
+/* Eight states, of which each is the one after that of the lane before. */
+struct states { __m512i low, high; };
+
+static inline struct states times(struct states a, struct states b) {
+    const __m512i half = _mm512_set1_epi64(0xFFFFFFFF), a_up = _mm512_srli_epi64(a.low, 32), b_up = _mm512_srli_epi64(b.low, 32);
+    const __m512i low = _mm512_mul_epu32(a.low, b.low), one = _mm512_mul_epu32(a.low, b_up), other = _mm512_mul_epu32(a_up, b.low);
+    const __m512i middle = _mm512_add_epi64(_mm512_add_epi64(_mm512_srli_epi64(low, 32), _mm512_and_si512(one, half)),
+                                            _mm512_and_si512(other, half));
+    __m512i high = _mm512_add_epi64(_mm512_mul_epu32(a_up, b_up), _mm512_srli_epi64(middle, 32));
+    high = _mm512_add_epi64(high, _mm512_add_epi64(_mm512_srli_epi64(one, 32), _mm512_srli_epi64(other, 32)));
+    high = _mm512_add_epi64(high, _mm512_add_epi64(_mm512_mullo_epi64(a.low, b.high), _mm512_mullo_epi64(a.high, b.low)));
+    return (struct states){_mm512_mullo_epi64(a.low, b.low), high};
+}
+
+static inline struct states plus(struct states a, struct states b) {
+    const __m512i low = _mm512_add_epi64(a.low, b.low), high = _mm512_add_epi64(a.high, b.high);
+    return (struct states){low, _mm512_mask_sub_epi64(high, _mm512_cmplt_epu64_mask(low, a.low), high, _mm512_set1_epi64(-1))};
+}
+
+static inline __m512i outputs_of(struct states s) {
+    __m512i high = _mm512_xor_si512(s.high, _mm512_srli_epi64(s.high, 32));
+    high = _mm512_mullo_epi64(high, _mm512_set1_epi64((int64_t)MULTIPLIER));
+    high = _mm512_xor_si512(high, _mm512_srli_epi64(high, 48));
+    return _mm512_mullo_epi64(high, _mm512_or_si512(s.low, _mm512_set1_epi64(1)));
+}
+
+static inline struct states everywhere(word_128 x) {
+    return (struct states){_mm512_set1_epi64((int64_t)(uint64_t)x), _mm512_set1_epi64((int64_t)(uint64_t)(x >> 64))};
+}
+
+/* What j steps multiply a state by, and its increment, which they add: for j from 0 to 8, low words, then high ones. */
+static uint64_t steps_by[2][9], steps_add[2][9];
+
+__attribute__((constructor)) static void fill_steps(void) {
+    word_128 by = 1, add = 0;
+    for (int j = 0; j <= 8; j++) {
+        steps_by[0][j] = (uint64_t)by, steps_by[1][j] = (uint64_t)(by >> 64);
+        steps_add[0][j] = (uint64_t)add, steps_add[1][j] = (uint64_t)(add >> 64);
+        add = add * MULTIPLIER + 1, by *= MULTIPLIER;
+    }
+}
+
+static inline struct states by_lanes(uint64_t (*words)[9]) {
+    return (struct states){_mm512_loadu_si512(words[0]), _mm512_loadu_si512(words[1])};
+}
+
+/* The next numbers of t <= 4 generators, which go on after them; for each there is room for a multiple of eight. */
+FUSED numbers_of_generators(const int t, uint64_t **state, uint64_t **step, int64_t need, uint64_t (*numbers)[CHUNK / 2]) {
+    const struct states eight = everywhere((word_128)steps_by[1][8] << 64 | steps_by[0][8]);
+    const struct states each = by_lanes(steps_by), sums = by_lanes(steps_add);
+    struct states now[4], more[4];
+    for (int k = 0; k < t; k++) {
+        now[k] = plus(times(everywhere(joined(state[k])), each), times(everywhere(joined(step[k])), sums));
+        more[k] = everywhere(joined(step[k]) * ((word_128)steps_add[1][8] << 64 | steps_add[0][8]));
+    }
+    for (int64_t i = 0; i < need; i += 8)
+        for (int k = 0; k < t; k++) {
+            _mm512_storeu_si512(numbers[k] + i, outputs_of(now[k]));
+            if (i + 8 <= need) now[k] = plus(times(now[k], eight), more[k]);
+        }
+    for (int k = 0; k < t; k++) {
+        uint64_t low[8], high[8];
+        _mm512_storeu_si512(low, now[k].low), _mm512_storeu_si512(high, now[k].high);
+        state[k][0] = low[need % 8], state[k][1] = high[need % 8];
+    }
+}
+#else
+/* The next numbers of t <= 4 generators, which go on after them. */
+FUSED numbers_of_generators(const int t, uint64_t **state, uint64_t **step, int64_t need, uint64_t (*numbers)[CHUNK / 2]) {
+    word_128 now[4], plus[4];
+    for (int k = 0; k < t; k++) now[k] = joined(state[k]), plus[k] = joined(step[k]);
+    for (int64_t i = 0; i < need; i++)
+        for (int k = 0; k < t; k++) {
+            numbers[k][i] = output_of(now[k]);
+            now[k] = now[k] * MULTIPLIER + plus[k];
+        }
+    for (int k = 0; k < t; k++) state[k][0] = (uint64_t)now[k], state[k][1] = (uint64_t)(now[k] >> 64);
+}
+#endif
