@@ -305,7 +305,7 @@ def thresholds(rows: int = 4864, width: int = 896, rounds: int = 9) -> None:
 
 
 def scores(rows: int = 4096, width: int = 896, rounds: int = 9) -> None:
-    """The loops of PCB-Merging (three experts) and Arcee Fusion, in memory, on one core: what they measure, what they make."""
+    """The loops of PCB, DELLA, DARE (three experts) and Arcee Fusion, in memory, on one core: what they measure and make."""
     from geomerge.methods import registry
     from geomerge.methods.tile import Scan, TensorSource
 
@@ -321,9 +321,20 @@ def scores(rows: int = 4096, width: int = 896, rounds: int = 9) -> None:
         seconds = statistics.median(_seconds(work) for _ in range(rounds))
         print(f"{name:32s}{seconds / (rows * width) * 1e9:8.2f} ns", flush=True)
 
-    for name, count in (("pcb", 3), ("arcee_fusion", 1)):
-        made: Any = registry.get(name).make({}, count=count)
-        scan = Scan([TensorSource(m) for m in models[: count + 1]], (rows, width), columns=width if made.rows else None)
+    thinned = {"weight": 0.5, "density": 0.5}
+    for name, count, values in (
+        ("pcb", 3, {}),
+        ("arcee_fusion", 1, {}),
+        ("della", 3, thinned),
+        ("dare_ties", 3, thinned),
+    ):
+        made: Any = registry.get(name).make(values, count=count)
+        scan = Scan(
+            [TensorSource(m) for m in models[: count + 1]],
+            (rows, width),
+            columns=width if made.rows else None,
+            single=made.single,
+        )
         stats = made.measure(scan)
         make = made.compiled(scan, stats)
         places = [place for segment in scan.segments for place in scan.places(segment)]

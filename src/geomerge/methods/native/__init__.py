@@ -15,8 +15,11 @@ import numpy as np
 
 from geomerge.methods.native import call
 from geomerge.methods.native.call import CODES, MOST, Inputs, Stored, available, in_memory, missing, takes, turned_off
+from geomerge.methods.native.sorting import largest, ranks, sort
 
-__all__ = ["CODES", "MOST", "Inputs", "Stored", "available", "in_memory", "missing", "takes", "turned_off"]
+__all__ = [
+    "CODES", "MOST", "Inputs", "Stored", "available", "in_memory", "largest", "missing", "ranks", "sort", "takes", "turned_off",
+]  # fmt: skip
 
 
 def load(stored: Stored, count: int) -> np.ndarray:
@@ -495,31 +498,3 @@ def competition(
         "competition", ctypes.c_int64(inputs.numel), competitors, ctypes.c_double(factor), ctypes.c_int(check),
         out=out, beginning=beginning,
     )  # fmt: skip
-
-
-def sort(values: np.ndarray) -> None:
-    """Sort float32 or float64 numbers, which lie one after the other, in place."""
-    single = values.dtype == np.float32
-    function = call.loaded().geomerge_sort_float if single else call.loaded().geomerge_sort_double
-    room = ctypes.c_void_p(call.address(values.nbytes, "scratch"))
-    function(ctypes.c_int64(values.size), ctypes.c_void_p(values.ctypes.data), room)
-
-
-def largest(values: np.ndarray, count: int) -> tuple[float, int]:
-    """The `count`-th largest of some float32 or float64 numbers, which lie one after the other, and how many are greater."""
-    single = values.dtype == np.float32
-    function = call.loaded().geomerge_largest_float if single else call.loaded().geomerge_largest_double
-    function.restype = ctypes.c_float if single else ctypes.c_double
-    greater = ctypes.c_int64()
-    room = ctypes.c_void_p(call.address(values.nbytes, "scratch"))
-    x = ctypes.c_void_p(values.ctypes.data)
-    return function(ctypes.c_int64(values.size), x, ctypes.c_int64(count), room, ctypes.byref(greater)), greater.value
-
-
-def ranks(values: np.ndarray) -> np.ndarray:
-    """The place of each of some float64 numbers in ascending order, equal ones by index."""
-    values, found = np.ascontiguousarray(values), np.empty(values.size, dtype=np.int64)
-    room = ctypes.c_void_p(call.address(32 * values.size, "scratch"))
-    pointers = [ctypes.c_void_p(each.ctypes.data) for each in (values, found)]
-    call.loaded().geomerge_ranks(ctypes.c_int64(values.size), pointers[0], room, pointers[1])
-    return found

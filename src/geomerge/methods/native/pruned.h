@@ -145,14 +145,13 @@ FUSED prune_quickly(const int t, const int elect, const int alike, const struct 
     *chosen = number;
 }
 
-#define PRUNE_FOR(t)                                                                                                     \
-    if (rule->elect && rule->alike) prune_quickly(t, 1, 1, row, pruned, rule, c, w, n, out, place, chosen);        \
-    else if (rule->elect) prune_quickly(t, 1, 0, row, pruned, rule, c, w, n, out, place, chosen);                  \
+#define PRUNE_FOR(t)                                                                                        \
+    if (rule->elect && rule->alike) prune_quickly(t, 1, 1, row, pruned, rule, c, w, n, out, place, chosen); \
+    else if (rule->elect) prune_quickly(t, 1, 0, row, pruned, rule, c, w, n, out, place, chosen);           \
     else prune_quickly(t, 0, 0, row, pruned, rule, c, w, n, out, place, chosen);
 
-static void prune_row(int t, const struct row *row, const struct pruning *pruned,
-                      const struct combination *rule, const double *c, const double *w, int64_t n, uint16_t *out, uint16_t *place,
-                      int64_t *chosen) {
+static void prune_row(int t, const struct row *row, const struct pruning *pruned, const struct combination *rule, const double *c,
+                      const double *w, int64_t n, uint16_t *out, uint16_t *place, int64_t *chosen) {
     if (t == 1) { PRUNE_FOR(1) }
     else if (t == 2) { PRUNE_FOR(2) }
     else if (t == 3) { PRUNE_FOR(3) }

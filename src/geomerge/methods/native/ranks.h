@@ -205,7 +205,7 @@ static int64_t order(const struct tally *t, const uint16_t *x, const uint16_t *b
 /* Puts the few in order that are not the number which their place stands for. Whether that took few moves. */
 static int order_rest(const struct tally *row, const uint16_t *x, const uint16_t *base, int64_t n, const uint16_t *first) {
     uint8_t done[PLACES] = {0};
-    int64_t left = 8 * n;
+    int64_t left = 2 * n;
     for (int64_t i = 0; i < n; i += PACK)
         for (uint32_t some = ~same_as(row->rest + i, 0); some; some &= some - 1) {
             const uint16_t at = row->key[i + __builtin_ctz(some)];
@@ -231,7 +231,10 @@ static void count_places(int64_t n, const uint16_t *restrict key, uint16_t *rest
 /* As `ranks`, of differences of bfloat16 numbers; 0 where that would take longer or not be exact. */
 static int ranks_bf16(const struct tally *row, const uint16_t *x, const uint16_t *base, int64_t n) {
     uint16_t first[PLACES + PACK];
+    int64_t others = 0; /* than their places' numbers: of many it is quicker to sort all */
     if (!exact(n, x, base) || !tallied(row, x, base, n)) return 0;
+    for (int64_t i = 0; i < n; i += PACK) others += __builtin_popcount(~same_as(row->rest + i, 0));
+    if (others > n / 16) return 0;
     count_places(n, row->key, row->rank, first);
     return order_rest(row, x, base, n, first);
 }
