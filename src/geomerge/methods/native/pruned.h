@@ -173,7 +173,7 @@ static int pruned_in_range(const struct work *work, const struct place *out, con
     fine &= fabs(rule->factor) > 0x1p-30 && fabs(rule->factor) < 0x1p30;
     for (int k = 0; k < t; k++) {
         fine &= fabs(c[k]) > 0x1p-30 && fabs(c[k]) < 0x1p30 && fabs(w[k]) > 0x1p-30 && fabs(w[k]) < 0x1p30;
-        fine &= thin[k].width && pruned[k].start >= 0x1p-10 && pruned[k].step >= 0;
+        fine &= pruned[k].start >= 0x1p-10 && pruned[k].step >= 0;
     }
     return fine;
 }
@@ -187,20 +187,20 @@ struct pruner {
     uint64_t *words;
     uint64_t last[MOST];  /* numbers of the generators */
     double *room;         /* for sorting a row: 4 for each element */
-    struct tally tally[MOST];
+    struct ranked ranked[MOST];
     struct row row;
 };
 
 /* `room` as `native.pruning_room` gives it. */
 static void set_up(struct pruner *p, int t, int64_t first, int64_t columns, int64_t some, char *room) {
-    const int64_t width = columns + 2 * PACK;
+    const int64_t width = columns + BLOCK;
     p->first = first, p->columns = columns, p->most = some * columns, p->stride = p->most / 4 + 2;
     p->words = (uint64_t *)room;
     p->room = (double *)(p->words + t * p->stride);
     uint16_t *own = (uint16_t *)(p->room + 4 * columns);
     for (int k = 0; k < t; k++, own += 3 * width) {
-        p->tally[k] = (struct tally){.key = own, .rest = own + width, .rank = own + 2 * width};
-        p->row.rank[k] = p->tally[k].rank;
+        p->ranked[k] = (struct ranked){.rank = own, .place = own + width, .key = (uint8_t *)(own + 2 * width)};
+        p->row.rank[k] = own;
     }
 }
 
@@ -221,27 +221,39 @@ static void draw_words(struct pruner *p, int t, int64_t at, int64_t size, struct
     for (int k = 0; k < t; k++) p->last[k] = p->words[k * p->stride + need - 1];
 }
 
-/* The ranks of all task vectors that are pruned in the row that begins at element s of the inputs in `raw`, element `at` of all, if these
- * are bfloat16 by counting where that can be; whether it could. */
+/* The ranks of all task vectors that are pruned in the row that begins at element s of the inputs in `raw`, element `at` of all. Whether
+ * all are, and float32 holds them; they are finite then. */
 static int rank_row(struct pruner *p, const struct work *work, const void *const *raw, int64_t s, int64_t at, const struct thinning *thin,
                     int bf16) {
     struct row *row = &p->row;
     double base[CHUNK];
-    int counted = bf16;
+    int held = bf16;
     row->at = p->first + at + s;
     for (int k = 0; k < work->count; k++) row->raw[k] = (const char *)raw[k] + s * sizes[work->inputs[k].dtype];
     for (int k = 0; k + 1 < work->count; k++) {
-        if (!thin[k].width || (bf16 && ranks_bf16(p->tally + k, row->raw[k + 1], row->raw[0], p->columns))) continue;
-        counted = 0;
+        const uint16_t *x = row->raw[k + 1], *from = row->raw[0];
+        const struct ranked *own = p->ranked + k;
+        held &= thin[k].width != 0;
+        if (!thin[k].width) continue;
+        const int keys = bf16 && exact(p->columns, x, from) && keyed(own->key, x, from, p->columns);
+        held &= keys;
+        if (keys && count_ranks(own, x, from, p->columns)) continue;
         for (int64_t i = 0; i < p->columns; i += CHUNK) {
             const int64_t m = least(CHUNK, p->columns - i);
             load_double(row->raw[0], work->inputs[0].dtype, i, m, base);
             load_double(row->raw[k + 1], work->inputs[k + 1].dtype, i, m, p->room + i);
             for (int64_t j = 0; j < m; j++) p->room[i + j] -= base[j];
         }
-        ranks(p->room, p->columns, p->tally[k].rank, (int64_t *)(p->room + p->columns));
+        ranks(p->room, p->columns, own->rank, (int64_t *)(p->room + p->columns));
     }
-    return counted;
+    return held;
+}
+
+/* Whether any of a row is not finite. */
+static double odd_row(const struct work *work, const struct row *row, int64_t columns) {
+    double bad = 0;
+    for (int k = 0; k < work->count; k++) bad += odd_raw(row->raw[k], work->inputs[k].dtype, 0, columns);
+    return bad;
 }
 
 static void next_row(struct pruner *p, int t) {
@@ -262,12 +274,13 @@ int geomerge_pruned(struct work *work, int64_t n, int64_t first, int64_t columns
     for (int64_t at = 0; at < n; at += p.most) {
         int64_t size = least(p.most, n - at);
         if (!fetch(work, at, size, raw)) return -1;
-        for (int k = 0; check && k <= t; k++) bad += odd_raw(raw[k], work->inputs[k].dtype, 0, size);
         draw_words(&p, t, at, size, thin);
         char *to = out->memory ? window_of(work, out, at) : window_of(work, out, 0);
         for (int64_t s = 0; s < size; s += columns) {
             int64_t done = 0, chosen = 0;
-            if (rank_row(&p, work, raw, s, at, thin, bf16) && fine && work->first <= at + s) {
+            const int held = rank_row(&p, work, raw, s, at, thin, bf16);
+            if (check && !held) bad += odd_row(work, &p.row, columns);
+            if (held && fine && work->first <= at + s) {
                 uint16_t *rounded = (uint16_t *)to + s;
                 done = columns / LANES(float) * LANES(float);
                 prune_row(t, &p.row, pruned, rule, c, w, done, rounded, place, &chosen);
@@ -309,10 +322,9 @@ int geomerge_pruned_norms(struct work *work, int64_t rows, int64_t first, int64_
     for (int64_t at = 0; at < rows * columns; at += p.most) {
         int64_t size = least(p.most, rows * columns - at);
         if (!fetch(work, at, size, raw)) return -1;
-        for (int k = 0; check && k <= t; k++) bad += odd_raw(raw[k], work->inputs[k].dtype, 0, size);
         draw_words(&p, t, at, size, thin);
         for (int64_t s = 0; s < size; s += columns) {
-            rank_row(&p, work, raw, s, at, thin, bf16);
+            if (!rank_row(&p, work, raw, s, at, thin, bf16) && check) bad += odd_row(work, &p.row, columns);
             memset(lanes, 0, 2 * (size_t)t * sizeof *lanes);
             for (int64_t i = 0; i < columns; i += CHUNK) {
                 const struct part part = {0, i, least(CHUNK, columns - i)};

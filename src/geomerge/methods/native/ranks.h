@@ -108,133 +108,121 @@ static void ranks(const double *restrict d, int64_t n, uint16_t *restrict rank, 
     for (int64_t k = 0; k < n; k++) rank[room[k] & INDEX] = (uint16_t)k;
 }
 
-typedef uint16_t shorts_u __attribute__((vector_size(REGISTER)));
-
-/* Magnitudes of differences of bfloat16 numbers by their first eight bits (in LONG rows nine), from a 64th of their mean's power of
- * two on over ten octaves: most have no more bits than that. Place 0 is for zeros. */
+/* Magnitudes of differences of bfloat16 numbers in steps of a sixteenth of a power of two, over eight octaves, of which the sixth has
+ * their mean: an even key is for a number alone (most have no more bits than that), the odd one after it for those up to the next; the
+ * ends are for what lies beyond as well, and 0 is for zeros. */
 enum {
-    SPAN = 10,    /* octaves */
-    MEAN_AT = 6,  /* which of them the mean is in */
-    PLACES = SPAN << 8,
-    LONG = 2048,    /* elements */
-    MEMBERS = 1024, /* of a place that are put in order, at most */
+    KEYS = 256,
+    STEPS = 16, /* in an octave */
+    MEAN_AT = 5,
+    BLOCK = 64,          /* elements that are looked at together */
     SMALLEST = 127 - 60, /* rows with differences below 2^-60 are left to float64: a biased exponent */
 };
 
-/* What is known of a row's magnitudes. Each goes on for 2 PACK elements more, which whole registers read. */
-struct tally {
-    uint16_t *key;  /* in which place each lies */
-    uint16_t *rest; /* not 0 where it is not the number that its place stands for */
-    uint16_t *rank;
+/* A row's ranks and what they are found with, each for BLOCK elements more than the row has. */
+struct ranked {
+    uint16_t *rank, *place;
+    uint8_t *key;
 };
 
-/* Bits of the PACK numbers that are the same as one. */
-static inline uint32_t same_as(const uint16_t *x, uint16_t number) {
+typedef uint8_t keys_of_lanes __attribute__((vector_size(REGISTER / 4)));
+
+/* The keys of n differences, of which float32 holds each, the mean being that of some all over. Whether none is so small that arithmetic
+ * with it may be lost. */
+static int keyed(uint8_t *restrict key, const uint16_t *x, const uint16_t *base, int64_t n) {
+    const int shift = 19, below = (1 << shift) - 1; /* the bits beyond a sixteenth */
+    const int64_t whole = n / LANES(float) * LANES(float), apart = whole < 1024 ? LANES(float) : whole / 1024 * LANES(float);
+    floats sums = {0};
+    float sum = 0, number = 0;
+    int32_t mean;
+    for (int64_t i = 0; i < whole; i += apart, number += LANES(float)) sums += size_of(widened_float(x + i) - widened_float(base + i));
+    for (int i = 0; i < LANES(float); i++) sum += sums[i];
+    for (int64_t i = whole; i < n && whole == 0; i++, number++) sum += fabsf(from_bf16(x[i]) - from_bf16(base[i]));
+    sum /= number;
+    memcpy(&mean, &sum, sizeof mean);
+    const int32_t begin = ((mean >> 23) - MEAN_AT) * 2 * STEPS, most = KEYS - 1, tiny = SMALLEST << 23;
+    ints lost = {0};
+    for (int64_t i = 0; i < whole; i += LANES(float)) {
+        const ints bits = (ints)size_of(widened_float(x + i) - widened_float(base + i)), zero = bits == 0;
+        const ints at = clamped_int((bits >> shift) * 2 - ((bits & below) != 0) - begin, 1, most);
+        lost |= (bits < tiny) & ~zero;
+        const keys_of_lanes narrow = __builtin_convertvector(at & ~zero, keys_of_lanes);
+        memcpy(key + i, &narrow, sizeof narrow);
+    }
+    int any = lanes_in(lost) != 0;
+    for (int64_t i = whole; i < n; i++) {
+        int32_t bits;
+        const float size = fabsf(from_bf16(x[i]) - from_bf16(base[i]));
+        memcpy(&bits, &size, sizeof bits);
+        const int32_t at = (bits >> shift) * 2 + ((bits & below) != 0) - begin;
+        key[i] = (uint8_t)(bits == 0 ? 0 : at < 1 ? 1 : at > most ? most : at);
+        any |= bits && bits < tiny;
+    }
+    memset(key + n, 0, 64);
+    return !any;
+}
+
+/* Adds what a table has for each key of a block. */
+static inline void add_looked_up(const uint16_t *table, const uint8_t *key, uint16_t *sum) {
 #ifdef __AVX512BW__
-    return _mm512_cmpeq_epi16_mask(_mm512_loadu_si512(x), _mm512_set1_epi16((short)number));
+    __m512i part[KEYS / 32];
+    for (int i = 0; i < KEYS / 32; i++) part[i] = _mm512_loadu_si512(table + 32 * i);
+    for (int i = 0; i < BLOCK; i += 32) {
+        const __m512i at = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(key + i)));
+        const __mmask32 second = _mm512_test_epi16_mask(at, _mm512_set1_epi16(64)), last = _mm512_test_epi16_mask(at, _mm512_set1_epi16(128));
+        const __m512i a = _mm512_permutex2var_epi16(part[0], at, part[1]), b = _mm512_permutex2var_epi16(part[2], at, part[3]);
+        const __m512i c = _mm512_permutex2var_epi16(part[4], at, part[5]), d = _mm512_permutex2var_epi16(part[6], at, part[7]);
+        const __m512i found = _mm512_mask_blend_epi16(last, _mm512_mask_blend_epi16(second, a, b), _mm512_mask_blend_epi16(second, c, d));
+        _mm512_storeu_si512(sum + i, _mm512_add_epi16(_mm512_loadu_si512(sum + i), found));
+    }
 #else
-    uint32_t found = 0;
-    for (int i = 0; i < PACK; i++) found |= (uint32_t)(x[i] == number) << i;
+    EACH(BLOCK) sum[i] = (uint16_t)(sum[i] + table[key[i]]);
+#endif
+}
+
+/* Bits of a block's elements that have odd keys. */
+static inline uint64_t odd_keys(const uint8_t *key) {
+#ifdef __AVX512BW__
+    return _mm512_test_epi8_mask(_mm512_loadu_si512(key), _mm512_set1_epi8(1));
+#else
+    uint64_t found = 0;
+    for (int i = 0; i < BLOCK; i++) found |= (uint64_t)(key[i] & 1) << i;
     return found;
 #endif
 }
 
-/* Finds the places of n differences, of which float32 holds each. Whether none is so small that arithmetic with it may be lost. */
-static int tallied(const struct tally *t, const uint16_t *x, const uint16_t *base, int64_t n) {
-    uint16_t *restrict key = t->key, *restrict rest = t->rest;
-    const int shift = n < LONG ? 16 : 15;
-    const uint16_t most = (uint16_t)((SPAN << (23 - shift)) - 2), smallest = (uint16_t)(SMALLEST << (23 - shift));
-    floats sums = {0};
-    float sum = 0;
-    int64_t whole = n / LANES(float) * LANES(float);
-    for (int64_t i = 0; i < whole; i += LANES(float)) {
-        floats size = size_of(widened_float(x + i) - widened_float(base + i));
-        halves((ints)size >> shift, key + i);
-        halves((ints)size & ((1 << shift) - 1), rest + i);
-        sums += size;
-    }
-    for (int i = 0; i < LANES(float); i++) sum += sums[i];
-    for (int64_t i = whole; i < n; i++) {
-        uint32_t bits;
-        float size = fabsf(from_bf16(x[i]) - from_bf16(base[i]));
-        memcpy(&bits, &size, sizeof bits);
-        key[i] = (uint16_t)(bits >> shift), rest[i] = (uint16_t)(bits & ((1U << shift) - 1));
-        sum += size;
-    }
-    uint32_t mean;
-    sum /= (float)n;
-    memcpy(&mean, &sum, sizeof mean);
-    const int octave = (int)(mean >> 23) - MEAN_AT;
-    const uint16_t first = (uint16_t)(octave > 0 ? octave << (23 - shift) : 0);
-    memset(key + n, 0, sizeof(shorts_u)), memset(rest + n, 0, sizeof(shorts_u));
-    shorts_u lost = {0};
-    for (int64_t i = 0; i < n; i += REGISTER / 2) {
-        shorts_u at, more;
-        memcpy(&at, key + i, sizeof at), memcpy(&more, rest + i, sizeof more);
-        const shorts_u some = (shorts_u)(at != 0), beyond = (shorts_u)(at > first) & (at - first);
-        const shorts_u over = (shorts_u)(beyond > most);
-        lost |= (shorts_u)(at < smallest) & (shorts_u)((at | more) != 0);
-        more |= ((shorts_u)(at < first) & some) | over;
-        at = ((beyond & ~over) | (over & most)) - some;
-        memcpy(key + i, &at, sizeof at), memcpy(rest + i, &more, sizeof more);
-    }
-    int any = 0;
-    for (int i = 0; i < REGISTER / 2; i++) any |= lost[i];
-    for (int i = 0; i < 2 * PACK; i++) key[n + i] = (uint16_t)(most + 2), rest[n + i] = 0;
-    return !any;
-}
-
-/* Puts the members of a place in order, which is ranks [from, to). What is left of the moves that this may take. */
-static int64_t order(const struct tally *t, const uint16_t *x, const uint16_t *base, uint16_t at, int from, int to,
-                     int64_t left) {
-    struct { float size; uint16_t index; } all[MEMBERS];
-    int found = 0;
-    if (to - from > MEMBERS) return -1;
-    for (int64_t i = 0; found < to - from; i += 2 * PACK)
-        for (uint64_t some = same_as(t->key + i, at) | (uint64_t)same_as(t->key + i + PACK, at) << PACK; some; some &= some - 1) {
-            const int64_t index = i + __builtin_ctzll(some);
+/* Puts those of odd keys in order; `first` is the rank from which on each key's are. Whether that took few
+ * moves. */
+static int order_odd(const struct ranked *row, const uint16_t *x, const uint16_t *base, int64_t n, const uint16_t *first) {
+    int64_t left = 4 * n;
+    for (int64_t begin = 0; begin < n; begin += BLOCK)
+        for (uint64_t some = odd_keys(row->key + begin); some; some &= some - 1) {
+            const int64_t index = begin + __builtin_ctzll(some);
             const float size = fabsf(from_bf16(x[index]) - from_bf16(base[index]));
-            int j = found++;
-            for (; j && all[j - 1].size > size; j--, left--) all[j] = all[j - 1];
-            all[j].size = size, all[j].index = (uint16_t)index;
-        }
-    for (int j = 0; j < found; j++) t->rank[all[j].index] = (uint16_t)(from + j);
-    return left - (to - from);
-}
-
-/* Puts the few in order that are not the number which their place stands for. Whether that took few moves. */
-static int order_rest(const struct tally *row, const uint16_t *x, const uint16_t *base, int64_t n, const uint16_t *first) {
-    uint8_t done[PLACES] = {0};
-    int64_t left = 2 * n;
-    for (int64_t i = 0; i < n; i += PACK)
-        for (uint32_t some = ~same_as(row->rest + i, 0); some; some &= some - 1) {
-            const uint16_t at = row->key[i + __builtin_ctz(some)];
-            if (first[at + 1] - first[at] < 2 || done[at]) continue;
-            done[at] = 1;
-            left = order(row, x, base, at, first[at], first[at + 1], left - n / PACK);
+            int64_t rank = row->rank[index];
+            const int64_t lowest = first[row->key[index]];
+            for (; rank > lowest; rank--, left--) { /* those before it by index are in order */
+                const int64_t other = row->place[rank - 1];
+                if (fabsf(from_bf16(x[other]) - from_bf16(base[other])) <= size) break;
+                row->place[rank] = (uint16_t)other;
+                row->rank[other] = (uint16_t)rank;
+            }
+            row->place[rank] = (uint16_t)index;
+            row->rank[index] = (uint16_t)rank;
             if (left < 0) return 0;
         }
     return 1;
 }
 
-/* The ranks of n keys, equal ones by index, and the rank from which on each place's members are. */
-static void count_places(int64_t n, const uint16_t *restrict key, uint16_t *restrict rank, uint16_t *restrict first) {
-    const int places = (n < LONG ? PLACES / 2 : PLACES) + PACK;
-    uint32_t wide[PLACES + PACK]; /* which is added twice as fast */
-    memset(first, 0, (size_t)places * sizeof *first);
-    EACH(n) rank[i] = first[key[i]]++; /* how many of the same place come before each, ... */
-    sum_up(first, places);
-    for (int i = 0; i < places; i++) wide[i] = first[i];
-    EACH(n) rank[i] = (uint16_t)(rank[i] + wide[key[i]]); /* ... and of those before */
-}
-
-/* As `ranks`, of differences of bfloat16 numbers; 0 where that would take longer or not be exact. */
-static int ranks_bf16(const struct tally *row, const uint16_t *x, const uint16_t *base, int64_t n) {
-    uint16_t first[PLACES + PACK];
-    int64_t others = 0; /* than their places' numbers: of many it is quicker to sort all */
-    if (!exact(n, x, base) || !tallied(row, x, base, n)) return 0;
-    for (int64_t i = 0; i < n; i += PACK) others += __builtin_popcount(~same_as(row->rest + i, 0));
-    if (others > n / 16) return 0;
-    count_places(n, row->key, row->rank, first);
-    return order_rest(row, x, base, n, first);
+/* The ranks of n elements with keys; 0 where it would take longer than to sort. */
+static int count_ranks(const struct ranked *row, const uint16_t *x, const uint16_t *base, int64_t n) {
+    uint16_t first[KEYS] = {0}, *restrict rank = row->rank;
+    const uint8_t *restrict key = row->key;
+    int64_t odd = 0;
+    EACH(n) rank[i] = first[key[i]]++; /* how many of the same key come before each, ... */
+    for (int i = 1; i < KEYS; i += 2) odd += first[i];
+    if (odd > n / 8) return 0;
+    sum_up(first, KEYS);
+    for (int64_t i = 0; i < n; i += BLOCK) add_looked_up(first, key + i, rank + i); /* ... and of those before */
+    return order_odd(row, x, base, n, first);
 }
