@@ -438,6 +438,23 @@ def test_names_the_same_damage(method: str, bad: float) -> None:
 
 
 @compiled
+@pytest.mark.parametrize("values", [{}, {"rescale_norm": "l1"}], ids=str)
+@pytest.mark.parametrize("which", range(4))
+def test_pruning_finds_damage(which: int, values: dict[str, Any]) -> None:
+    """In the base, in what is pruned, and in what is kept whole."""
+    ready = registry.get("della").make(
+        {"weight": [1.0, 0.7, 0.4], "density": [0.5, 1.0, 0.3], "rescale": True} | values, count=3
+    )
+    torch.manual_seed(0)
+    base = torch.randn(70, 640) * 0.02
+    tensors = stored([base, *(base + torch.randn(70, 640) * 2e-4 for _ in range(3))], torch.bfloat16)
+    merge(ready, tensors, dtype=torch.bfloat16)
+    tensors[which][41, 17] = math.nan
+    with pytest.raises(NotFiniteError):
+        merge(ready, tensors, dtype=torch.bfloat16)
+
+
+@compiled
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_gram_sums(dtype: torch.dtype, count: int) -> None:

@@ -127,16 +127,20 @@ struct ranked {
 
 typedef uint8_t keys_of_lanes __attribute__((vector_size(REGISTER / 4)));
 
-/* The keys of n differences, of which float32 holds each, the mean being that of some all over. Whether none is so small that arithmetic
- * with it may be lost. */
+/* The keys of n differences, of which float32 holds each, the mean being that of some all over that are not 0. Whether none
+ * in whole registers is so small that arithmetic with it may be lost. */
 static int keyed(uint8_t *restrict key, const uint16_t *x, const uint16_t *base, int64_t n) {
     const int shift = 19, below = (1 << shift) - 1; /* the bits beyond a sixteenth */
     const int64_t whole = n / LANES(float) * LANES(float), apart = whole < 1024 ? LANES(float) : whole / 1024 * LANES(float);
     floats sums = {0};
-    float sum = 0, number = 0;
+    ints numbers = {0};
+    float sum = 0, number = 1;
     int32_t mean;
-    for (int64_t i = 0; i < whole; i += apart, number += LANES(float)) sums += size_of(widened_float(x + i) - widened_float(base + i));
-    for (int i = 0; i < LANES(float); i++) sum += sums[i];
+    for (int64_t i = 0; i < whole; i += apart) {
+        const floats size = size_of(widened_float(x + i) - widened_float(base + i));
+        sums += size, numbers -= size > 0;
+    }
+    for (int i = 0; i < LANES(float); i++) sum += sums[i], number += (float)numbers[i];
     for (int64_t i = whole; i < n && whole == 0; i++, number++) sum += fabsf(from_bf16(x[i]) - from_bf16(base[i]));
     sum /= number;
     memcpy(&mean, &sum, sizeof mean);
@@ -149,17 +153,15 @@ static int keyed(uint8_t *restrict key, const uint16_t *x, const uint16_t *base,
         const keys_of_lanes narrow = __builtin_convertvector(at & ~zero, keys_of_lanes);
         memcpy(key + i, &narrow, sizeof narrow);
     }
-    int any = lanes_in(lost) != 0;
     for (int64_t i = whole; i < n; i++) {
         int32_t bits;
         const float size = fabsf(from_bf16(x[i]) - from_bf16(base[i]));
         memcpy(&bits, &size, sizeof bits);
         const int32_t at = (bits >> shift) * 2 + ((bits & below) != 0) - begin;
         key[i] = (uint8_t)(bits == 0 ? 0 : at < 1 ? 1 : at > most ? most : at);
-        any |= bits && bits < tiny;
     }
-    memset(key + n, 0, 64);
-    return !any;
+    memset(key + n, 0, BLOCK);
+    return !lanes_in(lost);
 }
 
 /* Adds what a table has for each key of a block. */
@@ -216,13 +218,27 @@ static int order_odd(const struct ranked *row, const uint16_t *x, const uint16_t
 
 /* The ranks of n elements with keys; 0 where it would take longer than to sort. */
 static int count_ranks(const struct ranked *row, const uint16_t *x, const uint16_t *base, int64_t n) {
-    uint16_t first[KEYS] = {0}, *restrict rank = row->rank;
+    enum { PARTS = 4 }; /* in step, since a key's count waits for the one before: of a small task vector many are the same */
+    const int64_t part = n / (PARTS * BLOCK) * BLOCK;
+    uint16_t count[PARTS][KEYS] = {{0}}, first[KEYS], *restrict rank = row->rank;
     const uint8_t *restrict key = row->key;
     int64_t odd = 0;
-    EACH(n) rank[i] = first[key[i]]++; /* how many of the same key come before each, ... */
+    EACH(part) { /* how many of the same key come before each, ... */
+        rank[i] = count[0][key[i]]++;
+        rank[i + part] = count[1][key[i + part]]++;
+        rank[i + 2 * part] = count[2][key[i + 2 * part]]++;
+        rank[i + 3 * part] = count[3][key[i + 3 * part]]++;
+    }
+    for (int64_t i = PARTS * part; i < n; i++) rank[i] = count[PARTS - 1][key[i]]++;
+    EACH(KEYS) first[i] = (uint16_t)(count[0][i] + count[1][i] + count[2][i] + count[3][i]);
     for (int i = 1; i < KEYS; i += 2) odd += first[i];
     if (odd > n / 8) return 0;
     sum_up(first, KEYS);
-    for (int64_t i = 0; i < n; i += BLOCK) add_looked_up(first, key + i, rank + i); /* ... and of those before */
+    uint16_t start[KEYS];
+    memcpy(start, first, sizeof start);
+    for (int p = 0; p < PARTS; p++) { /* ... and in the parts before, and of the keys before */
+        for (int64_t i = p * part; i < (p + 1 < PARTS ? (p + 1) * part : n); i += BLOCK) add_looked_up(start, key + i, rank + i);
+        EACH(KEYS) start[i] = (uint16_t)(start[i] + count[p][i]);
+    }
     return order_odd(row, x, base, n, first);
 }
