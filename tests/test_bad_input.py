@@ -290,6 +290,21 @@ CASES: dict[str, Case] = {
     ),
     "weight that is no number": Case(TIES + "parameters: {weight: heavy}\n", gm.RecipeError, ("weight", "'heavy'")),
     "weight that is infinite": Case(TIES + "parameters: {weight: .inf}\n", gm.RecipeError, ("weight", "finite")),
+    "weight that is true": Case(
+        TIES + "parameters: {weight: yes}\n", gm.RecipeError, ("weight must be a number, not true",)
+    ),
+    "several values": Case(
+        TIES.replace("- model: b", "- {model: b, parameters: {density: 1.5, weight: heavy}}")
+        + "parameters: {weight: 1, density: 0.5, lambda: much}\n",
+        gm.RecipeError,
+        (
+            "<recipe>:5: ties: weight",
+            "also <recipe>:6: ties: lambda must be a number",
+            "'heavy'",
+            "ties: density",
+            "1.5",
+        ),
+    ),
     "empty YAML": Case("\n\n", gm.RecipeError, ("<recipe>",)),
     "YAML of a word": Case("hello\nworld\n", gm.RecipeError, ("<recipe>:1",)),
     "broken YAML": Case("merge_method: linear\nmodels: [\n", gm.RecipeError, ("<recipe>:",)),

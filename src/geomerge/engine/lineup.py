@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from geomerge.engine.models import Model, Models
 from geomerge.engine.schedule import Schedule
-from geomerge.errors import RecipeError, UsageError, did_you_mean
+from geomerge.errors import RecipeError, UsageError, did_you_mean, together
 from geomerge.methods import registry
 from geomerge.methods.base import Method, Span
 from geomerge.recipe.resolve import Lookup, Resolved, scopes
@@ -45,6 +45,7 @@ class Lineup:
     ) -> None:
         self.recipe, self.slice = recipe, each
         self.method: type[Method] = registry.get(recipe.method)
+        self.extrapolate = recipe.extrapolate or recipe.compat is not None
         self.schedule = schedule
         entrants = [Entrant(models.get(s.model, s.where), s) for s in each.sources]
         base_ref = each.base_model or recipe.base_model
@@ -182,13 +183,17 @@ class Lineup:
                     values,
                     count=len(self.others),
                     compat=self.recipe.compat,
-                    extrapolate=self.recipe.extrapolate or self.recipe.compat is not None,
+                    extrapolate=self.extrapolate,
                 )
             except UsageError as error:
-                place = self._blame(values, places)
-                blamed = next((answer for answer in answers if answer.where is place), None)
-                said = blamed.said_of(part) if blamed is not None else ""
-                raise RecipeError(f"{error.what}{said}", where=str(place), hint=error.hint) from None
+                first = next((where[0] for where in places.values()), self.recipe.at("merge_method"))
+                said = {id(answer.where): answer.said_of(part) for answer in answers}
+                raise together(
+                    [
+                        RecipeError(f"{what}{said.get(id(place), '')}", where=str(place), hint=error.hint)
+                        for place, what in self._impossible(values, places) or [(first, error.what)]
+                    ]
+                ) from None
             if made.adapters_only:
                 self._check_adapters()
             self._made[frozen] = made
@@ -224,16 +229,17 @@ class Lineup:
             hint=did_you_mean(name, [each for names in called for each in names]) or "an expert's number will do, too",
         )
 
-    def _blame(self, values: Mapping[str, Any], places: Mapping[str, list[Where]]) -> Where:
-        """The line of the first value that is impossible by itself; else of the first value; else of the method."""
+    def _impossible(self, values: Mapping[str, Any], places: Mapping[str, list[Where]]) -> list[tuple[Where, str]]:
+        """Where the values stand that are impossible by themselves, and why, first lines first."""
+        found: dict[tuple[Where, str], None] = {}
         for name, where in places.items():
             several = values[name] if isinstance(values[name], list) else [values[name]]
             for value, place in zip(several, where, strict=True):
                 try:
-                    self.method.parameters()[name].check(value, compat=self.recipe.compat)
-                except ValueError:
-                    return place
-        return next((where[0] for where in places.values()), self.recipe.at("merge_method"))
+                    self.method.parameters()[name].check(value, compat=self.recipe.compat, extrapolate=self.extrapolate)
+                except ValueError as problem:
+                    found[place, f"{self.method.name}: {problem}"] = None
+        return sorted(found, key=lambda problem: problem[0].line)
 
     def _fill(self, name: str, several: list[Any]) -> list[Any]:
         """Values of a per-model parameter, where some models leave it to the default."""

@@ -91,9 +91,12 @@ class Parameter:
                 raise ValueError(f"{self.name} must be one of {', '.join(self.choices)}, not {value!r}")
             return value
         try:
+            if isinstance(value, bool) and compat is None:
+                raise TypeError
             number = float(value)
         except (TypeError, ValueError):
-            raise ValueError(f"{self.name} must be a number, not {value!r}") from None
+            said = str(value).lower() if isinstance(value, bool) else repr(value)
+            raise ValueError(f"{self.name} must be a number, not {said}") from None
         if not math.isfinite(number):
             raise ValueError(f"{self.name} must be finite, not {number}")
         if self.within and not extrapolate * self.extrapolates and not self.within[0] <= number <= self.within[1]:
