@@ -131,7 +131,7 @@ typedef uint8_t keys_of_lanes __attribute__((vector_size(REGISTER / 4)));
  * in whole registers is so small that arithmetic with it may be lost. */
 static int keyed(uint8_t *restrict key, const uint16_t *x, const uint16_t *base, int64_t n) {
     const int shift = 19, below = (1 << shift) - 1; /* the bits beyond a sixteenth */
-    const int64_t whole = n / LANES(float) * LANES(float), apart = whole < 1024 ? LANES(float) : whole / 1024 * LANES(float);
+    const int64_t whole = n / LANES(float) * LANES(float), apart = whole < 512 ? LANES(float) : whole / 256 * LANES(float);
     floats sums = {0};
     ints numbers = {0};
     float sum = 0, number = 1;
