@@ -255,7 +255,7 @@ RULES = [
 @pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize("method", ["della", "della_linear"])
 def test_same_pruning_where_float32_decides(method: str, rule: dict[str, Any]) -> None:
-    """Small differences of bfloat16 models, many of them equal; such as have places of their own, and such as share them."""
+    """Small differences of bfloat16 models, many of them equal; such as have keys of their own, and such as share them."""
     torch.manual_seed(0)
     for count, shape in itertools.product((1, 2, 3, 4), ((96, 896), (7, 4864), (3, 9001), (257, 33), (1, 5))):
         base = torch.randn(shape) * 0.02
@@ -439,19 +439,38 @@ def test_names_the_same_damage(method: str, bad: float) -> None:
 
 @compiled
 @pytest.mark.parametrize("values", [{}, {"rescale_norm": "l1"}], ids=str)
+@pytest.mark.parametrize("density", [[0.5, 1.0, 0.3], [0.5, 0.6, 0.3]], ids=str)
 @pytest.mark.parametrize("which", range(4))
-def test_pruning_finds_damage(which: int, values: dict[str, Any]) -> None:
-    """In the base, in what is pruned, and in what is kept whole."""
+def test_pruning_finds_damage(which: int, density: list[float], values: dict[str, Any]) -> None:
+    """In the base, in what is pruned, and in what is kept whole; also beside a base of 0, and the same in both."""
     ready = registry.get("della").make(
-        {"weight": [1.0, 0.7, 0.4], "density": [0.5, 1.0, 0.3], "rescale": True} | values, count=3
+        {"weight": [1.0, 0.7, 0.4], "density": density, "rescale": True} | values, count=3
     )
     torch.manual_seed(0)
     base = torch.randn(70, 640) * 0.02
+    base[41, 18] = 0.0
     tensors = stored([base, *(base + torch.randn(70, 640) * 2e-4 for _ in range(3))], torch.bfloat16)
     merge(ready, tensors, dtype=torch.bfloat16)
-    tensors[which][41, 17] = math.nan
-    with pytest.raises(NotFiniteError):
-        merge(ready, tensors, dtype=torch.bfloat16)
+    for column, bad in itertools.product((17, 18), (math.nan, math.inf, -math.inf)):
+        kept = tensors[which][41, column].item()
+        tensors[which][41, column] = bad
+        with pytest.raises(NotFiniteError):
+            merge(ready, tensors, dtype=torch.bfloat16)
+        tensors[which][41, column] = kept
+
+
+@compiled
+@pytest.mark.parametrize("spread", [0.5, 1.6, 2.0, 3.0, 6.0])
+@pytest.mark.parametrize("columns", [40, 896, 4096])
+def test_same_pruning_of_heavy_tails(columns: int, spread: float) -> None:
+    """Rows of which some elements change a thousand times as much as others; one column far from all others."""
+    torch.manual_seed(0)
+    base = torch.randn(24, columns) * 0.02
+    experts = [base + torch.randn(24, columns) * 2e-4 * torch.exp(spread * torch.randn(24, columns)) for _ in range(2)]
+    experts[1][:, 0] += 5
+    ready = registry.get("della").make({"weight": 1.0, "density": 0.5, "epsilon": 0.2}, count=2)
+    for dtype in (torch.bfloat16, torch.float32):
+        same(lambda t=stored([base, *experts], dtype): merge(ready, t, dtype=torch.bfloat16))  # type: ignore[misc]  # noqa: B008
 
 
 @compiled
@@ -589,12 +608,17 @@ def test_same_bytes_on_other_processors(
         "pcb",
         "model_stock",
         "arcee_fusion",
+        "della",
     )
     for method, kind in itertools.product(methods, KINDS):
         made = registry.get(method)
         count = {"slerp": 1, "arcee_fusion": 1, "linear": 3}.get(method, 2)
         values = {key: value for key, value in VALUES.items() if key in made.parameters()}
-        tensors = stored(models(3 if count > 1 else 2, (3, 50_003), kind), torch.bfloat16)
+        tensors = stored(
+            models(3 if count > 1 else 2, (70, 2_001) if method == "della" else (3, 50_003), kind), torch.bfloat16
+        )
+        if method == "della":  # differences of few bits, which are counted
+            tensors[1:] = [(tensors[0].double() + torch.randn(70, 2_001) * 2e-3).bfloat16() for _ in tensors[1:]]
         ready = made.make(values, count=count)
         same(lambda m=ready, t=tensors: merge(m, t, dtype=torch.bfloat16))  # type: ignore[misc]
 

@@ -386,7 +386,7 @@ def pruning_room(inputs: Inputs, columns: int) -> tuple[int, int]:
     """How many rows are read at once, and where there is room for what these need, as `set_up` in pruned.h lays it out."""
     some = max(_TOGETHER // columns, 1)
     words, ranks = 2 * some * columns + 16, 2 * columns + 128
-    return some, call.address((inputs.count - 1) * (words + 3 * ranks) + 32 * columns, "scratch")
+    return some, call.address((inputs.count - 1) * (words + 3 * ranks) + 40 * columns, "scratch")
 
 
 _TOGETHER = 1 << 13

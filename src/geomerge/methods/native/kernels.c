@@ -38,6 +38,7 @@ const char geomerge_source[] = GEOMERGE_SOURCE;
 #include "span.h"
 #include "gram.h"
 #include "brackets.h"
+#include "sort.h"
 #include "random.h"
 #include "task_vectors.h"
 #include "ranks.h"
@@ -46,4 +47,3 @@ const char geomerge_source[] = GEOMERGE_SOURCE;
 #include "divergences.h"
 #include "importance.h"
 #include "competition.h"
-#include "sort.h"

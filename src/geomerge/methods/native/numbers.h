@@ -174,7 +174,7 @@ static inline floats size_of(floats x) { return (floats)((ints)x & 0x7FFFFFFF); 
 static inline ints clamped_int(ints x, int32_t low, int32_t high) {
 #ifdef __AVX512BW__
     return (ints)_mm512_max_epi32(_mm512_min_epi32((__m512i)x, _mm512_set1_epi32(high)), _mm512_set1_epi32(low));
-#elif defined __AVX2__
+#elif defined __AVX2__ && defined __FMA__
     return (ints)_mm256_max_epi32(_mm256_min_epi32((__m256i)x, _mm256_set1_epi32(high)), _mm256_set1_epi32(low));
 #else
     for (int i = 0; i < LANES(float); i++) x[i] = x[i] < low ? low : x[i] > high ? high : x[i];

@@ -166,7 +166,7 @@ static int all_bf16(const struct work *work) {
 
 /* Whether float32 may be used: numbers are such that nothing is lost beyond what `prune_quickly` allows for. Differences are 2^-60 or
  * more (SMALLEST), and so are their weighted means, since coefficients are weights times a factor of 1 or more. */
-static int pruned_in_range(const struct work *work, const struct place *out, const struct thinning *thin, const struct pruning *pruned,
+static int pruned_in_range(const struct work *work, const struct place *out, const struct pruning *pruned,
                            const struct combination *rule, const double *c, const double *w) {
     const int t = work->count - 1;
     int fine = t <= 4 && all_bf16(work) && out->dtype == BF16 && (!rule->elect || !rule->normalize || rule->clamp);
@@ -186,18 +186,18 @@ struct pruner {
     int64_t stride;       /* numbers that hold the words of so many */
     uint64_t *words;
     uint64_t last[MOST];  /* numbers of the generators */
-    double *room;         /* for sorting a row: 4 for each element */
+    double *room;         /* for sorting a row: 5 for each element */
     struct ranked ranked[MOST];
     struct row row;
 };
 
 /* `room` as `native.pruning_room` gives it. */
 static void set_up(struct pruner *p, int t, int64_t first, int64_t columns, int64_t some, char *room) {
-    const int64_t width = columns + BLOCK;
+    const int64_t width = columns + TOGETHER;
     p->first = first, p->columns = columns, p->most = some * columns, p->stride = p->most / 4 + 2;
     p->words = (uint64_t *)room;
     p->room = (double *)(p->words + t * p->stride);
-    uint16_t *own = (uint16_t *)(p->room + 4 * columns);
+    uint16_t *own = (uint16_t *)(p->room + 5 * columns);
     for (int k = 0; k < t; k++, own += 3 * width) {
         p->ranked[k] = (struct ranked){.rank = own, .place = own + width, .key = (uint8_t *)(own + 2 * width)};
         p->row.rank[k] = own;
@@ -268,7 +268,7 @@ int geomerge_pruned(struct work *work, int64_t n, int64_t first, int64_t columns
     double result[CHUNK], bad = 0;
     uint16_t place[WINDOW];
     const void *raw[MOST];
-    const int t = work->count - 1, bf16 = all_bf16(work), fine = pruned_in_range(work, out, thin, pruned, rule, c, w);
+    const int t = work->count - 1, bf16 = all_bf16(work), fine = pruned_in_range(work, out, pruned, rule, c, w);
     struct pruner p = {0};
     set_up(&p, t, first, columns, some, room);
     for (int64_t at = 0; at < n; at += p.most) {
