@@ -95,7 +95,8 @@ def _paragraphs(method: type[Method]) -> str:
 
 
 def _base(method: type[Method]) -> str:
-    return BASE[method.base_use] if method.models[1] != 1 or method.base_use != "ignored" else "There is no base model."
+    none = method.base_use == "ignored" and (method.models[1] == 1 or method.family == "search")
+    return "There is no base model." if none else BASE[method.base_use]
 
 
 def _place(step: type[Step]) -> str:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -510,6 +511,31 @@ def test_files_that_are_no_recipe(content: bytes, says: str) -> None:
         gm.merge("recipe.yml", "out")
     assert "recipe.yml" in str(caught.value)
     assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("given", [{"merge_method": "linear"}, None, b"merge_method: linear\n", 7])
+def test_recipes_of_other_types(given: Any) -> None:
+    """Python's callers get a usage error, too."""
+    with pytest.raises(gm.UsageError, match="a recipe is a path, YAML text"):
+        gm.merge(given, "out")
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("models", "said"),
+    [
+        ({"a": torch.nn.Linear(2, 2)}, "a: a model in memory is a state dict, not Linear"),
+        ({"a": {"w": 1}}, "a: a state dict maps names to tensors, not 'w' to int"),
+        ({"a": {1: torch.ones(2)}}, "a: a state dict maps names to tensors, not 1 to Tensor"),
+        ([torch.ones(2)], "not list"),
+        ({1: {}}, "text, not 1"),
+    ],
+)
+def test_models_in_memory_of_other_types(models: Any, said: str) -> None:
+    """What is expected is said."""
+    with pytest.raises(gm.UsageError) as caught:
+        gm.merge_state_dicts(LINEAR, models)
+    assert said in str(caught.value)
 
 
 def test_recipe_that_is_not_there() -> None:

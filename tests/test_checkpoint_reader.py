@@ -211,6 +211,24 @@ def test_nothing_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         open_checkpoint("./experts/maths", "main")
 
 
+def test_links_that_lead_nowhere(tmp_path: Path) -> None:
+    """A circle, a missing target: of the weights and of the model itself."""
+    for name, target in (("circle", "model.safetensors"), ("missing", "gone.safetensors")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").symlink_to(target)
+    (tmp_path / "dangling").symlink_to("gone")
+    (tmp_path / "itself").symlink_to("itself")
+    for ref, error, said in (
+        ("circle", DamagedCheckpoint, "leads in a circle"),
+        ("missing", DamagedCheckpoint, "a symbolic link to gone.safetensors, which does not exist"),
+        ("dangling", ModelError, "a symbolic link to gone, which does not exist"),
+        ("itself", ModelError, "leads in a circle"),
+    ):
+        with pytest.raises(error, match=said) as caught:
+            open_checkpoint(str(tmp_path / ref))
+        assert "did you mean" not in str(caught.value)
+
+
 def test_adapter_and_pipeline_are_named_as_what_they_are(tmp_path: Path) -> None:
     """A LoRA directory and a diffusers pipeline are no models to merge."""
     write(tmp_path / "lora" / "adapter_model.safetensors", floats(a=[1.0]))
@@ -282,9 +300,19 @@ def test_hostile_pickle_runs_nothing(tmp_path: Path) -> None:
     """Even with permission, no code from a checkpoint is run."""
     target = tmp_path / "owned"
     write(tmp_path / "m" / "pytorch_model.bin", pickle.dumps({"a": Exploit(target)}))
-    with pytest.raises(DamagedCheckpoint, match="weights only"):
+    with pytest.raises(DamagedCheckpoint, match="weights only: ") as caught:
         open_checkpoint(str(tmp_path / "m"), allow_pickle=True)
     assert not target.exists()
+    assert "torch.load" not in str(caught.value)
+    assert "weights_only" not in str(caught.value)
+
+
+def test_a_refused_pickle_says_what_it_asks_for(tmp_path: Path) -> None:
+    """The call that it wants, without advice to allow it."""
+    torch.save({"a": Exploit(tmp_path / "owned")}, tmp_path / "m.bin")
+    with pytest.raises(DamagedCheckpoint, match=r"weights only: .*mkdir") as caught:
+        open_checkpoint(str(tmp_path / "m.bin"), allow_pickle=True)
+    assert "torch.load" not in str(caught.value)
 
 
 @pytest.mark.parametrize("content", [[1, 2], {"a": 1}, {}, {1: torch.ones(1)}])

@@ -120,6 +120,31 @@ def test_force_replaces_models_only(tmp_path: Path) -> None:
     assert (tmp_path / "thesis" / "chapter1.tex").exists()
 
 
+@pytest.mark.parametrize("stranger", [".git/HEAD", "main.py", "src/thesis.txt", "optimizer.pt", "part/notes.docx"])
+def test_force_replaces_a_model_and_nothing_beside_it(tmp_path: Path, stranger: str) -> None:
+    """What only happens to have a config.json is not deleted; a model's own parts, tokenizer, card and code are its own."""
+    out = tmp_path / "out"
+    for name in (
+        "config.json",
+        "tokenizer.json",
+        "merges.txt",
+        "README.md",
+        ".gitattributes",
+        "part/config.json",
+        "LICENSE",
+    ):
+        write(out / name, b"{}")
+    write(out / stranger, b"years")
+    with pytest.raises(UsageError, match="no part of a model") as caught:
+        OutputDirectory(out, force=True)
+    assert stranger.split("/")[0] in str(caught.value)
+    assert (out / stranger).exists()
+    (out / stranger).unlink()
+    if stranger.count("/") and not stranger.startswith("part"):
+        (out / stranger).parent.rmdir()
+    OutputDirectory(out, force=True).abandon()
+
+
 def test_output_in_an_input_is_refused(tmp_path: Path) -> None:
     """Equal to it, inside it, around it, or its future .partial, also through links."""
     parent = model(tmp_path / "m")

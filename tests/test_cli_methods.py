@@ -49,6 +49,21 @@ def test_one_method(run: Program) -> None:
     assert "  merge_method: slerp\n" in out.split("\nexample\n")[1]
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("linear", "a base that is named but not listed counts as one more model"),
+        ("karcher", "a base that is named but not listed counts as one more model"),
+        ("passthrough", "there is no base"),
+        ("greedy_soup", "there is no base"),
+        ("ties", "the base is required"),
+    ],
+)
+def test_what_becomes_of_the_base(name: str, said: str, run: Program) -> None:
+    """A method that knows no base takes one as one more model, if it takes any number."""
+    assert f"; {said} family" in " ".join(run("methods", name).out.split())
+
+
 def test_an_alias_is_its_method(run: Program) -> None:
     """Every alias shows its method's page."""
     aliases = [(a, name) for name, method in registry.all_methods().items() for a in method.aliases]
@@ -132,3 +147,8 @@ def test_a_misspelt_method(run: Program) -> None:
     code, out, err = run("methods", "slurp")
     assert (code, out) == (2, "")
     assert err.startswith("error: there is no method or step 'slurp'\n  did you mean 'slerp' or ")
+
+
+def test_a_method_in_other_letters(run: Program) -> None:
+    """The one that differs in case alone is offered."""
+    assert run("methods", "TIES").err == "error: there is no method or step 'TIES'\n  did you mean 'ties'?\n"

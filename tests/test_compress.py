@@ -122,6 +122,12 @@ class TestRefused:
         with pytest.raises(gm.UsageError, match="no compressed experts"):
             extract(root / "a", "a", root / "out", base=root / "base")
 
+    def test_description_without_a_key(self, root: Path) -> None:
+        compress(root / "base", experts(root), root / "packed")
+        (root / "packed" / FILE).write_text("{}")
+        with pytest.raises(gm.DamagedCheckpoint, match="lacks the key 'geomerge_compressed'"):
+            extract(root / "packed", "a", root / "out", base=root / "base")
+
     @pytest.mark.parametrize("text", ["{", '{"geomerge_compressed": 9}', '{"geomerge_compressed": 1, "tasks": []}'])
     def test_damaged_description(self, text: str, root: Path) -> None:
         compress(root / "base", experts(root), root / "packed")
@@ -170,6 +176,17 @@ def test_command_line(run: Program, root: Path) -> None:
     twice = run("compress", root / "base", root / "a", f"a={root}/b", "--out", root / "again")
     assert twice.code == 2
     assert "give them names" in twice.err
+
+
+def test_paths_with_an_equals_sign(run: Program, root: Path) -> None:
+    """What exists is a path."""
+    (root / "eq=dir").mkdir()
+    (root / "a").rename(root / "eq=dir" / "chat")
+    done = run(
+        "compress", root / "base", root / "eq=dir" / "chat", f"code={root}/b", "--out", root / "packed", "--json"
+    )
+    assert done.code == 0, done.err
+    assert list(json.loads(done.out)["tasks"]) == ["chat", "code"]
 
 
 @pytest.mark.parametrize("verb", ["compress", "extract"])

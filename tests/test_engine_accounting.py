@@ -40,6 +40,8 @@ def test_many_unmatched_tensors_are_counted() -> None:
     extra = state(**{f"model__x{i}": torch.ones(1) for i in range(5)})
     with pytest.raises(gm.IncompatibleModels, match=r"5 tensors are not in every model.*and 1 more"):
         gm.plan(LINEAR, models={"a": extra, "b": state()})
+    with pytest.raises(gm.IncompatibleModels, match="1 tensor is not in every model"):
+        gm.plan(LINEAR, models={"a": state(model__x=torch.ones(1)), "b": state()})
 
 
 def test_unmatched_tensors_can_be_copied() -> None:

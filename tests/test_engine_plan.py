@@ -218,6 +218,22 @@ def test_saved_plan_is_equal_and_runs_to_the_same_bytes(
     assert tiny.digests(tmp_path / "one" / "out") == tiny.digests(tmp_path / "two" / "out")
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_saved_plan_runs_in_another_directory(
+    name: str, family: dict[str, tiny.Tensors], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plan of relative paths finds weights and side files from elsewhere, and makes the same directory."""
+    for model in family:
+        (tmp_path / model / "tokenizer_config.json").write_text("{}")
+    gm.plan(RECIPES[name]).save(tmp_path / "plan.json")
+    gm.merge(RECIPES[name], tmp_path / "one" / "out")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    gm.merge(Plan.load("../plan.json"), "../two/out")
+    assert (tmp_path / "two" / "out" / "tokenizer_config.json").is_file()
+    assert tiny.digests(tmp_path / "one" / "out") == tiny.digests(tmp_path / "two" / "out")
+
+
 def test_hash_does_not_depend_on_the_place(
     family: dict[str, tiny.Tensors], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,6 +18,7 @@ import geomerge as gm
 import tiny
 from geomerge.engine import journal as journal_module
 from geomerge.engine.journal import Journal
+from geomerge.engine.plan import Plan
 
 # Imports once; then each merge runs in a forked child that tells through a pipe when it has begun and, slowed down by its
 # progress, is killed after a random time. What is left is continued by the next child.
@@ -201,6 +202,22 @@ def test_finished_tensors_are_not_made_again(stopped: Callable[..., Path], tmp_p
     finished = len(lines(partial)) - 1
     report = resume(tmp_path)
     assert 0 < report.resumed == finished < report.tensors
+
+
+def test_saved_plan_is_resumed_in_another_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan of relative paths goes on from elsewhere with what the journal vouches for."""
+    tiny.family(tmp_path)
+    (tmp_path / "a" / "tokenizer_config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    plan = gm.plan(RECIPE.format(".", 1))
+    plan.save("plan.json")
+    with pytest.raises(KeyboardInterrupt):
+        gm.merge(plan, "out", threads=1, progress=tiny.Interrupt(0.5))
+    gm.merge(plan, "whole/out")
+    monkeypatch.chdir(tmp_path / "whole")
+    report = gm.merge(Plan.load("../plan.json"), "../out", resume=True)
+    assert report.resumed > 0
+    assert tiny.digests(tmp_path / "out") == tiny.digests(tmp_path / "whole" / "out")
 
 
 def test_another_recipe_is_refused(stopped: Callable[..., Path], tmp_path: Path) -> None:

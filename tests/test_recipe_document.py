@@ -37,6 +37,7 @@ def test_empty(text: str) -> None:
     [
         ("a: [1,\n", "r.yml:2: this is not YAML"),
         ("a:\n\tb: c", "r.yml:2: this is not YAML"),
+        ("a:\n\tb: c", "does not allow tabs for indentation: use spaces"),
         ("a: b: c", "r.yml:1: this is not YAML"),
         ("x: 1\ny: 'open", "r.yml:2: this is not YAML"),
         ("x: 1\n\x01", "r.yml:2: this is not YAML"),

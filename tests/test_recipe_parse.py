@@ -463,6 +463,7 @@ class TestKeys:
         ("text", "message"),
         [
             ("seed: -1", "'seed' must be a whole number of at least 0, not '-1'"),
+            ("seed: 99999999999999999999", "a whole number of at most 9223372036854775807, not '99999999999999999999'"),
             ("seed: 1.5", "whole number"),
             ("seed: true", "whole number"),
             ("guardrails: warm", "did you mean 'warn'?"),

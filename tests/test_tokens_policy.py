@@ -270,6 +270,7 @@ def test_151k_tokens_take_under_a_second() -> None:
         (spec("base", rule("a", "model_token", "m1", source_token_id=3)), RecipeError, "token_id 3 is out of range"),
         (spec("base", rule("a", "model_token", "m1", source_token_id=-1)), RecipeError, "token_id -1 is out of range"),
         (spec("m9"), RecipeError, "the tokenizer source names the model 'm9'"),
+        (spec("unoin"), RecipeError, r"'unoin'[\s\S]*did you mean 'union'"),
         (spec("base", pad=0), RecipeError, "positive"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from geomerge.diagnose.guarded import guarded_plan
 from geomerge.engine.adapted import open_model
 from geomerge.engine.plan import Plan
 from geomerge.engine.run import Progress, Report, run_in_memory, run_plan
+from geomerge.errors import UsageError
 from geomerge.recipe import Pipeline, load, loads
 from geomerge.recipe.references import parse_reference
 from geomerge.recipe.values import NOWHERE
@@ -37,9 +39,15 @@ def load_recipe(recipe: RecipeLike, *, compat: str | None = None) -> Pipeline:
 
     Raises:
         RecipeError: With the file and line.
+        UsageError: `recipe` is of another type.
     """
     if isinstance(recipe, Pipeline):
         return recipe
+    if not isinstance(recipe, str | os.PathLike):
+        raise UsageError(
+            f"a recipe is a path, YAML text, or what `load_recipe` returned, not {type(recipe).__name__}",
+            hint="a mapping becomes text by `json.dumps(recipe, indent=1)`" if isinstance(recipe, Mapping) else None,
+        )
     if isinstance(recipe, str) and "\n" in recipe:
         return loads(recipe, compat=compat)
     return load(recipe, compat=compat)
@@ -198,7 +206,33 @@ def _planned(
 
 
 def _in_memory(models: Mapping[str, Mapping[str, Tensor]] | None) -> dict[str, Checkpoint]:
-    return {name: from_state_dict(tensors, name=name) for name, tensors in (models or {}).items()}
+    models = {} if models is None else models
+    if not isinstance(models, Mapping):
+        raise UsageError(f"`models` is a mapping of names to state dicts, not {type(models).__name__}")
+    for name, tensors in models.items():
+        _check_state_dict(name, tensors)
+    return {name: from_state_dict(tensors, name=name) for name, tensors in models.items()}
+
+
+def _check_state_dict(name: object, tensors: object) -> None:
+    """Refuse what maps no names to tensors."""
+    from torch import Tensor
+
+    if not isinstance(name, str):
+        raise UsageError(f"the name of a model is text, not {name!r}")
+    if not isinstance(tensors, Mapping):
+        raise UsageError(
+            f"a model in memory is a state dict, not {type(tensors).__name__}",
+            where=name,
+            hint="such as `module.state_dict()`",
+        )
+    for key, tensor in tensors.items():
+        if not isinstance(key, str) or not isinstance(tensor, Tensor):
+            raise UsageError(
+                f"a state dict maps names to tensors, not {key!r} to {type(tensor).__name__}",
+                where=name,
+                hint="such as `module.state_dict()`",
+            )
 
 
 def continue_merge(state: str | Path, experts: Sequence[str | Path], **options: Any) -> Step:

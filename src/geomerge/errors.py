@@ -9,6 +9,7 @@
     │   └── NotFiniteError                        exit 3   it holds NaN or Inf
     ├── DataError            (ValueError)         exit 3   a task's data cannot be had
     ├── RunError             (RuntimeError)       exit 1   the machine or the files failed while running
+    │   └── OutOfRange                            exit 1   the output's dtype does not hold the merged weights
     └── GateFailed           (AssertionError)     exit 4   a quality gate said no
 
 An error says what happened, where, why, and what to do. The command line prints `str(error)` and exits with
@@ -91,6 +92,10 @@ class RunError(GeomergeError, RuntimeError):
     """The run failed: the disk is full, an input changed, a file vanished."""
 
 
+class OutOfRange(RunError):
+    """Merged weights are beyond what the output's dtype holds; `where` names the tensor."""
+
+
 class GateFailed(GeomergeError, AssertionError):
     """A quality gate that the user asked for was not passed."""
 
@@ -129,7 +134,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str | None:
     import difflib  # only where something went wrong
 
     words = sorted(set(known))
-    close = difflib.get_close_matches(word, words, n=3, cutoff=0.6)
+    same = [each for each in words if each.casefold() == word.casefold()]
+    close = same or difflib.get_close_matches(word, words, n=3, cutoff=0.6)
     if close:
         return f"did you mean {' or '.join(repr(c) for c in close)}?"
     return f"known: {', '.join(words)}" if 0 < len(words) <= 30 else None

@@ -32,6 +32,13 @@ def test_combine(run: Program, two: list[Path], tmp_path: Path) -> None:
     assert card.startswith("---\nbase_model: org/base\nlibrary_name: peft\n")
 
 
+def test_combine_one(run: Program, two: list[Path], tmp_path: Path) -> None:
+    """One adapter is not several."""
+    code, out, _ = run("adapter", "combine", two[0], "--out", tmp_path / "out")
+    assert code == 0
+    assert "1 adapter combined by linear" in " ".join(out.split())
+
+
 def test_combine_as_json(run: Program, two: list[Path], tmp_path: Path) -> None:
     """One object; parameters of the method reach it; geomerge.json tells the same and has no path in it."""
     words = ("--method", "ties", "--set", "density=0.5,0.4", "--set", "normalize=false", "--rank", 3, "--json")

@@ -241,6 +241,7 @@ def test_timing_is_matched_by_plan(tmp_path: Path) -> None:
         {"stages": []},
         {"stages": [{}]},
         {"inputs": [{"model": 3}]},
+        {"inputs": [{"model": "a", "adapter": 3}]},
         {"methods": [{"name": "slerp"}]},
         {"versions": []},
     ],

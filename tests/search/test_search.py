@@ -291,6 +291,30 @@ class TestTaskJudge:
         assert len(one.samples[name]) >= 1
         assert one.value == pytest.approx(one.samples[name].mean())
 
+    @pytest.mark.parametrize("count", [2, 3, 4])
+    def test_few_samples_have_two_halves(self, count: int, tmp_path: Path) -> None:
+        """Also where all hashes are even or all odd."""
+        own = tmp_path / "own.py"
+        for trial in range(8):
+            names = [f"{trial}-{i}" for i in range(count)]
+            own.write_text(
+                f"def few(model):\n    return {{'values': {[float(i) for i in range(count)]}, 'hashes': {names}}}\n"
+            )
+            judge = TaskJudge([f"{own}:few"], "a", None)
+            module = judge.load("a")
+            halves: tuple[Half, Half] = ("search", "held_out")
+            found = [list(*judge.measure(module, half).samples.values()) for half in halves]
+            assert all(found)
+            assert sorted(found[0] + found[1]) == list(range(count))
+
+    def test_one_sample_has_no_halves(self, tmp_path: Path) -> None:
+        """What was searched with is never called held out."""
+        own = tmp_path / "own.py"
+        own.write_text("def one(model):\n    return [1.0]\n")
+        judge = TaskJudge([f"{own}:one"], "a", None)
+        with pytest.raises(gm.UsageError, match="needs at least 2 different samples"):
+            judge.measure(judge.load("a"), "search")
+
 
 OWN = """
 import os, signal, pathlib

@@ -120,7 +120,8 @@ def combine(
             made = list(each_of(merged, lambda f: truncate(f, budget), threads, progress))
         else:
             made = list(each_of(layers, work.make, threads, progress))
-        how = f"{len(opened)} adapters combined by {made_by.name}" + (" in their KnOTS basis" if knots else "")
+        count = "1 adapter" if len(opened) == 1 else f"{len(opened)} adapters"
+        how = f"{count} combined by {made_by.name}" + (" in their KnOTS basis" if knots else "")
         first = opened[0]
         tying = all(a.config.get("ensure_weight_tying") for a in opened)
         content = Content(

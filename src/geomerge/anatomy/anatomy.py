@@ -144,13 +144,14 @@ class _Reader:
 def _count(module: Module, config: Mapping[str, Any] | None) -> int | None:
     """The number of blocks that the configuration states for a module."""
     for key in module.counts:
-        value = _lookup(config, key)
+        value = lookup(config, key)
         if isinstance(value, int) and not isinstance(value, bool):
             return value
     return None
 
 
-def _lookup(config: Mapping[str, Any] | None, dotted: str) -> Any:
+def lookup(config: Mapping[str, Any] | None, dotted: str) -> Any:
+    """What a configuration has under a key, which is dotted where it is nested."""
     value: Any = config
     for key in dotted.split("."):
         value = value.get(key) if isinstance(value, dict) else None
@@ -158,13 +159,11 @@ def _lookup(config: Mapping[str, Any] | None, dotted: str) -> Any:
 
 
 def _layer_keys(module: Module, config: Mapping[str, Any] | None) -> tuple[str, ...]:
-    present = tuple(key for key in module.counts if _lookup(config, key) is not None)
+    present = tuple(key for key in module.counts if lookup(config, key) is not None)
     if present or not module.counts:
         return present
     # None is there (its value is the library's default): the one to write, in a section that exists.
-    homes = [
-        key for key in module.counts if "." not in key or isinstance(_lookup(config, key.rpartition(".")[0]), dict)
-    ]
+    homes = [key for key in module.counts if "." not in key or isinstance(lookup(config, key.rpartition(".")[0]), dict)]
     return (*homes, *module.counts)[:1]
 
 

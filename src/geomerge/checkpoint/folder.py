@@ -7,6 +7,8 @@ Hugging Face cache, which point into its own blob store, are the one exception.
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 from pathlib import Path, PurePosixPath
 
@@ -44,26 +46,45 @@ def check_name(name: str, where: str, *, what: str) -> None:
 
 
 def check_contained(path: Path, folder: Path) -> None:
-    """Refuse a symbolic link that leads out of `folder`, unless it is one of the Hugging Face cache's own.
+    """Refuse a symbolic link that leads nowhere, or out of `folder` unless it is one of the Hugging Face cache's own.
 
     Raises:
         DamagedCheckpoint: Naming the link and its target.
     """
-    target, home = path.resolve(), folder.resolve()
+    # Unlike `Path.resolve`, this does not raise for a circle.
+    target, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    if not _belongs(target, home):
+        raise DamagedCheckpoint(
+            f"is a symbolic link to {target}, outside of the model's directory",
+            where=str(path),
+            hint="put the file itself in its place, or give that file as the model",
+        )
+    broken = broken_link(path)
+    if broken is not None:
+        raise DamagedCheckpoint(broken, where=str(path), hint="put the file itself in its place")
+
+
+def _belongs(target: Path, home: Path) -> bool:
     if target.is_relative_to(home):
-        return
+        return True
     # .../models--owner--name/snapshots/<commit> links to .../models--owner--name/blobs or to the cache's shared blobs.
     # The model may be a subfolder of the snapshot.
     snapshots = next((place for place in home.parents if place.name == "snapshots"), None)
-    if snapshots is not None:
-        repository = snapshots.parent
-        if target.is_relative_to(repository / "blobs") or target.is_relative_to(repository.parent / "blobs"):
-            return
-    raise DamagedCheckpoint(
-        f"is a symbolic link to {target}, outside of the model's directory",
-        where=str(path),
-        hint="put the file itself in its place, or give that file as the model",
-    )
+    if snapshots is None:
+        return False
+    repository = snapshots.parent
+    return target.is_relative_to(repository / "blobs") or target.is_relative_to(repository.parent / "blobs")
+
+
+def broken_link(path: Path) -> str | None:
+    """What is wrong with a symbolic link that leads to no file; ``None`` for anything else."""
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return f"is a symbolic link to {path.readlink()}, which does not exist" if path.is_symlink() else None
+    except OSError as error:
+        return "is a symbolic link that leads in a circle" if error.errno == errno.ELOOP else None
+    return None
 
 
 def weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:

@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from geomerge.checkpoint.folder import check_name
+from geomerge.checkpoint.folder import broken_link, check_name
 from geomerge.errors import ModelError, RunError, UsageError
 
 _LONGEST_ID = 200
@@ -85,6 +85,9 @@ def locate(
     except OSError as error:
         raise ModelError(f"cannot be opened: {error.strerror}", where=ref) from None
     if not exists:
+        broken = broken_link(path)
+        if broken is not None:
+            raise ModelError(broken, where=ref, hint="give the model itself, or mend the link")
         raise ModelError("there is no such file or directory", where=ref, hint=_missing_hint(ref, path))
     if revision is not None:
         raise UsageError(f"a revision ({revision!r}) of a local path", where=ref, hint="revisions belong to hub ids")

@@ -58,14 +58,57 @@ def _check(out: Path, partial: Path, inputs: Iterable[Path], *, force: bool) -> 
         return
     if not force:
         raise UsageError("the output exists", where=where, hint="choose another output, or replace it with --force")
-    if not replaceable(out):
+    if not _is_model(out):
         raise UsageError(
             "is not a model directory (it has no config.json and no *.safetensors), so it is not replaced",
             where=where,
             hint="choose another output, or remove it yourself",
         )
+    strangers = _strangers(out)
+    if strangers:
+        shown = ", ".join(strangers[:_SHOWN]) + (
+            f" and {len(strangers) - _SHOWN} more" if len(strangers) > _SHOWN else ""
+        )
+        raise UsageError(
+            f"holds what is no part of a model, so it is not replaced: {shown}",
+            where=where,
+            hint="choose another output, or move that away",
+        )
+
+
+_SHOWN = 5
+_SUFFIXES = frozenset(
+    {
+        *(".safetensors", ".json", ".jsonl", ".bin", ".pt", ".pth", ".gguf", ".model", ".msgpack", ".h5", ".onnx"),
+        *(".txt", ".md", ".jinja", ".tiktoken", ".yml", ".yaml", ".html", ".svg", ".png", ".jpg", ".gitattributes"),
+    }
+)
+_TRAINING = frozenset({"optimizer.pt", "optimizer.bin", "scheduler.pt", "rng_state.pth", "scaler.pt"})
+
+
+def _strangers(folder: Path) -> list[str]:
+    """What lies in a model's directory that no model has: other kinds of files, a training's state, other directories.
+
+    A part of a model has a directory of its own, in which there is a configuration or weights; code is a model's where its
+    configuration names it.
+    """
+    config = folder / "config.json"
+    coded = config.is_file() and b"auto_map" in config.read_bytes()
+    found = []
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and not path.is_symlink():
+            part = any(p.suffix in (".json", ".safetensors", ".bin") for p in path.iterdir() if p.is_file())
+            found += [f"{path.name}/{s}" for s in _strangers(path)] if part else [f"{path.name}/"]
+        elif path.name in _TRAINING or ("".join(path.suffixes[-1:]) or path.name) not in _SUFFIXES:
+            known = path.name in ("LICENSE", "NOTICE", "USE_POLICY") or (coded and path.suffix == ".py")
+            found += [] if known else [path.name]
+    return found
 
 
 def replaceable(out: Path) -> bool:
-    """Whether a non-empty directory is a model that ``--force`` may replace."""
+    """Whether a non-empty directory is a model, and nothing else, that ``--force`` may replace."""
+    return _is_model(out) and not _strangers(out)
+
+
+def _is_model(out: Path) -> bool:
     return out.is_dir() and ((out / "config.json").is_file() or any(out.glob("*.safetensors")))

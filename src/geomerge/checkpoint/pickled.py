@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from geomerge.checkpoint.header import FileInfo, open_regular
-from geomerge.errors import DamagedCheckpoint
+from geomerge.errors import DamagedCheckpoint, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+_REFUSED = re.compile(r"(?:Unsupported|Trying to load unsupported) .+?(?=\. |\.?$)", re.MULTILINE)
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 
 
@@ -60,9 +62,8 @@ def _load(path: Path) -> dict[str, Tensor]:
     try:
         found: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # noqa: BLE001  a hostile or truncated pickle can make torch raise almost anything
-        reason = str(error).strip().splitlines()[:1]
         raise DamagedCheckpoint(
-            f"cannot be read as weights only: {reason[0] if reason else type(error).__name__:.300}",
+            f"cannot be read as weights only: {_reason(error):.300}",
             where=where,
             hint="convert it to safetensors where you trust it",
         ) from None
@@ -75,3 +76,11 @@ def _load(path: Path) -> dict[str, Tensor]:
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             raise DamagedCheckpoint(f"entry {name!r:.100} is {type(value).__name__}, not a tensor", where=where)
     return found
+
+
+def _reason(error: Exception) -> str:
+    """What torch found, without its advice to run the file's code after all."""
+    if "weights_only" not in str(error):
+        return first_line(error)
+    found = _REFUSED.search(str(error))
+    return found[0] if found else "it holds more than tensors and containers"

@@ -52,7 +52,7 @@ class OpenFiles:
         self.descriptors: list[int] = []
         for file in layout.files:
             try:
-                flags = os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW
+                flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW  # what was written may be looked at
                 self.descriptors.append(os.open(partial / file.name, flags))
             except OSError as error:
                 self.close()

@@ -97,7 +97,7 @@ def extract(
 
 
 def _named(experts: list[str]) -> dict[str, str]:
-    """Name → model.
+    """Name → model. What exists as a path is one, also with an ``=`` in it.
 
     Raises:
         UsageError: Two of one name.
@@ -107,13 +107,21 @@ def _named(experts: list[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for each in experts:
         name, equals, path = each.partition("=")
-        name, path = (name, path) if equals else (Path(each).name, each)
+        if not equals or _exists(each):
+            name, path = Path(each).name, each
         if not name or name in found:
             raise UsageError(
                 f"two experts would be called {name!r}", hint="give them names: chat=./a/model code=./b/model"
             )
         found[name] = path
     return found
+
+
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).exists()
+    except OSError:  # too long for a file name
+        return False
 
 
 def _show(made: Packed) -> None:

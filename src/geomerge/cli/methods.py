@@ -77,7 +77,7 @@ def _show_one(name: str, method: type[Method]) -> None:
         ]
     else:
         rows += [
-            ("models", f"{method.models_text()}; the base is {method.base_use}"),
+            ("models", f"{method.models_text()}; {_base(method)}"),
             ("family", method.family),
             ("properties", properties),
         ]
@@ -101,6 +101,15 @@ def _show_one(name: str, method: type[Method]) -> None:
 def _models(method: type[Method]) -> str:
     low, high = method.models
     return str(low) if low == high else f"{low} or more" if high is None else f"{low} to {high}"
+
+
+def _base(method: type[Method]) -> str:
+    """What becomes of a base."""
+    if method.base_use != "ignored":
+        return f"the base is {method.base_use}"
+    if method.models[1] is None and method.family != "search":
+        return "a base that is named but not listed counts as one more model"
+    return "there is no base"
 
 
 def _range(p: Parameter) -> str:

@@ -69,7 +69,11 @@ class Contents:
                 raise ValueError(f"format {data['geomerge_compressed']}")
             tasks = {str(name): float(factor) for name, factor in data["tasks"].items()}
             return cls(str(data["method"]), tasks, str(data["base"]), str(data["fingerprint"]), data.get("threshold"))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except KeyError as error:
+            raise DamagedCheckpoint(
+                f"the description of the compressed experts lacks the key {error}", where=str(path)
+            ) from None
+        except (TypeError, ValueError, AttributeError) as error:
             raise DamagedCheckpoint(
                 f"the description of the compressed experts is damaged: {error}", where=str(path)
             ) from None

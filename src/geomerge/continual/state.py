@@ -34,7 +34,7 @@ class Known:
     """A model that took part.
 
     Attributes:
-        model: Its hub id or the last part of its path.
+        model: Its hub id or the last part of its path; BASE+ADAPTER where an adapter was added.
         fingerprint: `Checkpoint.fingerprint`.
         path: Where it was found (kept for the base only, which every step reads).
         revision, licence: If it has them.
@@ -49,8 +49,7 @@ class Known:
     @classmethod
     def of(cls, model: InputModel, *, path: bool = False) -> Known:
         """What is kept of a plan's input."""
-        name = model.hub_id or Path(model.path).name
-        return cls(name, model.fingerprint, model.path if path else "", model.revision, model.licence)
+        return cls(model.name, model.fingerprint, model.path if path else "", model.revision, model.licence)
 
 
 @dataclass(frozen=True)

@@ -185,5 +185,5 @@ class Write(Work):
             self.advance(values.numel() * DTYPES[node.dtype].itemsize)
             return loss
 
-        loss = sum(run(write, pieces(node, whole=False)), RoundingLoss())
+        loss = sum(run(write, pieces(node, whole=False)), RoundingLoss()).checked(node.name, node.dtype)
         return {"loss": [loss.change, loss.error, loss.elements]}

@@ -6,12 +6,14 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from geomerge.checkpoint.dtypes import recipe_name
-from geomerge.diagnose.parents import Parents
-from geomerge.diagnose.tokens import TokenComparison
 from geomerge.engine.models import Model
+
+if TYPE_CHECKING:
+    from geomerge.diagnose.parents import Parents
+    from geomerge.diagnose.tokens import TokenComparison
 
 Severity = Literal["note", "warning", "blocking"]
 
@@ -121,7 +123,7 @@ def differences(parents: Parents, a: int, b: int, tokens: TokenComparison) -> li
     one, other = parents.models[a], parents.models[b]
     names = parents.names[a], parents.names[b]
     found = [
-        *_config(one, other, names),
+        *config_differences(one, other, names),
         *_dtypes(one, other, names),
         *_vocabulary(one, other, names, tokens),
         *_tied(one, other, names),
@@ -132,7 +134,8 @@ def differences(parents: Parents, a: int, b: int, tokens: TokenComparison) -> li
     return sorted(found, key=lambda d: order[d.severity])
 
 
-def _config(a: Model, b: Model, names: tuple[str, str]) -> list[Difference]:
+def config_differences(a: Model, b: Model, names: tuple[str, str]) -> list[Difference]:
+    """What the configurations of two models say differently of the network."""
     here, there = _plain(a.config), _plain(b.config)
     if not here or not there:
         if bool(here) == bool(there):

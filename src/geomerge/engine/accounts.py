@@ -168,12 +168,22 @@ class Accounts:
         rules = ", ".join([f"{merged}: merge", *copied])
         return f"the names may differ by prefixes alone, which `components: {{{rules}}}` sees through"
 
+    def _other_architectures(self) -> str | None:
+        """A hint for models whose configurations name different types and that have no tensor in common."""
+        types = {str(m.config["model_type"]): m for m in self.members if m.config and m.config.get("model_type")}
+        if len(types) < 2 or set[str].intersection(*(set(m.tensors) for m in self.members)):
+            return None
+        named = " and ".join(f"{name} ({model})" for name, model in types.items())
+        return f"they are of different architectures, whose weights cannot be merged: {named}"
+
     def refuse_missing(self) -> None:
         shown = "; ".join(self.missing[:4])
         more = f"; and {len(self.missing) - 4} more" if len(self.missing) > 4 else ""
+        count = "1 tensor is" if len(self.missing) == 1 else f"{len(self.missing)} tensors are"
         raise IncompatibleModels(
-            f"{len(self.missing)} tensors are not in every model: {shown}{more}",
+            f"{count} not in every model: {shown}{more}",
             where=str(self.recipe.where),
-            hint=self._other_names()
+            hint=self._other_architectures()
+            or self._other_names()
             or "are they of one architecture? `unmatched: copy` takes such tensors from the model that has them",
         )

@@ -395,7 +395,8 @@ def _name(model: Model) -> str:
     checkpoint = model.checkpoint
     if checkpoint is None:
         return str(model)
-    return checkpoint.hub_id or (checkpoint.path.name if checkpoint.path else checkpoint.ref)
+    base = checkpoint.hub_id or (checkpoint.path.name if checkpoint.path else checkpoint.ref)
+    return f"{base}+{checkpoint.adapter.name}" if checkpoint.adapter else base
 
 
 def _round(angle: float) -> float | None:

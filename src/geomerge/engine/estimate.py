@@ -74,7 +74,7 @@ def estimate(plan: Plan, inputs: Sequence[Checkpoint], *, threads: int | None = 
             assert node.method is not None
             spent[node.method.name][0] += seconds
             spent[node.method.name][1] += work
-            loss += found
+            loss += found.checked(node.name, node.dtype)
     return Estimate(
         read=sum(_bytes_read(plan, n, inputs) for n in nodes),
         written=plan.nbytes,

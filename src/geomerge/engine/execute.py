@@ -21,7 +21,7 @@ import torch
 from geomerge.checkpoint.dtypes import DTYPES, to_torch
 from geomerge.engine import codes
 from geomerge.engine.build import Builder
-from geomerge.engine.loss import SAMPLE, RoundingLoss
+from geomerge.engine.loss import SAMPLE, RoundingLoss, out_of_range
 from geomerge.engine.matrices import ROOM, whole_matrices
 from geomerge.engine.memory import keep_freed_memory
 from geomerge.engine.plan import BUFFER, SCALES, Node
@@ -116,7 +116,7 @@ class Work:
             facts["scale"] = node.scale
         if prepared.coefficients is not None:
             facts["coefficients"] = list(prepared.coefficients)
-        loss = sum(losses, RoundingLoss())
+        loss = sum(losses, RoundingLoss()).checked(node.name, node.dtype)
         if loss.elements:
             facts["loss"] = [loss.change, loss.error, loss.elements]
         return facts
@@ -174,6 +174,7 @@ class Work:
             if self.stop.is_set():
                 raise Interrupted
             rounded = round_(start, values)
+            _check_range(node, rounded)
             self.sink.write(node, start, rounded)
             if sampled and start == segment.start:
                 reference = torch.empty_like(values[:SAMPLE])
@@ -199,11 +200,12 @@ class Work:
                 room = merged.to(to_torch(node.dtype))
                 if beginning is not None:
                     beginning[:] = merged[: len(beginning)]
+            _check_range(node, room if room is not None else native.Inputs([out], place.numel))
             if room is not None:
                 self.sink.write(node, place.start, room)
             if beginning is not None:
                 before = prepared.scan.stored_one(0, place.start, len(beginning))
-                loss.add_differences(*native.change(before, beginning, out.code))
+                loss.add_differences(beginning, *native.change(before, beginning, out.code))
             self.advance(place.numel * DTYPES[node.dtype].itemsize)
         return loss
 
@@ -326,6 +328,17 @@ class Room:
             with self._changed:
                 self._left += nbytes
                 self._changed.notify_all()
+
+
+def _check_range(node: Node, made: torch.Tensor | native.Inputs) -> None:
+    """Refuse a result of which the dtype does not hold all; where only absurd weights get there, the sample shows it."""
+    seen = node.dtype in ("BF16", "F32") and node.numel >= _SAMPLED
+    if (
+        not seen
+        and node.dtype in ("F16", "BF16", "F32")
+        and not (made.isfinite().all() if isinstance(made, torch.Tensor) else native.finite(made))
+    ):
+        raise out_of_range(node.name, node.dtype)
 
 
 def _check_copied(node: Node, values: torch.Tensor, where: str) -> None:

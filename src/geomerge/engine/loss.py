@@ -13,12 +13,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from geomerge.checkpoint.dtypes import recipe_name
+from geomerge.errors import OutOfRange
+
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 SAMPLE = 1 << 12
 """Elements of a tile that are looked at: fewer than any tile has, so that the estimate does not depend on the tile's size."""
+
+
+_RESIDUE = 2.0**-44
+"""Of an element: sums of a few float64 numbers are closer than this to what they should be."""
 
 
 @dataclass
@@ -38,21 +45,42 @@ class RoundingLoss:
     def add(self, merged: Tensor, rounded: Tensor, reference: Tensor) -> None:
         """Take in the beginning of one tile: the result, its rounding, the reference's elements."""
         result, near, before = (_float64(x[:SAMPLE]) for x in (merged, rounded, reference))
-        self.add_differences(result - before, near - result)
+        with np.errstate(all="ignore"):
+            self.add_differences(result, result - before, near - result)
 
-    def add_differences(self, change: np.ndarray, error: np.ndarray) -> None:
-        """The same, from θ − reference and round(θ) − θ."""
-        self.change += _squared(change)
-        self.error += _squared(error)
+    def add_differences(self, merged: np.ndarray, change: np.ndarray, error: np.ndarray) -> None:
+        """The same, from θ, θ − reference and round(θ) − θ. What float64's own rounding leaves of no change is none."""
+        with np.errstate(all="ignore"):
+            none = np.abs(change) <= _RESIDUE * np.abs(merged)
+            none &= np.isfinite(merged)
+            change[none] = error[none] = 0.0
+            self.change += _squared(change)
+            self.error += _squared(error)
         self.elements += change.size
 
     def __add__(self, other: RoundingLoss) -> RoundingLoss:
         return RoundingLoss(self.change + other.change, self.error + other.error, self.elements + other.elements)
 
+    def checked(self, name: str, dtype: str) -> RoundingLoss:
+        """The same; raises `OutOfRange` where rounding a tensor's elements to a dtype has made them infinite."""
+        if not math.isfinite(self.error):
+            raise out_of_range(name, dtype)
+        return self
+
     @property
     def share(self) -> float | None:
         """‖round(θ) − θ‖ / ‖θ − reference‖, or `None` when the merge changes nothing."""
         return math.sqrt(self.error / self.change) if self.change > 0 else None
+
+
+def out_of_range(name: str, dtype: str) -> OutOfRange:
+    """The error for a tensor of which a dtype does not hold all elements."""
+    most = {"F16": 65504.0}.get(dtype, 3.4e38)
+    return OutOfRange(
+        f"the merged weights are beyond what {recipe_name(dtype)} holds (±{most:g})",
+        where=name,
+        hint="make the weights or lambda smaller" + (", or write `dtype: bfloat16`" if dtype == "F16" else ""),
+    )
 
 
 def _float64(x: Tensor) -> np.ndarray:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from geomerge.anatomy.anatomy import lookup
 from geomerge.checkpoint.card import read_licence
 from geomerge.checkpoint.checkpoint import Checkpoint
 from geomerge.checkpoint.config import edit_config
@@ -61,7 +62,9 @@ def describe_output(
             vocab_size=vocabularies.size if vocabularies.changes else None,
             tie=False if untied else None,
         )
-    notes = list(vocabularies.notes)
+    notes = [*vocabularies.notes, *_contradictions(donor, members)]
+    if config is not None and not block_maps:
+        notes += _not_stored(donor, config, vocabulary=not vocabularies.changes)
     if config is None and any(member.config is not None for member in members):
         notes.append(f"{donor} has no config.json, and neither has the output: put one beside its weights to load it")
     if untied and not aligned:
@@ -85,6 +88,32 @@ def describe_output(
     copies |= {name: content for name, content in found.items() if isinstance(content, Path)}
     texts |= {name: content for name, content in found.items() if isinstance(content, str)}
     return config, copies, texts, notes
+
+
+def _contradictions(donor: Model, members: list[Model]) -> Iterator[str]:
+    """What the others' configurations say of the network that the output's, which is the donor's, contradicts."""
+    for other in members:
+        if other is donor or other.config is None or donor.config is None or other.config == donor.config:
+            continue
+        from geomerge.diagnose.differences import config_differences
+
+        for found in config_differences(donor, other, (str(donor), str(other))):
+            if found.severity != "note":
+                yield f"{found.what}: {found.advice}"
+
+
+def _not_stored(donor: Model, config: Mapping[str, Any], *, vocabulary: bool) -> Iterator[str]:
+    """Blocks and tokens that the output's configuration states and no tensor holds."""
+    for module, keys in donor.anatomy.layer_keys.items():
+        stored = donor.anatomy.depth[module]
+        for key in keys:
+            stated = lookup(config, key)
+            if isinstance(stated, int) and stated > stored and "num_hidden_groups" not in config:
+                yield f"the config of {donor} says {key} = {stated}, but {stored} are stored: what loads it makes the others up"
+    rows = {donor.tensors[name].shape[axis] for name, axis in donor.anatomy.vocabulary.items() if name in donor.tensors}
+    stated = config.get("vocab_size")
+    if vocabulary and len(rows) == 1 and isinstance(stated, int) and stated > max(rows):
+        yield f"the config of {donor} says vocab_size = {stated}, but the embedding has {max(rows)} rows: it will not load"
 
 
 def donor_files(donor: Model, *, without_tokenizer: bool) -> dict[str, Path]:

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -136,6 +136,12 @@ class InputModel:
     fingerprint: str
     licence: str | None = None
     adapter: str = ""
+
+    @property
+    def name(self) -> str:
+        """Without its path: the hub id or the directory's name, and BASE+ADAPTER where an adapter is added."""
+        base = self.hub_id or (PurePath(self.path).name if self.path else self.ref)
+        return f"{base}+{PurePath(self.adapter).name}" if self.adapter else base
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,7 @@ from geomerge.engine.plan import InputModel, Node, Plan
 from geomerge.engine.processes import Processes, interpreted, suitable
 from geomerge.engine.sinks import FileSink, MemorySink
 from geomerge.engine.survey import survey_bytes, surveyed
-from geomerge.errors import ModelError, RunError, UsageError, did_you_mean, first_line
+from geomerge.errors import ModelError, OutOfRange, RunError, UsageError, did_you_mean, first_line
 from geomerge.methods import native, registry
 from geomerge.methods.tile import TILE
 from geomerge.version import __version__
@@ -156,7 +156,7 @@ def run_plan(
                     executor=executor,
                     flush=output.flush,
                 )
-            except ModelError:
+            except (ModelError, OutOfRange):
                 # Nothing that a resumed run could go on with: the parent has to be another one first.
                 output.abandon()
                 raise

@@ -339,7 +339,7 @@ class RecipePlan:
         tensors = {name: Kind(self.planner.nodes[i].dtype, self.planner.nodes[i].shape) for name, i in nodes.items()}
         config, copies, texts, _ = self.describe(made)
         assert self.recipe.name is not None
-        folder = self.donor.folder
+        folder = self.donor.folder.absolute() if self.donor.folder is not None else None
         if texts or folder is None or any(not path.is_relative_to(folder) for path in copies.values()):
             folder = self.planner.lay_out(copies, texts) if texts or copies else None
         return Model(
@@ -371,7 +371,8 @@ class RecipePlan:
         # What an earlier stage laid out is gone when the plan is carried out: name its originals.
         real = {name: self.planner.laid_out.get(path, path) for name, path in copies.items()}
         texts |= {name: content for name, content in real.items() if isinstance(content, str)}
-        return config, {n: c for n, c in real.items() if isinstance(c, Path)}, texts, notes
+        # Absolute: a saved plan may be carried out from another directory.
+        return config, {n: c.absolute() for n, c in real.items() if isinstance(c, Path)}, texts, notes
 
 
 def _informed(method: type[Method]) -> bool:

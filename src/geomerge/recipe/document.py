@@ -146,7 +146,9 @@ def read_documents(text: str, file: str) -> list[Table]:
         mark = error.problem_mark or error.context_mark
         where = f"{file}:{mark.line + 1}" if mark else file
         problem = ", ".join(str(said) for said in (error.context, error.problem) if said)
-        raise RecipeError(f"this is not YAML: {problem}", where=where, hint="check indentation and quotes") from None
+        tab = repr("\t") in problem
+        hint = "YAML does not allow tabs for indentation: use spaces" if tab else "check indentation and quotes"
+        raise RecipeError(f"this is not YAML: {problem}", where=where, hint=hint) from None
     except YAMLError as error:
         line = text.count("\n", 0, getattr(error, "position", 0)) + 1
         reason = getattr(error, "reason", None) or str(error).splitlines()[0]

@@ -293,7 +293,8 @@ class Reader:
     def _whole(self, node: Node, key: Key, least: int, most: int = 2**63 - 1) -> int:
         value = node.value() if isinstance(node, Text) else None
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-            raise refuse(node.where, f"{key.name!r} must be a whole number of at least {least}, not {said_kind(node)}")
+            bound = f"at most {most}" if isinstance(value, int) and value > most else f"at least {least}"
+            raise refuse(node.where, f"{key.name!r} must be a whole number of {bound}, not {said_kind(node)}")
         return value
 
     def read_seed(self, node: Node, key: Key) -> int:

@@ -28,10 +28,12 @@ class Coefficients:
     Attributes:
         quantity: ``coefficient``, or the parameter's name.
         grids: One for each parent (and module).
+        tensors: How many tensors have it.
     """
 
     quantity: str
     grids: tuple[Grid, ...]
+    tensors: int
 
     @property
     def vary(self) -> bool:
@@ -53,7 +55,7 @@ def read_coefficients(run: Run) -> list[Coefficients]:
                     numbers[key][name] = [float(v) for v in found]
     if "coefficient" in numbers:
         numbers = defaultdict(dict, {"coefficient": numbers["coefficient"]})
-    return [Coefficients(key, tuple(_grids(run, key, rows))) for key, rows in numbers.items()]
+    return [Coefficients(key, tuple(_grids(run, key, rows)), len(rows)) for key, rows in numbers.items()]
 
 
 def _grids(run: Run, quantity: str, rows: Mapping[str, list[float]]) -> list[Grid]:
@@ -87,7 +89,7 @@ def _names(run: Run, width: int, quantity: str) -> list[str]:
     """Whose the numbers are. Inputs stand base first, and then in the recipe's order."""
     if width == 1:
         return [visible(quantity)]
-    inputs = [str(i["model"]) for i in run.inputs]
+    inputs = run.parents
     base = _base(run)
     if base in inputs:
         inputs = [base, *(name for name in inputs if name != base)]
@@ -110,8 +112,9 @@ def _base(run: Run) -> str | None:
         return None
     if base is None:
         return None
-    names = {str(i["model"]) for i in run.inputs}
-    return base.path if base.path in names else PurePath(base.path).name
+    adapter = f"+{PurePath(base.lora.path).name}" if base.lora is not None else ""
+    whole = f"{base.path}{adapter}"
+    return whole if whole in run.parents else f"{PurePath(base.path).name}{adapter}"
 
 
 def curves_figure(found: Curves, name: str) -> Figure:

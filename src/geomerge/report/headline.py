@@ -106,7 +106,7 @@ def _of_runs(runs: Sequence[Run]) -> tuple[str, list[str]]:
     if len(runs) > 1:
         return f"{count(len(runs), 'merge')}, not scored yet.", [_SCORE]
     run = runs[0]
-    parents = [visible(i["model"], 40) for i in run.inputs]
+    parents = [visible(name, 40) for name in run.parents]
     named = ", ".join(parents[:-1]) + " and " + parents[-1] if len(parents) > 1 else "".join(parents)
     if len(parents) > 5:
         named = count(len(parents), "model")

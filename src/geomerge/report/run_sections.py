@@ -62,7 +62,7 @@ def _how(run: Run, prefix: str) -> list[Part]:
         size.append(count(run.parameters, "parameter"))
     facts.append(("output", ", ".join(size)))
     found = read_coefficients(run)
-    facts += [(visible(c.quantity, 40), _same(c)) for c in found if not c.vary and _worth_saying(c)]
+    facts += [(visible(c.quantity, 40), _same(run, c)) for c in found if not c.vary and _worth_saying(c)]
     parts: list[Part] = [Facts(facts), _parents(run)]
     varying = [c for c in found if c.vary]
     parts += [
@@ -89,15 +89,17 @@ def _worth_saying(found: Coefficients) -> bool:
     } and not (found.quantity == "epsilon" and len(found.grids) == 1)
 
 
-def _same(found: Coefficients) -> str:
-    """``0.5 expert-a, 0.5 expert-b in every tensor``, or about that much in each."""
+def _same(run: Run, found: Coefficients) -> str:
+    """``0.5 expert-a, 0.5 expert-b in every tensor``, or about that much in each, or in those that have any."""
     said = []
     for grid in found.grids[:12]:
         values = grid.values.values()
         value = number(round(sum(values) / len(values), 4), 3)
         said.append(f"{value} {grid.title}" if len(found.grids) > 1 else value)
     about = "" if all(grid.spread == 0 for grid in found.grids) else "about "
-    return f"{about}{', '.join(dict.fromkeys(said))}{', …' if len(found.grids) > 12 else ''} in every tensor"
+    merged = sum(1 for entry in run.manifest["tensors"].values() if entry.get("method") is not None)
+    where = "every tensor" if found.tensors >= merged else f"{found.tensors:,} of {merged:,} tensors"
+    return f"{about}{', '.join(dict.fromkeys(said))}{', …' if len(found.grids) > 12 else ''} in {where}"
 
 
 def _title(run: Run) -> str:
@@ -122,14 +124,14 @@ def _paper(run: Run) -> str | None:
 
 def _parents(run: Run) -> Table:
     rows = []
-    for model in run.inputs:
+    for name, model in zip(run.parents, run.inputs, strict=True):
         files = model.get("files")
         sizes = [f.get("size") for f in files.values() if isinstance(f, dict)] if isinstance(files, dict) else []
         nbytes = sum(s for s in sizes if isinstance(s, int))
         rows.append(
             Row(
                 [
-                    visible(model["model"], 60),
+                    visible(name, 60),
                     amount(nbytes) if nbytes else MISSING,
                     short_hash(model.get("revision")),
                     short_hash(model.get("fingerprint")),
@@ -243,7 +245,10 @@ def _run_facts(run: Run) -> list[tuple[str, str]]:
 
 
 def _hashes(run: Run) -> Table:
-    rows = [Row([visible(i["model"], 60), visible(i.get("fingerprint", MISSING))]) for i in run.inputs]
+    rows = [
+        Row([visible(name, 60), visible(i.get("fingerprint", MISSING))])
+        for name, i in zip(run.parents, run.inputs, strict=True)
+    ]
     return Table(("parent", "fingerprint"), rows, frozenset({0, 1}))
 
 

@@ -67,6 +67,11 @@ class Run:
         return list(self.manifest["inputs"])
 
     @property
+    def parents(self) -> list[str]:
+        """The parents' names, BASE+ADAPTER where an adapter was added."""
+        return [f"{i['model']}+{i['adapter']}" if i.get("adapter") else str(i["model"]) for i in self.inputs]
+
+    @property
     def rounding_loss(self) -> float | None:
         """The share of the task vectors' norm that rounding took."""
         found = self.manifest.get("rounding_loss")
@@ -140,6 +145,7 @@ def _check(manifest: Mapping[str, Any], where: str) -> None:
         need(isinstance(stage, dict) and isinstance(stage.get("method"), str), "a stage has no method")
     for model in manifest["inputs"]:
         need(isinstance(model, dict) and isinstance(model.get("model"), str), "an input has no name")
+        need(isinstance(model.get("adapter", ""), str), "an input's adapter is not text")
         need(isinstance(model.get("fingerprint", ""), str), "an input's fingerprint is not text")
         need(isinstance(model.get("revision"), str | None), "an input's revision is not text")
     for method in manifest["methods"]:

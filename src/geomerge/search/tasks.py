@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from geomerge.errors import UsageError
 from geomerge.search.objective import Half, Measured
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import nn
 
 
@@ -52,9 +54,7 @@ class TaskJudge:
                 found = task.score(
                     Model("candidate", "model", module=module, tokenizer=tokenizer), self._settings, lambda share: None
                 )
-            mine = np.array([(int(h, 16) % 2 == 0) == (half == "search") for h in found.hashes])
-            if not mine.any():
-                mine[:] = True  # a task of one sample has no halves
+            mine = _in_half(found.hashes, half, task.name)
             sign = 1.0 if task.higher_is_better else -1.0
             chosen = Samples(
                 found.values[mine],
@@ -68,3 +68,21 @@ class TaskJudge:
             weight = np.maximum(chosen.weights.sum(1), 1e-12)
             samples[task.name] = sign * (chosen.values * chosen.weights).sum(1) / weight
         return Measured(sum(parts.values()) / len(parts), parts, samples)
+
+
+def _in_half(hashes: Sequence[str], half: Half, task: str) -> NDArray[np.bool_]:
+    """Which samples belong to a half, shape ``(samples,)``: those with even hashes are searched with.
+
+    Raises:
+        UsageError: There are no two different samples.
+    """
+    numbers = [int(h, 16) for h in hashes]
+    if len(set(numbers)) < 2:
+        raise UsageError(
+            f"the task {task} needs at least 2 different samples, to hold some of them out",
+            hint="give it more samples, or a larger limit",
+        )
+    even = np.array([number % 2 == 0 for number in numbers])
+    if even.all() or not even.any():  # by chance, with few samples
+        even ^= np.array([number == min(numbers) for number in numbers])
+    return even if half == "search" else ~even

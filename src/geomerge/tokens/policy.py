@@ -43,8 +43,8 @@ class _Inputs:
     inside: int
     """How many of them are merged; those after give their tokenizer only."""
 
-    def index(self, model: object, what: str, where: str | None) -> int:
-        """The position of `model` among the inputs, by value or as written.
+    def index(self, model: object, what: str, where: str | None, words: Sequence[str] = ()) -> int:
+        """The position of `model` among the inputs, by value or as written; `words` could have been meant as well.
 
         Raises:
             RecipeError: It is not an input.
@@ -56,7 +56,7 @@ class _Inputs:
         raise RecipeError(
             f"{what} names the model {str(model)!r}, which is not an input of this merge",
             where=where,
-            hint=did_you_mean(str(model), self.names),
+            hint=did_you_mean(str(model), [*self.names, *words]),
         )
 
     def same_ids(self) -> bool:
@@ -216,7 +216,7 @@ def _source_index(spec: TokenizerSpec, inputs: _Inputs, base_index: int | None) 
                 hint="Add `base_model:`, or name a model: `tokenizer_source: <model>`, or use `union`.",
             )
         return base_index
-    return inputs.index(spec.source, "the tokenizer source", inputs.where)
+    return inputs.index(spec.source, "the tokenizer source", inputs.where, ("union", "base"))
 
 
 def _opaque_plan(spec: TokenizerSpec, inputs: _Inputs, source: int) -> TokenPlan:
