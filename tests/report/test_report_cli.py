@@ -64,11 +64,6 @@ def test_writes_page_and_figures(call: Call, run: Path, tmp_path: Path) -> None:
     assert told["models"] == ["slerp", "expert-a", "expert-b", "base"]
 
 
-def test_quiet_is_taken(call: Call, run: Path, tmp_path: Path) -> None:
-    """-q as for the other verbs: the result is still told."""
-    assert str(tmp_path / "r.html") in call(run, "--out", tmp_path / "r.html", "-q")
-
-
 def test_default_place(call: Call, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """report.html where it was started; with --card alone the card and no page."""
     monkeypatch.chdir(tmp_path)

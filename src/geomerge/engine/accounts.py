@@ -183,7 +183,7 @@ class Accounts:
         raise IncompatibleModels(
             f"{count} not in every model: {shown}{more}",
             where=str(self.recipe.where),
-            hint=self._other_architectures()
-            or self._other_names()
+            hint=self._other_names()
+            or self._other_architectures()
             or "are they of one architecture? `unmatched: copy` takes such tensors from the model that has them",
         )
