@@ -51,11 +51,12 @@ class RoundingLoss:
     def add_differences(self, merged: np.ndarray, change: np.ndarray, error: np.ndarray) -> None:
         """The same, from θ, θ − reference and round(θ) − θ. What float64's own rounding leaves of no change is none."""
         with np.errstate(all="ignore"):
-            none = np.abs(change) <= _RESIDUE * np.abs(merged)
-            none &= np.isfinite(merged)
-            change[none] = error[none] = 0.0
-            self.change += _squared(change)
-            self.error += _squared(error)
+            changed, lost = _squared(change), _squared(error)
+            if 4 * lost > changed:  # else there is a change beside which that is nothing
+                none = (np.abs(change) <= _RESIDUE * np.abs(merged)) & np.isfinite(merged)
+                changed, lost = _squared(np.where(none, 0.0, change)), _squared(np.where(none, 0.0, error))
+            self.change += changed
+            self.error += lost
         self.elements += change.size
 
     def __add__(self, other: RoundingLoss) -> RoundingLoss:
