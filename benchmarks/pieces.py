@@ -9,6 +9,7 @@
     python benchmarks/pieces.py sorts        # NumPy's sorts and the compiled ones, of normal numbers and of a coarse grid
     python benchmarks/pieces.py thresholds   # the k largest magnitudes, of rows that are alike and of rows that are not
     python benchmarks/pieces.py scores       # thresholds and output of PCB-Merging and Arcee Fusion, and rows' divergences
+    python benchmarks/pieces.py pruning      # DELLA's output for task vectors of several sizes and with heavy tails
     python benchmarks/pieces.py processes    # whole merges of 0.5B: with torch imported first, and without compiled loops
     python benchmarks/pieces.py pursuit 1000 # sums of 64 rows for 1,000 missing tokens, 50,000 shared tokens of width 896
 
@@ -348,6 +349,42 @@ def scores(rows: int = 4096, width: int = 896, rounds: int = 9) -> None:
     show("arcee_fusion, divergences alone", divergences)
 
 
+def pruning(rounds: int = 9) -> None:
+    """DELLA's output in memory, on one core, for task vectors of several kinds."""
+    from geomerge.methods import registry
+    from geomerge.methods.tile import Scan, TensorSource
+
+    torch.set_num_threads(1)
+    made: Any = registry.get("della").make({"weight": 0.5, "density": 0.5}, count=3)
+
+    def heavy(x: torch.Tensor, spread: float) -> torch.Tensor:
+        return x * torch.exp(spread * torch.randn_like(x))
+
+    def outlier(x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x[:, :1] + 5, x[:, 1:]], 1)
+
+    kinds: list[tuple[str, float, Callable[[torch.Tensor], torch.Tensor]]] = [
+        *((f"{size / 0.02:g} of the base", size, lambda x: x) for size in (2e-4, 3e-5, 3e-6, 2e-3, 2e-2)),
+        ("one column far off", 2e-4, outlier),
+        *((f"factors of e^{s:g}", 2e-4, functools.partial(heavy, spread=s)) for s in (1.6, 2.0, 3.0)),
+    ]
+    print(f"{'task vectors':24s}{'columns':>8s}{'ns an element of three experts':>32s}")
+    for width, (name, size, change) in itertools.product((896, 4096), kinds):
+        torch.manual_seed(0)
+        rows = (1 << 21) // width
+        base = torch.randn(rows, width) * 0.02
+        models = [m.bfloat16() for m in (base, *(base + change(torch.randn(rows, width) * size) for _ in range(3)))]
+        out = torch.empty(rows * width, dtype=torch.bfloat16)
+        stored = native.in_memory(out)
+        assert stored is not None
+        scan = Scan([TensorSource(m) for m in models], (rows, width), columns=width, single=made.single)
+        make = made.compiled(scan, made.measure(scan))
+        places = [place for segment in scan.segments for place in scan.places(segment)]
+        work = lambda: [make(p, stored.at(p.start), None) for p in places]  # noqa: B023, E731
+        seconds = statistics.median(_seconds(work) for _ in range(rounds))
+        print(f"{name:24s}{width:8d}{seconds / (rows * width) * 1e9:32.2f}", flush=True)
+
+
 def sorts() -> None:
     """NumPy's sorts and the compiled ones; the latter work in place, on a copy."""
     draw = np.random.default_rng(0)
@@ -463,6 +500,8 @@ if __name__ == "__main__":
         groups()
     elif sys.argv[1:] == ["scores"]:
         scores()
+    elif sys.argv[1:] == ["pruning"]:
+        pruning()
     elif sys.argv[1:] == ["sorts"]:
         sorts()
     elif sys.argv[1:] == ["thresholds"]:

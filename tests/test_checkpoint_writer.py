@@ -131,7 +131,9 @@ def test_force_replaces_a_model_and_nothing_beside_it(tmp_path: Path, stranger: 
         "README.md",
         ".gitattributes",
         "part/config.json",
-        "LICENSE",
+        "LICENSE-MIT",
+        "tokenizer.model.v3",
+        "chat_templates/tools.jinja",
     ):
         write(out / name, b"{}")
     write(out / stranger, b"years")

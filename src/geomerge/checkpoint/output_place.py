@@ -6,7 +6,9 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from geomerge.errors import RunError, UsageError
+from geomerge.checkpoint.side_files import side_files
+from geomerge.checkpoint.strict_json import read_json
+from geomerge.errors import ModelError, RunError, UsageError
 
 
 def check_place(out: Path, partial: Path, inputs: Iterable[Path], *, force: bool) -> None:
@@ -86,23 +88,32 @@ _SUFFIXES = frozenset(
 _TRAINING = frozenset({"optimizer.pt", "optimizer.bin", "scheduler.pt", "rng_state.pth", "scaler.pt"})
 
 
-def _strangers(folder: Path) -> list[str]:
+def _strangers(folder: Path, above: frozenset[Path] = frozenset()) -> list[str]:
     """What lies in a model's directory that no model has: other kinds of files, a training's state, other directories.
 
-    A part of a model has a directory of its own, in which there is a configuration or weights; code is a model's where its
-    configuration names it.
+    A part of a model has a directory of its own, in which there is a configuration or weights; `above` are side files of
+    the whole.
     """
-    config = folder / "config.json"
-    coded = config.is_file() and b"auto_map" in config.read_bytes()
+    own = above | _side_files(folder)
     found = []
     for path in sorted(folder.iterdir()):
+        if path in own:
+            continue
         if path.is_dir() and not path.is_symlink():
-            part = any(p.suffix in (".json", ".safetensors", ".bin") for p in path.iterdir() if p.is_file())
-            found += [f"{path.name}/{s}" for s in _strangers(path)] if part else [f"{path.name}/"]
-        elif path.name in _TRAINING or ("".join(path.suffixes[-1:]) or path.name) not in _SUFFIXES:
-            known = path.name in ("LICENSE", "NOTICE", "USE_POLICY") or (coded and path.suffix == ".py")
-            found += [] if known else [path.name]
+            part = any(p in own or p.suffix in (".json", ".safetensors", ".bin") for p in path.iterdir() if p.is_file())
+            found += [f"{path.name}/{s}" for s in _strangers(path, own)] if part else [f"{path.name}/"]
+        elif path.name in _TRAINING or (path.suffix or path.name) not in _SUFFIXES:
+            found.append(path.name)
     return found
+
+
+def _side_files(folder: Path) -> frozenset[Path]:
+    """What a merge copies from a parent, code that its configuration names included."""
+    try:
+        config = folder / "config.json"
+        return frozenset(side_files(folder, read_json(config, what="config.json") if config.is_file() else None))
+    except ModelError:  # damaged: then its files are known by their kinds alone
+        return frozenset()
 
 
 def replaceable(out: Path) -> bool:

@@ -47,12 +47,14 @@ class OpenFiles:
         RunError: A file cannot be opened.
     """
 
+    readable = False
+
     def __init__(self, partial: Path, layout: Layout) -> None:
         self.partial = partial
         self.descriptors: list[int] = []
         for file in layout.files:
             try:
-                flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW  # what was written may be looked at
+                flags = os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW
                 self.descriptors.append(os.open(partial / file.name, flags))
             except OSError as error:
                 self.close()

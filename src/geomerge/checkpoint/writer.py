@@ -72,6 +72,8 @@ class OutputDirectory:
         descriptors: One open descriptor for each file of the layout, after `create`.
     """
 
+    readable = True
+
     def __init__(
         self,
         out: Path | str,

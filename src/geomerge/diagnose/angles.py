@@ -239,6 +239,8 @@ def _nbytes(node: Node) -> int:
 class _Nowhere:
     """A sink for work that writes nothing."""
 
+    readable = False
+
     def write(self, node: Node, start: int, values: torch.Tensor) -> None:
         """Never called."""
 

@@ -10,11 +10,11 @@ from geomerge.anatomy import Part
 from geomerge.diagnose.angles import PairAngles
 from geomerge.diagnose.cka import LayerSimilarity
 from geomerge.diagnose.decision import Decision
-from geomerge.diagnose.differences import Difference
 from geomerge.diagnose.recipe import RecipeFacts, to_recipe
 from geomerge.diagnose.score import Score
 from geomerge.diagnose.thresholds import Thresholds
 from geomerge.diagnose.tokens import TokenComparison
+from geomerge.engine.config_differences import Difference
 from geomerge.version import __version__
 
 FORMAT = 1

@@ -14,13 +14,14 @@ from geomerge.diagnose.angles import PairAngles, Survey, pair_angles, survey
 from geomerge.diagnose.cka import LayerSimilarity, layer_similarity, read_probe
 from geomerge.diagnose.decision import Decision, Evidence, decide, specialist_of
 from geomerge.diagnose.diagnosis import Diagnosis, NotFinite, Pair
-from geomerge.diagnose.differences import Difference, differences, main_dtype
+from geomerge.diagnose.differences import differences, main_dtype
 from geomerge.diagnose.parents import Parents, open_parents
 from geomerge.diagnose.recipe import RecipeFacts
 from geomerge.diagnose.rotation import likeness as likeness_of
 from geomerge.diagnose.score import Score
 from geomerge.diagnose.thresholds import Thresholds
 from geomerge.diagnose.tokens import TokenComparison, compare, has_chat
+from geomerge.engine.config_differences import Difference
 from geomerge.errors import IncompatibleModels, UsageError, did_you_mean
 
 if TYPE_CHECKING:

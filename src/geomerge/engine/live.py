@@ -104,6 +104,8 @@ class ModuleSink:
         IncompatibleModels: Names or shapes do not fit.
     """
 
+    readable = True
+
     def __init__(self, module: torch.nn.Module, plan: Plan) -> None:
         state = module.state_dict(keep_vars=True)
         prefix = str(getattr(module, "base_model_prefix", "")) + "."

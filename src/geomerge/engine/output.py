@@ -14,6 +14,7 @@ from geomerge.checkpoint.config import edit_config
 from geomerge.checkpoint.dtypes import recipe_name
 from geomerge.checkpoint.side_files import KINDS, side_files
 from geomerge.checkpoint.strict_json import read_json
+from geomerge.engine.config_differences import config_differences
 from geomerge.engine.models import Model
 from geomerge.engine.special_ids import follow
 from geomerge.engine.vocabularies import Vocabularies
@@ -95,8 +96,6 @@ def _contradictions(donor: Model, members: list[Model]) -> Iterator[str]:
     for other in members:
         if other is donor or other.config is None or donor.config is None or other.config == donor.config:
             continue
-        from geomerge.diagnose.differences import config_differences
-
         for found in config_differences(donor, other, (str(donor), str(other))):
             if found.severity != "note":
                 yield f"{found.what}: {found.advice}"

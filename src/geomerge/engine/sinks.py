@@ -23,7 +23,14 @@ _WRITE = 1 << 18
 
 
 class Sink(Protocol):
-    """Takes the output's elements, in any order and from any thread."""
+    """Takes the output's elements, in any order and from any thread.
+
+    Attributes:
+        readable: What was stored can be looked at.
+    """
+
+    @property
+    def readable(self) -> bool: ...
 
     def write(self, node: Node, start: int, values: Tensor) -> None:
         """`values` (in the node's dtype) are its elements from `start` on."""
@@ -33,8 +40,9 @@ class Sink(Protocol):
 
 
 class Files(Protocol):
-    """The output's files, open for writing."""
+    """The output's files, open for writing; `readable` if for reading, too."""
 
+    readable: bool
     partial: Path
     descriptors: list[int]
 
@@ -44,6 +52,7 @@ class FileSink:
 
     def __init__(self, files: Files, layout: Layout) -> None:
         self.files, self.layout = files, layout
+        self.readable = files.readable
 
     def write(self, node: Node, start: int, values: Tensor) -> None:
         place = self.layout.place[node.name]
@@ -74,6 +83,8 @@ class FileSink:
 
 class MemorySink:
     """Collects the output as a state dict."""
+
+    readable = True
 
     def __init__(self, plan: Plan) -> None:
         self.tensors: dict[str, Tensor] = {

@@ -67,8 +67,8 @@ static inline void sum_up(uint16_t *count, int number) {
 #endif
 }
 
-/* The places of n <= WINDOW elements in the order of their magnitudes, equal ones by index: first by some bits of these, from a
- * sixteenth of their mean on over eight octaves (what lies beyond counts as the end), then what is left is mended. `room` is for
+/* The places of n <= WINDOW elements in the order of their magnitudes, equal ones by index: first by some bits of these, from ten
+ * powers of two below their mean exponent on over sixteen (what lies beyond counts as the end), then what is left is mended. `room` is for
  * four numbers of each element. */
 static void ranks(const double *restrict d, int64_t n, uint16_t *restrict rank, int64_t *restrict room) {
     enum { MOST_BITS = 12, OCTAVES = 16, BELOW_MEAN = 10 };
