@@ -45,7 +45,7 @@ def tanh(x: Tensor) -> Tensor:
     if isinstance(x, Value):
         return x.tanh()
     square = x * x
-    flat = _polynomial(square, _FLAT).mul_(square).mul_(x).add_(x)
+    flat = polynomial(square, _FLAT).mul_(square).mul_(x).add_(x)
     power, r, p = _reduced(x.abs().clamp_(max=20.0).mul_(2.0))
     less_one = p.mul_(r).mul_(r).add_(r).mul_(power).add_(power.sub_(1.0))  # e²ˣ − 1
     return torch.where(x.abs() < 2.0**-5, flat, less_one.div_(less_one + 2.0).mul_(x.sign()))
@@ -54,10 +54,14 @@ def tanh(x: Tensor) -> Tensor:
 def log_of_ratio(p: Tensor, q: Tensor) -> Tensor:
     """ln(p/q) of positive normal float64 numbers, of nearly equal ones from their difference."""
     f = p.sub(q).div_(p + q)
+    return torch.where(f.abs() < 2.0**-4, near_log(f), log(p / q))
+
+
+def near_log(f: Tensor) -> Tensor:
+    """ln((1 + f)/(1 − f)) for sizes below 2⁻⁴."""
     square = f * f
     twice = f + f
-    near = _polynomial(square, _FEW_ODD).mul_(square).mul_(twice).add_(twice)
-    return torch.where(f.abs() < 2.0**-4, near, log(p / q))
+    return polynomial(square, _FEW_ODD).mul_(square).mul_(twice).add_(twice)
 
 
 def log(x: Tensor) -> Tensor:
@@ -69,7 +73,7 @@ def log(x: Tensor) -> Tensor:
     f = m.sub(1.0).div_(m + 1.0)
     square = f * f
     f.add_(f)
-    return _polynomial(square, _ODD).mul_(square).mul_(f).add_(f).add_(k, alpha=_LN2[1]).add_(k, alpha=_LN2[0])
+    return polynomial(square, _ODD).mul_(square).mul_(f).add_(f).add_(k, alpha=_LN2[1]).add_(k, alpha=_LN2[0])
 
 
 def _reduced(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -77,10 +81,10 @@ def _reduced(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     k = x.mul(_PER_LN2).add_(_ROUNDS).sub_(_ROUNDS)
     r = x.add(k, alpha=-_LN2[0]).add_(k, alpha=-_LN2[1])
     power = k.to(torch.int64).add_(1023).bitwise_left_shift_(52).view(torch.float64)
-    return power, r, _polynomial(r, _TERMS)
+    return power, r, polynomial(r, _TERMS)
 
 
-def _polynomial(x: Tensor, terms: Sequence[float]) -> Tensor:
+def polynomial(x: Tensor, terms: Sequence[float]) -> Tensor:
     """Σ termsₖ xⁿ⁻ᵏ: from the highest power down, one rounding for each."""
     total = torch.full_like(x, terms[0])
     for term in terms[1:]:

@@ -25,11 +25,11 @@ _LANES = 256
 """Sums that elements are added to in turn. Compiled loops do the same, so the order is fixed for both."""
 
 
-def lane_sums(rows: Tensor) -> list[float]:
-    """The sum of each row: of every 256th element in turn, then of those 256 sums in float64, half to half."""
-    if rows.shape[1] % _LANES or not rows.shape[1]:
-        rows = torch.nn.functional.pad(rows, (0, -rows.shape[1] % _LANES or _LANES))
-    cut = rows.reshape(len(rows), -1, _LANES)
+def lane_sums(rows: Tensor, lanes_of_row: int = _LANES) -> list[float]:
+    """The sum of each row: of every 256th element (or so) in turn, then of those sums in float64, half to half."""
+    if rows.shape[1] % lanes_of_row or not rows.shape[1]:
+        rows = torch.nn.functional.pad(rows, (0, -rows.shape[1] % lanes_of_row or lanes_of_row))
+    cut = rows.reshape(len(rows), -1, lanes_of_row)
     # NumPy adds along the second axis from the last in order; a device need not have the same bits.
     lanes = np.add.reduce(cut.numpy(), axis=1) if cut.device.type == "cpu" else cut.sum(1).cpu().numpy()
     lanes = lanes.astype(np.float64)

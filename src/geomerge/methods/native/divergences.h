@@ -1,9 +1,24 @@
-/* How far the softmax of each row is from the base's (Arcee Fusion). */
+/* How far the softmax of each row is from the base's (Arcee Fusion), with the bits of methods/elementwise/arcee_fusion.py. */
 
 #pragma once
 
-#define BESIDE 4 /* vectors that are computed together: none waits for another */
-#define BUNDLE (BESIDE * LANES(double))
+#define SIZE_UP_TO 1.0 /* of the base's numbers in a row where the two are near ... */
+#define CHANGE_UP_TO 0x1p-5 /* ... and of e^x - 1 for their changes */
+#define SUM_LANES 8
+
+/* e^(x/2) and (e^x - 1)/x for these. */
+static const double root_terms[10] = {5.412949864204861e-09, 9.755606094551683e-08, 1.5500723557557164e-06, 2.170079780695472e-05,
+                                      0.00026041667625972944, 0.00260416687786009, 0.020833333332134, 0.12499999997359558,
+                                      0.500000000000024, 1.000000000000528};
+static const double less_one_terms[6] = {0.001388925219782528, 0.008333623981369434, 0.04166666665336185,
+                                         0.16666666656022772, 0.5000000000000008, 1.0000000000000058};
+
+static inline __attribute__((always_inline)) lanes_double polynomial_of(const double *terms, const int number, lanes_double x) {
+    lanes_double p = every(terms[0]);
+#pragma GCC unroll 12
+    for (int i = 1; i < number; i++) p = plus_product_double(every(terms[i]), p, x);
+    return p;
+}
 
 static inline lanes_double lanes_at(const double *x) {
     lanes_double some;
@@ -11,108 +26,104 @@ static inline lanes_double lanes_at(const double *x) {
     return some;
 }
 
-static inline lanes_double near_exps(lanes_double x) {
-    lanes_double p = every(exp_terms[0]);
-#pragma GCC unroll 12
-    for (int i = 1; i < 12; i++) p = plus_product_double(every(exp_terms[i]), p, x);
-    return p * x * x + x + every(1);
+/* What is summed up of a row; and the largest change, squared. */
+enum { OF_POWERS, OF_CHANGES, OF_MOVED, OF_LESS_ONES, OF_DIFFERENCES, OF_SQUARES, NEAR_SUMS, LARGEST = NEAR_SUMS };
+enum { BESIDE = SUM_LANES / LANES(double) };
+typedef lanes_double near_sums[BESIDE][NEAR_SUMS + 1];
+
+FUSED add_near(lanes_double *sum, lanes_double x, lanes_double other, int64_t left) {
+    const lanes_double apart = other - x, root = polynomial_of(root_terms, 10, x);
+    const lanes_double less_one = polynomial_of(less_one_terms, 6, apart) * apart, square = less_one * less_one;
+    lanes_double power = root * root;
+    for (int64_t i = left; i < LANES(double); i++) power[i] = 0; /* what only fills a register */
+    const lanes_double change = power * less_one;
+    sum[OF_POWERS] += power, sum[OF_CHANGES] += change, sum[OF_MOVED] += (power + change) * apart;
+    sum[OF_LESS_ONES] += less_one, sum[OF_DIFFERENCES] += apart, sum[OF_SQUARES] += square * (every(1) - x);
+    sum[LARGEST] = larger_double(sum[LARGEST], square);
 }
 
-static inline lanes_double near_logs(lanes_double f) {
-    lanes_double square = f * f, p = every(log_terms[0]);
-#pragma GCC unroll 12
-    for (int i = 1; i < 6; i++) p = plus_product_double(every(log_terms[i]), p, square);
-    f += f;
-    return p * square * f + f;
+static double sum_of_lanes(near_sums sums, int which) {
+    double lanes[SUM_LANES];
+    for (int v = 0; v < BESIDE; v++) memcpy(lanes + v * LANES(double), &sums[v][which], sizeof sums[v][which]);
+    for (int half = SUM_LANES / 2; half; half /= 2) EACH(half) lanes[i] += lanes[i + half];
+    return lanes[0];
 }
 
-/* As `powers` does where nothing is to be reduced: the sum of each lane at once, in registers. */
-static void near_powers(double *x, int64_t n, double most, double *lanes) {
-    const int64_t whole = n / BUNDLE * BUNDLE;
-    for (int64_t lane = 0; lane < CHUNK; lane += BUNDLE) {
-        lanes_double sum[BESIDE] = {{0}};
-        for (int64_t s = lane; s < whole; s += CHUNK)
-            for (int v = 0; v < BESIDE; v++) {
-                double *at = x + s + v * LANES(double);
-                const lanes_double power = near_exps(lanes_at(at) - every(most));
-                memcpy(at, &power, sizeof power);
-                sum[v] += power;
-            }
-        memcpy(lanes + lane, sum, sizeof sum);
-    }
-    for (int64_t i = whole; i < n; i++) x[i] = near_exp(x[i] - most), lanes[i % CHUNK] += x[i];
-}
-
-/* The least and the largest of n raw numbers, of which `x` is the doubles. */
-static void extremes(const void *raw, int dtype, int64_t start, int64_t n, const double *x, double *lowest, double *most) {
-    if (dtype == BF16) { /* whose bits, those of a negative number turned over, are in their order */
-        const int16_t *bits = (const int16_t *)raw + start;
-        int16_t low = INT16_MAX, high = INT16_MIN;
+/* Whether none of n raw numbers is larger than SIZE_UP_TO. */
+static int all_small(const void *raw, int dtype, int64_t start, int64_t n, const double *x) {
+    if (dtype == BF16) {
+        const uint16_t *bits = (const uint16_t *)raw + start;
+        uint16_t most = 0;
         EACH(n) {
-            int16_t place = bits[i] ^ ((bits[i] >> 15) & INT16_MAX);
-            low = place < low ? place : low, high = place > high ? place : high;
+            const uint16_t size = bits[i] & 0x7FFF;
+            most = size > most ? size : most;
         }
-        *lowest = from_bf16((uint16_t)(low ^ ((low >> 15) & INT16_MAX)));
-        *most = from_bf16((uint16_t)(high ^ ((high >> 15) & INT16_MAX)));
-        return;
+        return from_bf16(most) <= SIZE_UP_TO;
     }
-    *lowest = *most = x[0];
-    EACH(n) *lowest = x[i] < *lowest ? x[i] : *lowest, *most = x[i] > *most ? x[i] : *most;
+    int small = 1;
+    EACH(n) small &= fabs(x[i]) <= SIZE_UP_TO;
+    return small;
+}
+
+/* The divergence of a row where the two are near, from six sums; NaN of others. docs/architecture.md derives it. `rows` has the numbers
+ * where they are not bfloat16. */
+static double near_divergence(const void *const *raw, const int *dtypes, int64_t start, int64_t n, double floor, const double *rows) {
+    const int bf16 = dtypes[0] == BF16 && dtypes[1] == BF16;
+    const int64_t whole = bf16 ? n / SUM_LANES * SUM_LANES : 0;
+    near_sums sums = {{{0}}};
+    if (!all_small(raw[0], bf16 ? BF16 : F64, start, n, rows)) return NAN;
+    for (int64_t i = 0; i < whole; i += SUM_LANES)
+        for (int v = 0; v < BESIDE; v++) {
+            const int64_t at = start + i + v * LANES(double);
+            add_near(sums[v], widened_double((const uint16_t *)raw[0] + at), widened_double((const uint16_t *)raw[1] + at), LANES(double));
+        }
+    for (int64_t i = whole; i < n; i += SUM_LANES) {
+        double padded[2][SUM_LANES] = {{0}};
+        const int64_t left = least(n - i, SUM_LANES);
+        for (int k = 0; k < 2; k++)
+            if (bf16) load_double(raw[k], BF16, start + i, left, padded[k]);
+            else memcpy(padded[k], rows + k * n + i, (size_t)left * sizeof(double));
+        for (int v = 0; v < BESIDE; v++)
+            add_near(sums[v], lanes_at(padded[0] + v * LANES(double)), lanes_at(padded[1] + v * LANES(double)),
+                     left < v * LANES(double) ? 0 : left - v * LANES(double));
+    }
+    for (int v = 0; v < BESIDE; v++)
+        for (int i = 0; i < LANES(double); i++)
+            if (!(sums[v][LARGEST][i] <= CHANGE_UP_TO * CHANGE_UP_TO)) return NAN;
+    double total[NEAR_SUMS];
+    for (int k = 0; k < NEAR_SUMS; k++) total[k] = sum_of_lanes(sums, k);
+    const double after = total[OF_POWERS] + total[OF_CHANGES], number = (double)n;
+    const double mean = near_log(total[OF_CHANGES] / (total[OF_POWERS] + after)); /* of the changes: ln(after / before) */
+    const double lost = total[OF_CHANGES] / after;
+    const double by_floor = total[OF_DIFFERENCES] - mean * number - (1 - lost) * total[OF_LESS_ONES] + lost * number;
+    const double by_square = total[OF_SQUARES] - 2 * lost * total[OF_LESS_ONES] + lost * lost * number;
+    return total[OF_MOVED] / after - mean + floor * by_floor + 0.5 * floor * floor * after * by_square;
 }
 
 /* Powers of e in the place of n numbers, all divided by that of the largest; what makes a softmax of them. */
-static double powers(double *x, int64_t n, double lowest, double most) {
-    double lanes[CHUNK] = {0};
-    if (most - lowest < NEAR) near_powers(x, n, most, lanes);
-    else
-        for (int64_t s = 0; s < n; s += CHUNK) {
-            int64_t m = least(CHUNK, n - s);
-            EACH(m) x[s + i] = exp_of(x[s + i] - most), lanes[i] += x[s + i];
-        }
+static double powers(double *x, int64_t n) {
+    double lanes[CHUNK] = {0}, most = x[0];
+    EACH(n) most = x[i] > most ? x[i] : most;
+    for (int64_t s = 0; s < n; s += CHUNK) {
+        int64_t m = least(CHUNK, n - s);
+        EACH(m) x[s + i] = exp_of(x[s + i] - most), lanes[i] += x[s + i];
+    }
     return 1 / halved(lanes);
 }
 
-/* The sum of p ln(p/q) for p and q of two rows of powers where a few terms of the logarithm do for all; NaN where they do not, or where a
- * power is. */
-static double near_divergence(const double *powers, int64_t n, const double *share, double floor) {
-    const int64_t whole = n / BUNDLE * BUNDLE;
-    double lanes[CHUNK];
-    lanes_double apart = {0};
-    for (int64_t lane = 0; lane < CHUNK; lane += BUNDLE) {
-        lanes_double sum[BESIDE] = {{0}};
-        for (int64_t s = lane; s < whole; s += CHUNK)
-            for (int v = 0; v < BESIDE; v++) {
-                const double *at = powers + s + v * LANES(double);
-                const lanes_double q = lanes_at(at) * every(share[0]) + every(floor), p = lanes_at(at + n) * every(share[1]) + every(floor);
-                const lanes_double f = (p - q) / (p + q);
-                apart = larger_double(larger_double(apart, f), -f);
-                sum[v] += p * near_logs(f);
-            }
-        memcpy(lanes + lane, sum, sizeof sum);
-    }
-    int far = 0;
-    for (int i = 0; i < LANES(double); i++) far |= !(apart[i] < ALIKE_UP_TO);
-    for (int64_t i = whole; i < n; i++) {
-        const double q = powers[i] * share[0] + floor, p = powers[n + i] * share[1] + floor, f = (p - q) / (p + q);
-        far |= !(fabs(f) < ALIKE_UP_TO);
-        lanes[i % CHUNK] += p * near_log(f);
-    }
-    return far ? NAN : halved(lanes);
-}
-
 /* The Kullback-Leibler divergence of the softmax of the second of two rows from the first's, each plus `floor`; `rows` is for
- * the powers of both. */
+ * the numbers of both. */
 static double divergence(const void *const *raw, const int *dtypes, int64_t start, int64_t columns, double floor, double *rows) {
     double share[2], p[CHUNK], q[CHUNK], apart[CHUNK], lanes[CHUNK] = {0};
-    for (int k = 0; k < 2; k++) {
-        double *x = rows + k * columns;
-        for (int64_t s = 0; s < columns; s += CHUNK) load_double(raw[k], dtypes[k], start + s, least(CHUNK, columns - s), x + s);
-        double lowest, most;
-        extremes(raw[k], dtypes[k], start, columns, x, &lowest, &most);
-        share[k] = powers(x, columns, lowest, most);
-    }
-    const double found = near_divergence(rows, columns, share, floor);
+    const int bf16 = dtypes[0] == BF16 && dtypes[1] == BF16;
+    const double quickly = bf16 ? near_divergence(raw, dtypes, start, columns, floor, rows) : NAN;
+    if (quickly == quickly) return quickly;
+    for (int k = 0; k < 2; k++)
+        for (int64_t s = 0; s < columns; s += CHUNK)
+            load_double(raw[k], dtypes[k], start + s, least(CHUNK, columns - s), rows + k * columns + s);
+    const double found = bf16 ? NAN : near_divergence(raw, dtypes, start, columns, floor, rows);
     if (found == found) return found;
+    for (int k = 0; k < 2; k++) share[k] = powers(rows + k * columns, columns);
     for (int64_t s = 0; s < columns; s += CHUNK) {
         int64_t m = least(CHUNK, columns - s);
         EACH(m) q[i] = rows[s + i] * share[0] + floor;
