@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 import geomerge as gm
 import tiny
 from cli_samples import Program
-from geomerge.checkpoint.output_lock import own_lock, take_lock
+from geomerge.checkpoint.output_lock import LOCK, own_lock, take_lock
 from geomerge.checkpoint.shared_output import ShardedOutput
 from geomerge.engine import journal as journal_module
 from geomerge.engine.plan import Node, Operand
@@ -242,6 +243,21 @@ def test_without_locks_twins_are_harmless(root: Path, monkeypatch: pytest.Monkey
     assert not failed
     finalize(root / "out")
     check(root)
+
+
+def test_another_shard_begins_between_two_looks(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it makes meanwhile is not taken for an interrupted run without shards."""
+    listed = Path.iterdir
+
+    def beaten(path: Path) -> Iterator[Path]:
+        if path.name == "out.partial":
+            (path / LOCK).touch()
+            (path / ".geomerge").mkdir(exist_ok=True)
+            (path / "model-00001-of-00002.safetensors").touch()
+        return listed(path)
+
+    monkeypatch.setattr(Path, "iterdir", beaten)
+    ShardedOutput(root / "out", 1, 2).close()
 
 
 def test_many_start_at_once(root: Path) -> None:

@@ -42,8 +42,7 @@ def take_lock(partial: Path, out: Path, *, shared: bool = False) -> tuple[int, s
         except OSError as error:  # in /proc, "no such file", and not for a moment
             raise RunError(f"the output cannot be made: {error.strerror}", where=str(partial)) from None
         try:
-            names = [p.name for p in partial.iterdir()]
-            if names and LOCK not in names:
+            if any(partial.iterdir()) and not os.path.lexists(path):  # looked for last: others make it first
                 raise UsageError("exists and was not made by geomerge", where=str(partial), hint="move it away first")
             lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         except FileNotFoundError:

@@ -110,7 +110,8 @@ class ShardedOutput:
         try:
             # Whoever finalizes may have finished between the first look and the lock.
             check_place(self.out, self.partial, inputs, force=force)
-            if not self.work.is_dir() and [p.name for p in self.partial.iterdir() if p.name not in (LOCK, WORK)]:
+            others = [p.name for p in self.partial.iterdir() if p.name not in (LOCK, WORK)]
+            if others and not self.work.is_dir():  # looked for last: another shard makes it before any file
                 raise UsageError(
                     f"an interrupted run without shards left {self.partial.name}",
                     where=str(self.out),
