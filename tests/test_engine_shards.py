@@ -250,11 +250,14 @@ def test_another_shard_begins_between_two_looks(root: Path, monkeypatch: pytest.
     listed = Path.iterdir
 
     def beaten(path: Path) -> Iterator[Path]:
-        if path.name == "out.partial":
+        if path.name != "out.partial":
+            return listed(path)
+        if not (path / LOCK).exists():  # made while the directory is listed: the list may lack it
             (path / LOCK).touch()
+        else:
             (path / ".geomerge").mkdir(exist_ok=True)
-            (path / "model-00001-of-00002.safetensors").touch()
-        return listed(path)
+        (path / "model-00001-of-00002.safetensors").touch()
+        return (p for p in listed(path) if p.name.startswith("model"))
 
     monkeypatch.setattr(Path, "iterdir", beaten)
     ShardedOutput(root / "out", 1, 2).close()
