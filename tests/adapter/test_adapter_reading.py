@@ -14,12 +14,15 @@ from safetensors.torch import load_file, save_file
 
 import geomerge
 from cli_samples import Program
+from geomerge.adapter.combine import combine
 from geomerge.checkpoint.change import Change
 from geomerge.checkpoint.lora import open_adapter
 from geomerge.diagnose import diagnose
 from geomerge.engine.adapted import adapt, open_model
 from geomerge.engine.lora import LoraSource, whole
+from geomerge.engine.plan import Plan
 from geomerge.engine.processes import Processes
+from geomerge.engine.run import open_inputs, run_plan
 from geomerge.errors import GeomergeError, IncompatibleModels, ModelError, RecipeError
 from geomerge.methods.tile import TensorSource
 from geomerge.recipe.references import parse_reference
@@ -276,9 +279,31 @@ def test_places_that_hold_no_adapter(base: Path, adapter: Path, tmp_path: Path) 
     gone = write_adapter(tmp_path / "gone", GOOD, str(tmp_path / "nowhere"))
     with pytest.raises(ModelError, match=r"its base .*nowhere cannot be opened"):
         merged(gone)
-    (alone / "adapter_model.safetensors").rename(alone / "adapter_model.bin")
-    with pytest.raises(ModelError, match="pickle"):
-        merged(f"{base}+{alone}")
+
+
+def test_pickled_adapters(base: Path, adapter: Path, tmp_path: Path) -> None:
+    """As PEFT wrote them until 2023: only where they are allowed, and then the same merge, in a saved plan, too."""
+    old = shutil.copytree(adapter, tmp_path / "old")
+    expected = merged(f"{base}+{adapter}")
+    torch.save(load_file(old / "adapter_model.safetensors"), old / "adapter_model.bin")
+    (old / "adapter_model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"adapter_model\.bin.*is a pickle, which can run any code"):
+        merged(f"{base}+{old}")
+    recipe = f"merge_method: passthrough\nmodels: [{{model: {base}+{old}}}]\n"
+    plan = geomerge.plan(recipe, allow_pickle=True)
+    plan.save(tmp_path / "plan.json")
+    saved = Plan.load(tmp_path / "plan.json")
+    out = tmp_path / "out"
+    for each in (plan, saved):
+        run_plan(each, out, inputs=open_inputs(each, allow_pickle=True), force=True)
+        found = load_file(out / "model.safetensors")
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    both = [combine([each], tmp_path / "one", force=True, allow_pickle=True).layers for each in (adapter, old)]
+    assert both[0] == both[1]
+    torch.save({"base_model.model.x.lora_A.weight": print}, old / "adapter_model.bin")
+    with pytest.raises(ModelError, match=r"adapter_model\.bin"):
+        open_adapter(str(old), allow_pickle=True)
 
 
 def test_an_earlier_document_takes_no_adapter(base: Path, adapter: Path) -> None:

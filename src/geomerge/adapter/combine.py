@@ -77,6 +77,7 @@ def combine(
     dtype: str = "float32",
     threads: int | None = None,
     force: bool = False,
+    allow_pickle: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Make one adapter of several.
@@ -94,6 +95,7 @@ def combine(
         dtype: Of the output's factors.
         threads: By default one for each core that the process may use.
         force: Replace an existing adapter.
+        allow_pickle: Read pickled weights (weights only).
         progress: Told of each layer.
 
     Raises:
@@ -103,8 +105,8 @@ def combine(
     budget = checked(rank, energy)
     place = to_torch(parse_dtype(dtype))
     refs = [parse_reference(str(each), NOWHERE) for each in adapters]
-    opened = [open_adapter(r.path, r.revision) for r in refs]
-    root = None if base is None else open_model(parse_reference(str(base), NOWHERE))
+    opened = [open_adapter(r.path, r.revision, allow_pickle=allow_pickle) for r in refs]
+    root = None if base is None else open_model(parse_reference(str(base), NOWHERE), allow_pickle=allow_pickle)
     try:
         made_by, based = _method(method, parameters or {}, len(opened), knots=knots)
         layers = _layers(opened)

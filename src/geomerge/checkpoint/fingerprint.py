@@ -44,15 +44,13 @@ def quick(
     tensors: Mapping[str, TensorInfo],
     memory: Mapping[str, Tensor],
 ) -> str:
-    """See `Checkpoint.fingerprint`. For a model in memory the blocks are taken from each tensor."""
+    """See `Checkpoint.fingerprint`. For a model that came from no file the blocks are taken from each tensor in memory."""
     digest = hashlib.sha256()
-    for name, tensor in memory.items():
+    for name, tensor in memory.items() if not files else ():
         data = memoryview(tensor_bytes(tensor))
         digest.update(_describe(tensors[name]))
         for offset in block_offsets(len(data)):
             digest.update(data[offset : offset + BLOCK])
-    if memory:
-        return digest.hexdigest()
     blocks = sampled_blocks(len(files))
     for file in files:
         digest.update(f"{file.header_sha256} {file.size}\n".encode())

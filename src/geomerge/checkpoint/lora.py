@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +22,7 @@ from geomerge.checkpoint.dtypes import DTYPES
 from geomerge.checkpoint.folder import check_contained
 from geomerge.checkpoint.header import TensorInfo, read_header
 from geomerge.checkpoint.hub import Located, locate
+from geomerge.checkpoint.reader import open_checkpoint
 from geomerge.checkpoint.strict_json import read_json
 from geomerge.errors import DamagedCheckpoint, ModelError
 
@@ -126,29 +127,35 @@ def is_adapter(path: Path) -> bool:
     return (path / CONFIG_NAME).is_file()
 
 
-def open_adapter(ref: str, revision: str | None = None, *, subfolder: str | None = None) -> Adapter:
+def open_adapter(
+    ref: str, revision: str | None = None, *, subfolder: str | None = None, allow_pickle: bool = False
+) -> Adapter:
     """Open an adapter: a PEFT directory, kohya's single file, or a hub id.
+
+    Args:
+        ref, revision, subfolder: What the user wrote.
+        allow_pickle: Read ``adapter_model.bin``, weights only, where there is no safetensors file.
 
     Raises:
         ModelError: It is none, or of a kind that is not LoRA, or damaged; tensor and reason are named.
     """
-    located = locate(ref, revision, subfolder=subfolder)
+    located = locate(ref, revision, subfolder=subfolder, allow_pickle=allow_pickle)
     path = located.path
     if path.is_dir():
         if not is_adapter(path):
             raise ModelError(f"has no {CONFIG_NAME}: it is not a LoRA adapter", where=ref)
-        file = path / WEIGHTS_NAME
-        if not file.is_file():
-            pickled = (path / "adapter_model.bin").is_file()
-            raise ModelError(
-                "has its weights in a pickle (adapter_model.bin)" if pickled else f"has no {WEIGHTS_NAME}",
-                where=ref,
-                hint="load it with PEFT and save it again" if pickled else None,
-            )
+        file, pickle = path / WEIGHTS_NAME, path / "adapter_model.bin"
+        if not file.is_file() and not pickle.is_file():
+            raise ModelError(f"has no {WEIGHTS_NAME}", where=ref)
         check_contained(path / CONFIG_NAME, path)
-        check_contained(file, path)
         config = read_json(path / CONFIG_NAME, what=CONFIG_NAME, constants=True)
-        weights = _weights(ref, located, file)
+        if file.is_file():
+            check_contained(file, path)
+            weights = _weights(ref, located, file)
+        else:
+            check_contained(pickle, path)
+            weights = open_checkpoint(str(pickle), allow_pickle=allow_pickle)
+            _check_tensors(ref, weights.tensors.values())
         return _peft(ref, weights, path, config)
     if path.suffix != ".safetensors":
         raise ModelError("is neither an adapter's directory nor a .safetensors file", where=ref)
@@ -157,10 +164,7 @@ def open_adapter(ref: str, revision: str | None = None, *, subfolder: str | None
 
 def _weights(ref: str, located: Located, file: Path) -> Checkpoint:
     info, tensors, metadata = read_header(file)
-    for tensor in tensors:
-        _check_foreign(tensor.name, ref)
-        if DTYPES[tensor.dtype].kind != "float" and not tensor.name.endswith(".alpha"):
-            raise ModelError(f"the tensor {tensor.name} is {DTYPES[tensor.dtype].recipe}, not of floats", where=ref)
+    _check_tensors(ref, tensors)
     if not tensors:
         raise DamagedCheckpoint("holds no tensors", where=ref)
     return Checkpoint(
@@ -172,6 +176,13 @@ def _weights(ref: str, located: Located, file: Path) -> Checkpoint:
         files=(info,),
         metadata=metadata,
     )
+
+
+def _check_tensors(ref: str, tensors: Iterable[TensorInfo]) -> None:
+    for tensor in tensors:
+        _check_foreign(tensor.name, ref)
+        if DTYPES[tensor.dtype].kind != "float" and not tensor.name.endswith(".alpha"):
+            raise ModelError(f"the tensor {tensor.name} is {DTYPES[tensor.dtype].recipe}, not of floats", where=ref)
 
 
 def _check_foreign(name: str, ref: str) -> None:

@@ -76,7 +76,7 @@ def open_checkpoint(
         else:
             folder = path.parent if path.name in ("model.safetensors", "pytorch_model.bin") else None
             files = [path]
-        config = _read_config(folder) if folder is not None and (folder / "config.json").exists() else None
+        config = _config_of(folder) if folder is not None else None
     except OSError as error:
         raise ModelError(f"cannot be read: {error.strerror}", where=error.filename or ref) from None
     pickles = [file for file in files if is_pickle(file)]
@@ -215,12 +215,12 @@ def _open_gguf(ref: str, located: Located, path: Path) -> Checkpoint | None:
         for file in files:
             check_contained(file, folder)
     model = read_gguf(files)
-    config = _read_config(folder) if folder is not None and (folder / "config.json").exists() else model.config
+    config = _config_of(folder) if folder is not None else None
     return Checkpoint(
         ref,
         located,
         folder=folder,
-        config=config,
+        config=model.config if config is None else config,
         tensors=model.tensors,
         files=model.files,
         quantization=model.quantization,
@@ -229,8 +229,10 @@ def _open_gguf(ref: str, located: Located, path: Path) -> Checkpoint | None:
     )
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def _config_of(folder: Path) -> dict[str, Any] | None:
     path = folder / "config.json"
+    if not os.path.lexists(path):
+        return None
     check_contained(path, folder)
     return read_json(path, what="config.json", constants=True)
 

@@ -65,6 +65,7 @@ def combine(
     seed: Seed = 0,
     threads: Threads = None,
     force: Force = False,
+    allow_pickle: AllowPickle = False,
     quiet: Quiet = False,
     json: AsJson = False,
 ) -> None:
@@ -93,6 +94,7 @@ def combine(
             dtype=dtype,
             threads=threads,
             force=force,
+            allow_pickle=allow_pickle,
             progress=progress,
         )
     _tell(report, json=json)

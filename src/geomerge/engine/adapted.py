@@ -51,7 +51,8 @@ def open_model(
         adapted = (given or {}).get(str(ref))
         if adapted is not None:
             return adapted
-        adapter = _open_adapter(ref.lora.path, ref.lora.revision, ref.lora.subfolder)
+        lora = ref.lora
+        adapter = _open_adapter(lora.path, lora.revision, lora.subfolder, allow_pickle=allow_pickle)
         base = known or open_checkpoint(ref.path, ref.revision, subfolder=ref.subfolder, allow_pickle=allow_pickle)
         return adapt(base, adapter, str(ref))
     if known is not None:
@@ -59,7 +60,7 @@ def open_model(
     try:
         return open_checkpoint(ref.path, ref.revision, subfolder=ref.subfolder, allow_pickle=allow_pickle)
     except LoneAdapter:
-        adapter = _open_adapter(ref.path, ref.revision, ref.subfolder)
+        adapter = _open_adapter(ref.path, ref.revision, ref.subfolder, allow_pickle=allow_pickle)
     if adapter.base is None:
         raise ModelError(
             "is a LoRA adapter that does not say what its base is", where=str(ref), hint=f"name it: BASE+{ref}"
@@ -75,10 +76,10 @@ def open_model(
     return adapt(base, adapter, str(ref))
 
 
-def _open_adapter(path: str, revision: str | None, subfolder: str | None) -> Adapter:
+def _open_adapter(path: str, revision: str | None, subfolder: str | None, *, allow_pickle: bool) -> Adapter:
     from geomerge.checkpoint.lora import open_adapter
 
-    return open_adapter(path, revision, subfolder=subfolder)
+    return open_adapter(path, revision, subfolder=subfolder, allow_pickle=allow_pickle)
 
 
 def adapt(base: Checkpoint, adapter: Adapter, ref: str) -> Checkpoint:
@@ -122,7 +123,7 @@ class _Fit:
             self.config = edit_config(self.config, vocab_size=rows)
         self._compare_base()
         wanted = {name: adapter.weights.tensors[name] for c in self.changes.values() for name in c.factors}
-        if base.memory:
+        if base.memory or adapter.weights.memory:
             self.memory |= {name: load(adapter.weights, info) for name, info in wanted.items()}
             wanted = {name: replace(info, file=None, offset=0) for name, info in wanted.items()}
         adapter.weights.close()
@@ -230,7 +231,7 @@ class _Fit:
                 rows.add(new.shape[axis])
             dtype = self._dtype(name)
             placed = replace(new, name=name)
-            if self.base.memory:
+            if self.base.memory or self.adapter.weights.memory:
                 self.memory[name] = load(self.adapter.weights, new)
                 placed = replace(placed, file=None, offset=0)
             self.tensors[name] = placed

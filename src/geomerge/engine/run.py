@@ -340,7 +340,7 @@ def _open_input(model: InputModel, *, allow_pickle: bool) -> Checkpoint:
     if model.adapter:
         from geomerge.checkpoint.lora import open_adapter
 
-        checkpoint = adapt(checkpoint, open_adapter(model.adapter), model.ref)
+        checkpoint = adapt(checkpoint, open_adapter(model.adapter, allow_pickle=allow_pickle), model.ref)
     files = tuple((f.path.name, f.size, f.header_sha256) for f in checkpoint.files)
     if files != model.files or checkpoint.fingerprint() != model.fingerprint:
         checkpoint.close()
