@@ -160,6 +160,26 @@ CASES: dict[str, Case] = {
         gm.RecipeError,
         ("<recipe>:1", "ties needs a base model", "base_model: PATH"),
     ),
+    "missing base of an interpolation": Case(
+        "merge_method: slerp\nmodels: [{model: a}, {model: b}]\nparameters: {t: 0.5}\n",
+        gm.RecipeError,
+        ("<recipe>:1", "slerp needs a base model", "one of the two"),
+    ),
+    "a weight for some tensors alone": Case(
+        TIES + "parameters: {weight: [{filter: mlp, value: 1}]}\n",
+        gm.RecipeError,
+        ("<recipe>:6", "'weight' has no value for ", "without a filter"),
+    ),
+    "a weight for some tensors of one model alone": Case(
+        TIES.replace("- model: b", "- {model: b, parameters: {weight: [{filter: mlp, value: 1}]}}"),
+        gm.RecipeError,
+        ("<recipe>:5", "'weight' has no value for ", "without a filter"),
+    ),
+    "a mistyped rule for missing tokens": Case(
+        TIES + "parameters: {weight: 1}\ntokens: {policy: union, missing: opm}\n",
+        gm.RecipeError,
+        ("<recipe>:7", "'missing' is mean, zero, average, omp", "did you mean 'omp'?"),
+    ),
     "too few experts": Case(
         TIES.replace("ties", "consensus").replace("\n- model: b", ""),
         gm.RecipeError,

@@ -216,11 +216,15 @@ def test_links_that_lead_nowhere(tmp_path: Path) -> None:
     for name, target in (("circle", "model.safetensors"), ("missing", "gone.safetensors")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").symlink_to(target)
+    model(tmp_path / "config")
+    (tmp_path / "config" / "config.json").unlink(missing_ok=True)
+    (tmp_path / "config" / "config.json").symlink_to("gone.json")
     (tmp_path / "dangling").symlink_to("gone")
     (tmp_path / "itself").symlink_to("itself")
     for ref, error, said in (
         ("circle", DamagedCheckpoint, "leads in a circle"),
         ("missing", DamagedCheckpoint, "a symbolic link to gone.safetensors, which does not exist"),
+        ("config", DamagedCheckpoint, r"config\.json: is a symbolic link to gone\.json, which does not exist"),
         ("dangling", ModelError, "a symbolic link to gone, which does not exist"),
         ("itself", ModelError, "leads in a circle"),
     ):

@@ -166,6 +166,16 @@ def test_lines_come_after_two_seconds_and_then_every_five(capsys: pytest.Capture
     )
 
 
+def test_what_comes_before_the_first_bytes_does_not_count(capsys: pytest.CaptureFixture[str]) -> None:
+    """A resumed run that measures for a minute and then writes as ever is told as quick as it is."""
+    times = iter([0.0, 0.0, 60.0, 60.5])
+    lines = Lines("merging", clock=lambda: next(times))
+    lines.start(10_000_000_000, 8_000_000_000)
+    lines.advance(250_000_000)
+    lines.advance(250_000_000)
+    assert capsys.readouterr().err == "merging: 8.5 GB of 10 GB (85 %), 500 MB/s, 3.0 s left\n"
+
+
 def test_progress_suits_the_stream(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """A bar on a terminal, lines elsewhere (a terminal without control codes counts as elsewhere), nothing when asked."""
     assert type(progress.watch("x")) is Lines

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+import geomerge as gm
 import tiny
 from cli_samples import TIES, Program, write_models, write_recipe
+from geomerge.report.coefficients import plan_figure
 
 
 @pytest.fixture
@@ -220,5 +222,14 @@ def test_figure_of_coefficients(run: Program, tmp_path: Path) -> None:
     assert run("plan", tmp_path / "r.yml", "--figure", tmp_path / "t.svg").code == 2
     refused = run("plan", tmp_path / "l.yml", "--figure", tmp_path / "l.png")
     assert refused.code == 2
-    assert "no coefficient over depth" in refused.err
+    assert "no parameter of linear differs over depth or role" in refused.err
+    (tmp_path / "w.yml").write_text(
+        f"merge_method: ties\nbase_model: {tmp_path}/a\nmodels: [{{model: {tmp_path}/b, parameters: {{weight: [0.2, 1.0]}}}}]\n"
+        "parameters: {density: [{filter: mlp, value: 0.3}, {value: 0.9}]}\n"
+    )
+    drawn = plan_figure(gm.plan(tmp_path / "w.yml"), "w")
+    assert drawn is not None
+    assert drawn.alt == "weight, density by role and block, from 0.2 to 1."
+    assert run("plan", tmp_path / "w.yml", "--figure", tmp_path / "w.png").code == 0
+    assert (tmp_path / "w.png").read_bytes().startswith(b"\x89PNG")
     assert not list(tmp_path.glob("[tl].svg")) + list(tmp_path.glob("l.png"))

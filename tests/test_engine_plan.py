@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -495,3 +496,16 @@ def test_versions_are_those_that_are_installed() -> None:
         "torch": metadata.version("torch"),
         "numpy": metadata.version("numpy"),
     }
+
+
+def test_models_with_the_same_weights_are_noted(tmp_path: Path) -> None:
+    """By a link or as a copy: what the recipe may have meant as two counts twice."""
+    tiny.family(tmp_path, "a b")
+    (tmp_path / "link").symlink_to("a")
+    shutil.copytree(tmp_path / "b", tmp_path / "copy")
+    models = "".join(f"- model: {tmp_path / name}\n" for name in ("a", "b", "link", "copy"))
+    plan = gm.plan(f"merge_method: linear\nmodels:\n{models}parameters: {{weight: 1}}\n")
+    assert [note.replace(f"{tmp_path}/", "") for note in plan.notes if "same weights" in note] == [
+        "a and link hold the same weights",
+        "b and copy hold the same weights",
+    ]

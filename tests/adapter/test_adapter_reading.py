@@ -17,6 +17,7 @@ from cli_samples import Program
 from geomerge.adapter.combine import combine
 from geomerge.checkpoint.change import Change
 from geomerge.checkpoint.lora import open_adapter
+from geomerge.continual import State
 from geomerge.diagnose import diagnose
 from geomerge.engine.adapted import adapt, open_model
 from geomerge.engine.lora import LoraSource, whole
@@ -304,6 +305,19 @@ def test_pickled_adapters(base: Path, adapter: Path, tmp_path: Path) -> None:
     torch.save({"base_model.model.x.lora_A.weight": print}, old / "adapter_model.bin")
     with pytest.raises(ModelError, match=r"adapter_model\.bin"):
         open_adapter(str(old), allow_pickle=True)
+
+
+def test_a_continual_state_knows_its_base_with_the_adapter(base: Path, adapter: Path, tmp_path: Path) -> None:
+    """Later steps need not be told of either."""
+    for seed in (7, 8):
+        torch.manual_seed(seed)
+        (tmp_path / str(seed)).mkdir()
+        tensors = {name: value + torch.randn_like(value) / 100 for name, value in weights(base).items()}
+        save_file(tensors, tmp_path / str(seed) / "model.safetensors", {"format": "pt"})
+        shutil.copy(base / "config.json", tmp_path / str(seed))
+    geomerge.continue_merge(tmp_path / "state", [tmp_path / "7"], base=f"{base}+{adapter}")
+    geomerge.continue_merge(tmp_path / "state", [tmp_path / "8"])
+    assert State.read(tmp_path / "state").base.model == "llama+adapter"
 
 
 def test_an_earlier_document_takes_no_adapter(base: Path, adapter: Path) -> None:

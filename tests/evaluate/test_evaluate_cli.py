@@ -47,12 +47,12 @@ def words(line: str) -> list[str]:
 
 
 def test_table(program: Program, place: Path) -> None:
-    """Models by tasks with half intervals, shares, paired differences with p, synergy."""
+    """Models by tasks with intervals (both ends where half would leave 0 to 100), shares, paired differences, synergy."""
     ran = program(*words("evaluate merged --tasks mine.py:score --parents a,b"))
     assert (ran.code, ran.err) == (0, "")
     lines = [line.split() for line in ran.out.splitlines()]
-    assert ["merged", "75.0", "±", "32.7", "150.0", "%"] in lines
-    assert ["b", "parent", "25.0", "±", "32.7", "50.0", "%"] in lines
+    assert ["merged", "75.0", "(30.1", "to", "95.4)", "150.0", "%"] in lines
+    assert ["b", "parent", "25.0", "(4.6", "to", "69.9)", "50.0", "%"] in lines
     assert ["merged", "mine.py:score", "a", "+25.0", "+0.0", "…", "+75.0", "1.000"] in lines
     assert ["merged", "mine.py:score", "37.5", "+37.5", "+100.0", "%", "+25.0", "25.0"] in lines
     assert ["merged", "mean", "37.5", "+37.5", "+100.0", "%", "+25.0", "25.0"] in lines

@@ -116,7 +116,9 @@ def _notes(scores: Scores) -> list[str]:
     shares = [task for task in scores.tasks if _is_share(task)]
     said = []
     if shares:
-        said.append("shares are in percent; ± is half of the 95 % interval")
+        said.append(
+            "shares are in percent; ± is half of the 95 % interval, whose ends are given where that would leave 0 to 100"
+        )
     lower = [clean(task.name) for task in scores.tasks if not task.higher_is_better]
     if lower:
         said.append(
@@ -138,6 +140,8 @@ def _cell(score: Score | None, task: TaskRow) -> str:
     value = _number(score.value, task)
     if math.isnan(half):
         return value
+    if _is_share(task) and not half <= score.value <= 1 - half:
+        return f"{value} ({_number(score.low, task)} to {_number(score.high, task)})"
     return f"{value} ± {_number(half, task) if _is_share(task) else f'{half:.2g}'}"
 
 

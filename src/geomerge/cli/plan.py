@@ -22,7 +22,7 @@ def plan(
         Path | None, typer.Option(metavar="FILE", help="Write the plan as JSON; `geomerge merge FILE OUT` runs it.")
     ] = None,
     figure: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Draw the coefficients over depth and role into a PNG.")
+        Path | None, typer.Option(metavar="FILE", help="Draw the parameters over depth and role into a PNG.")
     ] = None,
     all: Annotated[bool, typer.Option("--all", help="Every tensor in a line of its own.")] = False,
     estimate: Annotated[
@@ -129,26 +129,25 @@ def _save(made: Plan, path: Path) -> None:
 
 
 def _draw(made: Plan, path: Path) -> None:
-    """Draw the coefficients of an interpolation.
+    """Draw the parameters that differ over depth or role.
 
     Raises:
-        UsageError: The plan has none.
+        UsageError: None does.
         RunError: The file cannot be written.
     """
-    from geomerge.engine.curves import curves
     from geomerge.errors import RunError, UsageError
     from geomerge.report.build import replace_file
-    from geomerge.report.coefficients import curves_figure
+    from geomerge.report.coefficients import plan_figure
     from geomerge.report.drawing import to_png
 
-    found = curves(made)
+    found = plan_figure(made, "coefficients")
     if found is None:
         raise UsageError(
-            f"there is nothing to draw: {made.stages[-1].method} has no coefficient over depth",
+            f"there is nothing to draw: no parameter of {made.stages[-1].method} differs over depth or role",
             where=str(path),
-            hint="--figure is for methods with an interpolation parameter t, such as slerp",
+            hint="--figure is for recipes with a schedule, a list of values or filters",
         )
     try:
-        replace_file(path, to_png(curves_figure(found, "coefficients")))
+        replace_file(path, to_png(found))
     except OSError as error:
         raise RunError(f"the figure cannot be written: {error.strerror}", where=str(path)) from None

@@ -76,20 +76,24 @@ class Lines(Silent):
     def __init__(self, title: str, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__(title)
         self._clock = clock
-        self._begun = clock()
-        self._next = self._begun + FIRST_LINE
+        self._next = clock() + FIRST_LINE
+        self._first: tuple[float, int] | None = None
+        """When the first bytes were written, and how many there were then: a merge may measure for long before that."""
 
     def start(self, total: int, done: int) -> None:
         super().start(total, done)
-        self._begun = self._clock()
-        self._next = self._begun + FIRST_LINE
+        self._next = self._clock() + FIRST_LINE
+        self._first = None
 
     def advance(self, nbytes: int) -> None:
         super().advance(nbytes)
         now = self._clock()
-        if now >= self._next and self.done < self.total:
+        if self._first is None:
+            self._first = now, self.done
+        begun, before = self._first
+        if now >= self._next and now > begun and self.done < self.total:
             self._next = now + NEXT_LINE
-            rate = (self.done - self.before) / (now - self._begun)
+            rate = (self.done - before) / (now - begun)
             left = f", {duration((self.total - self.done) / rate)} left" if rate > 0 else ""
             sys.stderr.write(
                 f"{self.title}: {amount(self.done)} of {amount(self.total)} ({100 * self.done / self.total:.0f} %), "

@@ -74,6 +74,8 @@ def _show(found: Soup, recipe: Path | None, merged: Path | None) -> None:
     rows = [(clean(t.model), f"{t.alone:.4f}", f"{t.together:.4f}", "kept" if t.kept else "") for t in found.tried]
     held = [(clean(h.name), f"{h.value:.4f}") for h in found.held_out]
     after = [("against the best", f"{value:+.4f} on held-out samples, 95 % interval [{low:+.4f}, {high:+.4f}]")]
+    if any(h.value < 0 for h in found.held_out):
+        after += [("below zero", "a score that is better when it is lower, such as a perplexity, counts negatively")]
     after += [("recipe", clean(recipe))] if recipe else []
     after += [("merged", clean(merged))] if merged else []
     show(

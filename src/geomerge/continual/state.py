@@ -49,7 +49,8 @@ class Known:
     @classmethod
     def of(cls, model: InputModel, *, path: bool = False) -> Known:
         """What is kept of a plan's input."""
-        return cls(model.name, model.fingerprint, model.path if path else "", model.revision, model.licence)
+        place = f"{model.path}+{model.adapter}" if model.adapter else model.path
+        return cls(model.name, model.fingerprint, place if path else "", model.revision, model.licence)
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,12 @@ class Lineup:
             raise RecipeError(
                 f"{self.method.name} needs a base model",
                 where=str(recipe.at("merge_method")),
-                hint="add `base_model: PATH`, the model that the others were fine-tuned from",
+                hint="add `base_model: PATH`, "
+                + (
+                    "one of the two: the one that the merge starts from"
+                    if self.method.interpolates
+                    else "the model that the others were fine-tuned from"
+                ),
             )
         if self.based:
             first = next((e for e in entrants if e.model is base), None) or self._unlisted(base, entrants)
@@ -186,6 +191,7 @@ class Lineup:
                     extrapolate=self.extrapolate,
                 )
             except UsageError as error:
+                self._check_given(part, values)
                 first = next((where[0] for where in places.values()), self.recipe.at("merge_method"))
                 said = {id(answer.where): answer.said_of(part) for answer in answers}
                 raise together(
@@ -198,6 +204,19 @@ class Lineup:
                 self._check_adapters()
             self._made[frozen] = made
         return made
+
+    def _check_given(self, part: Part, values: Mapping[str, Any]) -> None:
+        """Refuse a parameter that the recipe gives for some tensors, and not for this one, which needs it."""
+        for name, each in self.method.parameters().items():
+            lookup = self._shared.get(name) or next(
+                (found for found in self._each.get(name, ()) if not found.absent), None
+            )
+            if each.required and name not in values and lookup is not None and not lookup.absent:
+                raise RecipeError(
+                    f"{name!r} has no value for {part.name}: no filter lets it in",
+                    where=str(lookup.where),
+                    hint="add an entry without a filter after the others: `- value: ...`",
+                )
 
     def _check_adapters(self) -> None:
         """Refuse whole checkpoints where the method is made for LoRA adapters."""

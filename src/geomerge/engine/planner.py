@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +81,10 @@ class Planner:
         self.notes += notes
         drawn = same_draws(self.nodes, self.pipeline.recipes)
         self.notes += [] if drawn is None else [drawn]
+        inputs = tuple(input_model(c) for c in self.models.inputs)
+        self.notes += _copies_of_each_other(inputs)
         return Plan(
-            inputs=tuple(input_model(c) for c in self.models.inputs),
+            inputs=inputs,
             stages=tuple(stages),
             nodes=tuple(self.nodes),
             outputs=tuple(made),
@@ -114,6 +116,15 @@ class Planner:
             path.write_bytes(content.encode() if isinstance(content, str) else content.read_bytes())
             self.laid_out[path] = content
         return folder
+
+
+def _copies_of_each_other(inputs: Iterable[InputModel]) -> list[str]:
+    first: dict[str, str] = {}
+    return [
+        f"{known} and {each.ref} hold the same weights"
+        for each in inputs
+        if (known := first.setdefault(each.fingerprint, each.ref)) != each.ref
+    ]
 
 
 def input_model(checkpoint: Checkpoint) -> InputModel:

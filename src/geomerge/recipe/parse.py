@@ -252,7 +252,8 @@ class _Reader(Reader):
             return cast('Literal["mean", "zero", "average", "omp"]', node.text)
         if isinstance(node, Text) and node.text.startswith("copy:"):
             return self.read_model(_after(node, "copy:"), key)
-        raise refuse(node.where, "'missing' is mean, zero, average, omp or copy:<model>", None)
+        suggestion = did_you_mean(node.text, ("mean", "zero", "average", "omp")) if isinstance(node, Text) else None
+        raise refuse(node.where, "'missing' is mean, zero, average, omp or copy:<model>", suggestion)
 
     def read_align(self, node: Node, key: Key) -> AlignSpec:
         if isinstance(node, Text):

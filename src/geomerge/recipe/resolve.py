@@ -80,9 +80,10 @@ class Lookup:
     Attributes:
         constant: The answer for every tensor, when the parameter does not depend on the tensor.
         absent: No scope mentions the parameter, so the answer is always ``None``.
+        where: The first line that mentions it.
     """
 
-    __slots__ = ("_candidates", "absent", "constant", "used")
+    __slots__ = ("_candidates", "absent", "constant", "used", "where")
 
     def __init__(self, name: str, scopes: Iterable[Parameters], used: set[int] | None = None) -> None:
         """Prepare the lookup.
@@ -98,6 +99,7 @@ class Lookup:
             test = entry.filter
             self._candidates.append((None if test is None or test.everywhere else test.matches, entry, {}))
         self.absent = not self._candidates
+        self.where: Where | None = self._candidates[0][1].where if self._candidates else None
         self.constant: Resolved | None = None
         if self._candidates:
             first, entry, _ = self._candidates[0]

@@ -16,7 +16,7 @@ from geomerge.report.section import Figure
 from geomerge.report.words import number, visible
 
 if TYPE_CHECKING:
-    from geomerge.engine.curves import Curves
+    from geomerge.engine.plan import Plan
 
 _MOST_PANELS = 8
 
@@ -49,21 +49,34 @@ def read_coefficients(run: Run) -> list[Coefficients]:
         if entry.get("coefficients"):
             numbers["coefficient"][name] = [float(c) for c in entry["coefficients"]]
         elif entry.get("method") is not None:
-            for key, value in run.manifest["methods"][entry["method"]]["parameters"].items():
-                found = value if isinstance(value, list) else [value]
-                if found and all(isinstance(v, int | float) and not isinstance(v, bool) for v in found):
-                    numbers[key][name] = [float(v) for v in found]
+            _take(numbers, name, run.manifest["methods"][entry["method"]]["parameters"])
     if "coefficient" in numbers:
         numbers = defaultdict(dict, {"coefficient": numbers["coefficient"]})
-    return [Coefficients(key, tuple(_grids(run, key, rows)), len(rows)) for key, rows in numbers.items()]
+    return [
+        Coefficients(key, tuple(_grids(run.shapes, run.config, rows, _names(run, _width(rows), key))), len(rows))
+        for key, rows in numbers.items()
+    ]
 
 
-def _grids(run: Run, quantity: str, rows: Mapping[str, list[float]]) -> list[Grid]:
+def _take(numbers: dict[str, dict[str, list[float]]], tensor: str, parameters: Mapping[str, Any]) -> None:
+    """Keep those of a tensor's parameters that are numbers."""
+    for key, value in parameters.items():
+        found = value if isinstance(value, list | tuple) else [value]
+        if found and all(isinstance(v, int | float) and not isinstance(v, bool) for v in found):
+            numbers[key][tensor] = [float(v) for v in found]
+
+
+def _width(rows: Mapping[str, list[float]]) -> int:
+    return max(map(len, rows.values()))
+
+
+def _grids(
+    shapes: Mapping[str, tuple[int, ...]], config: Any, rows: Mapping[str, list[float]], names: Sequence[str]
+) -> list[Grid]:
     from geomerge import anatomy
 
-    parts = anatomy.read({**dict.fromkeys(rows, ()), **run.shapes}, run.config).parts
-    width = max(map(len, rows.values()))
-    names = _names(run, width, quantity)
+    parts = anatomy.read({**dict.fromkeys(rows, ()), **shapes}, config).parts
+    width = _width(rows)
     modules = list(dict.fromkeys(parts[name].module for name in rows))
     made = []
     for module in modules:
@@ -117,17 +130,31 @@ def _base(run: Run) -> str | None:
     return whole if whole in run.parents else f"{PurePath(base.path).name}{adapter}"
 
 
-def curves_figure(found: Curves, name: str) -> Figure:
-    """The interpolation coefficient that a plan resolves to: a row for each role, a column for each block."""
-    from geomerge import anatomy
-
-    values = {(role, str(block)): t for role, curve in found.roles.items() for block, t in curve.items()}
-    values |= {(role, "outside"): t for role, t in found.outside.items()}
-    roles = tuple(role for role in anatomy.ROLES if any(r == role for r, _ in values))
-    blocks = tuple(str(i) for i in range(found.blocks))
-    columns = (*blocks, "outside") if found.outside else blocks
-    grid = Grid("coefficient t over depth", roles, columns, values)
-    return Figure(name, lambda width: draw([grid], width), alt=f"t by role and block, from {_range([grid])}.")
+def plan_figure(plan: Plan, name: str) -> Figure | None:
+    """What of a plan's numbers differs over depth or role: a row for each role, a column for each block, a panel for each
+    parameter and parent. `None` where nothing does."""
+    numbers: dict[str, dict[str, list[float]]] = defaultdict(dict)
+    parents: list[str] = []
+    for node in plan.output_nodes():
+        if node.method is not None:
+            _take(numbers, node.name, node.method.values())
+            here = [plan.inputs[o.input].name if o.input >= 0 else "an earlier merge" for o in node.operands]
+            parents = max(parents, here, key=len)
+    shapes = {node.name: node.shape for node in plan.output_nodes()}
+    grids: list[Grid] = []
+    drawn: list[str] = []
+    for quantity, rows in numbers.items():
+        several = _width(rows) > 1
+        whose = parents[-_width(rows) :] if several and len(parents) >= _width(rows) else [quantity]
+        titles = [f"{quantity}: {visible(parent)}" for parent in whose] if several else whose
+        differing = [grid for grid in _grids(shapes, plan.config, rows, titles) if grid.varies]
+        drawn += [quantity] if differing else []
+        grids += differing
+    if not grids:
+        return None
+    shown = grids[:_MOST_PANELS]
+    alt = f"{', '.join(drawn)} by role and block, from {_range(shown)}."
+    return Figure(name, lambda width: draw(shown, width), alt=alt)
 
 
 def coefficients_figure(run: Run, found: Coefficients, name: str) -> Figure:

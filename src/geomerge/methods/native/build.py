@@ -1,5 +1,5 @@
 """Compiles `kernels.c`, which takes in the headers beside it, and the loops that are made of `groups.txt`: run by the wheel's
-build (hatch_build.py), or by hand with ``python -m geomerge.methods.native.build``.
+build (hatch_build.py), or by hand with ``python -m geomerge.methods.native``.
 
 Needs nothing but the standard library and a C compiler (``$CC``, or else ``cc``). Without one there is no library, and torch
 does all.

@@ -46,7 +46,7 @@ def _found() -> tuple[ctypes.CDLL | None, str | None]:
     # The loops fuse multiplication and addition where torch does, and torch does on processors that can.
     if X86 and not _fuses():
         return None, "this processor has no AVX2"
-    build = f"build them: {sys.executable} -m geomerge.methods.native.build"
+    build = f"build them: {sys.executable} -m geomerge.methods.native"
     if not LIBRARY.exists():
         return None, f"they were not built with the package; with a C compiler here, {build}"
     library = (_load(WIDE) if X86 and _has(_WIDE_FLAGS) else None) or _load(LIBRARY)
