@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -13,25 +14,25 @@ import token_samples
 from geomerge.diagnose import diagnose
 from geomerge.errors import IncompatibleModels
 from geomerge.tokens.canonical import canonical
-from geomerge.tokens.vocabulary import AddedToken, Vocabulary
+from geomerge.tokens.vocabulary import AddedToken, Alphabet, Vocabulary
 
 WORDS = ["[UNK]", *(f"word{i}" for i in range(39))]
 
 
-def of(kind: str, *tokens: str, added: tuple[str, ...] = ()) -> Vocabulary:
+def of(alphabet: Alphabet, *tokens: str, added: tuple[str, ...] = ()) -> Vocabulary:
     """A vocabulary in memory."""
     ids = {t: i for i, t in enumerate((*tokens, *added))}
-    return Vocabulary(Path(), kind, ids, {t: AddedToken(t, special=True) for t in added}, len(ids))
+    return Vocabulary(Path(), "BPE", ids, {t: AddedToken(t, special=True) for t in added}, len(ids), alphabet)
 
 
 def test_canonical_tokens() -> None:
     """The same words, bytes and spaces in three spellings."""
-    byte_level = canonical(of("BPE", "Ġ", "Ġthe", "ing", "Ċ", "Ã¼", "Ġ<s>", added=("<s>",)))
-    pieces = canonical(of("BPE", "▁", "▁the", "ing", "<0x0A>", "ü", "▁<s>", added=("<s>",)))
+    byte_level = canonical(of("bytes", "Ġ", "Ġthe", "ing", "Ċ", "Ã¼", "Ġ<s>", added=("<s>",)))
+    pieces = canonical(of("pieces", "▁", "▁the", "ing", "<0x0A>", "ü", "▁<s>", added=("<s>",)))
     assert byte_level.keys() == pieces.keys()
     assert byte_level[b" the"] == 1
     assert set(byte_level) == {b" ", b" the", b"ing", b"\n", "ü".encode(), b" <s>", b"<s>"}
-    words = canonical(of("WordPiece", "[PAD]", "the", "##ing", added=("[PAD]",)))
+    words = canonical(of("words", "[PAD]", "the", "##ing", added=("[PAD]",)))
     assert set(words) == {b"[PAD]", b" the", b"ing"}
 
 
@@ -44,6 +45,31 @@ def test_trained_tokenizers_are_compared(tmp_path: Path) -> None:
     both = canonical(bpe).keys() & canonical(unigram).keys()
     assert len(both) > len(raw)
     assert b" " in both
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_single_tokens_do_not_say_what_the_alphabet_is(tmp_path: Path, plain: bool) -> None:
+    """Most vocabularies hold ``##`` as text, and one of SentencePiece may hold the letter Ġ."""
+    texts = token_samples.ENGLISH
+    for name, extra in (("plain", []), ("marked", ["## a ### b"] * 9)):
+        token_samples.save(tmp_path / f"bytes-{name}", token_samples.bpe(texts + extra, 400))
+        pieces = [*texts, *(each.replace("#", "# Ġ Ġa") for each in extra)]
+        token_samples.save(tmp_path / f"pieces-{name}", token_samples.unigram(pieces, 80))
+        token_samples.save(tmp_path / f"words-{name}", token_samples.wordpiece([*texts, *extra], 90))
+    found = {}
+    for folder in tmp_path.iterdir():
+        if plain:  # without the file that says how text is cut
+            vocabulary = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+            tokens = vocabulary if isinstance(vocabulary, dict) else {t: i for i, (t, _) in enumerate(vocabulary)}
+            (folder / "vocab.json").write_text(json.dumps(tokens))
+            (folder / "tokenizer.json").unlink()
+        found[folder.name] = token_samples.load(folder)
+    assert all(known.alphabet == name.partition("-")[0] for name, known in found.items())
+    assert any(token.startswith("##") for token in found["bytes-marked"].ids)
+    assert "Ġ" in found["pieces-marked"].ids or plain
+    for one in ("bytes", "pieces"):
+        both = [canonical(found[f"{one}-{name}"]).keys() for name in ("plain", "marked")]
+        assert len(both[0] & both[1]) > 0.8 * len(both[0])
 
 
 def family(root: Path, **options: object) -> None:

@@ -10,7 +10,6 @@ import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from geomerge.tokens.vocabulary import Vocabulary, read_json, special_tokens
 
@@ -50,13 +49,14 @@ def roles(directory: Path) -> dict[str, str]:
     return found
 
 
-def _decoder(vocabulary: Vocabulary) -> Any:
-    """What turns this kind's tokens into bytes."""
-    if vocabulary.kind == "WordPiece" or any(t.startswith("##") for t in list(vocabulary.ids)[:50_000]):
-        return lambda t: t[2:].encode() if t.startswith("##") else b" " + t.encode("utf-8", "surrogatepass")
-    if "Ġ" in vocabulary.ids or "Ċ" in vocabulary.ids:
-        return _from_bytes
-    return _from_pieces
+def _decoder(vocabulary: Vocabulary) -> Callable[[str], bytes]:
+    return {"bytes": _from_bytes, "pieces": _from_pieces, "words": _from_words}[vocabulary.alphabet]
+
+
+def _from_words(token: str) -> bytes:
+    """A WordPiece token."""
+    text = token[2:] if token.startswith("##") else f" {token}"
+    return text.encode("utf-8", "surrogatepass")
 
 
 def _from_bytes(token: str) -> bytes:

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from geomerge.errors import DamagedCheckpoint
 
@@ -45,6 +46,7 @@ _OPAQUE = (
     "spm.model",
     "tekken.json",
 )
+Alphabet = Literal["bytes", "pieces", "words"]
 _SPECIAL_NAMES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
 
@@ -97,6 +99,8 @@ class Vocabulary:
         ids: Token to id, added tokens included; empty for "opaque".
         added: The added tokens by content, in the order in which they got their ids.
         size: The largest id plus one: the rows that the tokenizer needs. Padded embeddings have more.
+        alphabet: What tokens are written in: GPT-2's letters for bytes ("bytes"), SentencePiece's ("pieces"), or WordPiece's,
+            where what continues a word begins with ``##`` ("words").
         digest: For "opaque", the SHA-256 of the files that define the ids: equal digests mean equal vocabularies.
     """
 
@@ -105,6 +109,7 @@ class Vocabulary:
     ids: Mapping[str, int]
     added: Mapping[str, AddedToken]
     size: int
+    alphabet: Alphabet = "pieces"
     digest: str = ""
 
     @classmethod
@@ -127,13 +132,15 @@ class Vocabulary:
         if not opaque:
             return None
         extra = [directory / "added_tokens.json"] if (directory / "added_tokens.json").is_file() else []
-        return cls(directory, "opaque", {}, {}, 0, _digest(file.read_bytes() for file in (*opaque, *extra)))
+        digest = _digest(file.read_bytes() for file in (*opaque, *extra))
+        return cls(directory, "opaque", {}, {}, 0, digest=digest)
 
     @classmethod
     def _from_tokenizer_json(cls, directory: Path, tokenizer: dict[str, Any], config: dict[str, Any]) -> Vocabulary:
         file = directory / "tokenizer.json"
         try:
             kind, ids, count = _model_vocabulary(tokenizer["model"])
+            alphabet = _alphabet_of(tokenizer, kind, ids)
             listed = [AddedToken.read(entry) for entry in tokenizer.get("added_tokens") or ()]
             named = [AddedToken.read(entry, special=special) for entry, special in _added_by_config(directory, config)]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -148,7 +155,7 @@ class Vocabulary:
             if token.content:
                 added.setdefault(token.content, token)
         ids = assign_ids(ids, count, added)
-        return cls(directory, kind, ids, added, max(ids.values(), default=-1) + 1)
+        return cls(directory, kind, ids, added, max(ids.values(), default=-1) + 1, alphabet)
 
     @classmethod
     def _from_plain(cls, directory: Path, plain: dict[str, Any], config: dict[str, Any]) -> Vocabulary:
@@ -172,8 +179,9 @@ class Vocabulary:
             ) from error
         for extra in named:
             added.setdefault(extra.content, extra)
+        alphabet = _most_common_alphabet(ids)
         ids = assign_ids(ids, len(ids), added)
-        return cls(directory, "plain", ids, added, max(ids.values(), default=-1) + 1)
+        return cls(directory, "plain", ids, added, max(ids.values(), default=-1) + 1, alphabet)
 
     def within(self, rows: int) -> Mapping[str, int]:
         """The tokens that have a row in an embedding of `rows` rows."""
@@ -260,6 +268,31 @@ def _guess_kind(model: Mapping[str, Any]) -> str:
     if isinstance(model["vocab"], list):
         return "Unigram"
     return "WordPiece" if "continuing_subword_prefix" in model else "WordLevel"
+
+
+def _alphabet_of(tokenizer: Mapping[str, Any], kind: str, ids: Iterable[str]) -> Alphabet:
+    if kind == "WordPiece" or tokenizer["model"].get("continuing_subword_prefix") == "##":
+        return "words"
+    parts = set(_types(tokenizer.get("pre_tokenizer"))) | set(_types(tokenizer.get("decoder")))
+    if "ByteLevel" in parts:
+        return "bytes"
+    return "pieces" if parts & {"Metaspace", "ByteFallback"} else _most_common_alphabet(ids)
+
+
+def _types(part: Any) -> Iterator[str]:
+    """The types of a part of ``tokenizer.json`` and of the parts that it is a sequence of."""
+    if isinstance(part, dict):
+        yield str(part.get("type"))
+        for name in ("pretokenizers", "decoders"):
+            for each in part.get(name) or ():
+                yield from _types(each)
+
+
+def _most_common_alphabet(ids: Iterable[str]) -> Alphabet:
+    """From how most tokens begin: a single one proves nothing, since most vocabularies hold ``##`` as text."""
+    number = Counter(token[:2] if token.startswith("##") else token[:1] for token in ids)
+    marks: dict[Alphabet, int] = {"pieces": number["▁"], "bytes": number["Ġ"] + number["Ċ"], "words": number["##"]}
+    return max(marks, key=lambda alphabet: marks[alphabet])
 
 
 def _added_by_config(directory: Path, config: Mapping[str, Any]) -> Iterator[tuple[Any, bool]]:
