@@ -153,28 +153,71 @@ def test_same_bytes_of_the_smallest_scores(size: float) -> None:
     same(lambda: merge(ready, stored([torch.zeros_like(expert), expert], torch.bfloat16), dtype=torch.bfloat16))
 
 
-@pytest.mark.parametrize("columns", [1, 7, 64, 900])
-@pytest.mark.parametrize("shift", [0.0, 1e-3])
-@pytest.mark.parametrize("size", [1e-5, 1e-3, 7e-3, 0.5])
-def test_divergences_are_right(columns: int, shift: float, size: float) -> None:
-    """Against forty digits: those of rows that are near to 10⁻⁹, whose terms' sum loses more; and of others."""
+def near_rows(columns: int) -> dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]:
+    """Rows of a base and their changes whose divergences come from sums: of all kinds that sums might not be good at."""
     draw = np.random.default_rng(columns)
-    base = draw.standard_normal((3, columns)).clip(-4, 4) * 0.2
-    other = base + shift + size * draw.standard_normal(base.shape).clip(-4, 4)
-    base[2, 0] = other[2, 0] = 1.25
-    found = _divergences(torch.from_numpy(base), torch.from_numpy(other))
+    noise = draw.standard_normal(columns).clip(-4, 4)
+    wide, usual = draw.standard_normal((2, columns)).clip(-2.5, 2.5) * [[0.2], [0.02]]
+    ends = np.where(draw.random(columns) < 0.5, 0.5, -0.5)
+    few = np.where(draw.random(columns) < 0.02, -0.5, 0.5)
+    one = np.zeros(columns)
+    one[-1] = 2.0**-5
+    return {
+        "usual": (usual, 1e-4 * noise),
+        "tiny": (usual, 1e-5 * noise),
+        "large": (wide, 7e-3 * noise),
+        "all up": (wide, 0.02 + 1e-4 * noise),
+        "all up and tiny": (wide, 0.02 + 1e-6 * noise),
+        "scaled": (wide, 0.03 * wide),
+        "at the ends": (ends, 1e-3 * noise),
+        "in few places": (few, np.where(few < 0, 5e-3 * noise, 0)),
+        "in one place": (wide, one),
+        "nowhere": (wide, np.zeros(columns)),
+    }
+
+
+@pytest.mark.parametrize("columns", [2, 7, 64, 900, 4_864])
+def test_divergences_are_right(columns: int) -> None:
+    """Against forty digits: to a billionth of rows that are near, where the sum of the terms loses 10⁻⁸ and more."""
 
     def softmax(row: NDArray[np.float64]) -> list[Decimal]:
         powers = [Decimal(float(x)).exp() for x in row]
-        return [power / sum(powers) + Decimal("1e-8") for power in powers]
+        total = sum(powers)
+        return [power / total + Decimal("1e-8") for power in powers]
 
+    rows = near_rows(columns)
+    far = rows["usual"][0] + 0.6, rows["large"][1] * 50
     with localcontext() as context:
         context.prec = 40
-        for row, value in enumerate(found):
-            shares = zip(softmax(other[row]), softmax(base[row]), strict=True)
-            right = float(sum(p * (p / q).ln() for p, q in shares))
-            near = row < 2 and size < 0.01
-            assert value == pytest.approx(right, rel=1e-9 if near else 1e-3, abs=1e-16)
+        for kind, (base, change) in {**rows, "far": far}.items():
+            other = base + change
+            found = _divergences(torch.from_numpy(base[None]), torch.from_numpy(other[None]))[0]
+            right = float(sum(p * (p / q).ln() for p, q in zip(softmax(other), softmax(base), strict=True)))
+            assert found == pytest.approx(right, rel=1e-6 if kind == "far" else 1e-9, abs=1e-22), kind
+
+
+def same_divergences() -> None:
+    """What the loops find is what torch does, for every length of a row's end and every dtype."""
+    for columns, dtype in itertools.product((64, 65, 71, 900, 1_003, 4_864), DTYPES):
+        base, change = (np.stack(each) for each in zip(*near_rows(columns).values(), strict=True))
+        changes = np.concatenate([change, -change, change, change, 40 * change])
+        bases = np.concatenate([base, base, base, 1.5 * base, base])
+        bases[2 * len(base) : 3 * len(base), ::3] = -0.0
+        one, two = (torch.from_numpy(each).to(dtype) for each in (bases, bases + changes))
+        near = (one.double().abs().amax(1) <= 0.5) & ((two.double() - one.double()).abs().amax(1) <= 2.0**-5)
+        assert 8 < near.sum() < len(near) - 8
+        rows = native.Rows(columns, np.full(len(one), math.nan), 1e-8, known=False)
+        inputs = [native.in_memory(t.reshape(-1)) for t in (one, two)]
+        assert all(each is not None for each in inputs)
+        assert native.importance_survey(native.Inputs(inputs, one.numel()), 0, rows, [], check=True)[0]  # type: ignore[arg-type]
+        expected = np.maximum(_divergences(one.double(), two.double()), 0.0)
+        np.testing.assert_array_equal(rows.divergences, expected)
+        assert (expected > 0).sum() > len(near) / 2
+
+
+@compiled
+def test_same_divergences() -> None:
+    same_divergences()
 
 
 class Computed(TensorSource):
@@ -638,6 +681,7 @@ def test_same_bytes_on_other_processors(
         "arcee_fusion",
         "della",
     )
+    same_divergences()
     for method, kind in itertools.product(methods, KINDS):
         made = registry.get(method)
         count = {"slerp": 1, "arcee_fusion": 1, "linear": 3}.get(method, 2)

@@ -26,18 +26,23 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
 
 _FLOOR = 1e-8
-_SIZE, _CHANGE = 1.0, 2.0**-5
-"""Of a row's numbers and of eˣ − 1 for their changes x: up to where the polynomials below are good."""
+_SIZE, _CHANGE = 0.5, 2.0**-5
+"""Of a row's numbers and of their changes: up to where the polynomials below are good ..."""
+_LENGTH = 1 << 15
+"""... and of rows, up to which the floor is small beside a softmax's shares."""
+_CANCELLED = 2.0**-16
+"""A divergence of so little of the mean change comes from a difference that has lost too many digits."""
 _LANES = 8
-# Interpolated at Chebyshev's points, from the highest power down: e^(x/2) and (eˣ − 1)/x.
+# From the highest power down. Interpolated at Chebyshev's points: e^(x/2) and (eˣ − 1)/x; and some terms of e^(−x).
 _ROOT = (
-    5.412949864204861e-09, 9.755606094551683e-08, 1.5500723557557164e-06, 2.170079780695472e-05, 0.00026041667625972944,
-    0.00260416687786009, 0.020833333332134, 0.12499999997359558, 0.500000000000024, 1.000000000000528,
+    1.552792454257085e-06, 2.174987576902487e-05, 0.00026041624574507194, 0.0026041590883559645,
+    0.02083333335438143, 0.12500000037895992, 0.4999999999998356, 0.9999999999970393,
 )  # fmt: skip
 _LESS_ONE = (
     0.001388925219782528, 0.008333623981369434, 0.04166666665336185,
     0.16666666656022772, 0.5000000000000008, 1.0000000000000058,
 )  # fmt: skip
+_INVERSE = (-1 / 6, 1 / 2, -1.0, 1.0)
 
 
 def importance(tile: Tile, divergences: Floats, columns: int) -> Tensor:
@@ -57,8 +62,7 @@ def row_divergences(scan: Scan) -> Floats:
 
 def _divergences(base: Tensor, other: Tensor) -> list[float]:
     """By rows: where the two are near from sums, elsewhere from every element's logarithm."""
-    less_one = _less_one(other - base)
-    near = (base.abs().amax(-1) <= _SIZE) & (less_one.square_().amax(-1) <= _CHANGE**2)
+    near = (base.abs().amax(-1) <= _SIZE) & ((other - base).abs_().amax(-1) <= _CHANGE) & (base.shape[1] <= _LENGTH)
     found = torch.empty(len(base), dtype=torch.float64)
     for rows, measure in ((near, _near_divergences), (~near, _far_divergences)):
         if rows.any():
@@ -67,25 +71,30 @@ def _divergences(base: Tensor, other: Tensor) -> list[float]:
     return values
 
 
-def _less_one(x: Tensor) -> Tensor:
-    return polynomial(x, _LESS_ONE).mul_(x)
-
-
 def _near_divergences(base: Tensor, other: Tensor) -> Tensor:
-    """From six sums, as docs/architecture.md derives it: right to a billionth, where the sum of the terms loses more."""
-    n, apart = base.shape[1], other - base
-    powers, less_one = polynomial(base, _ROOT).square_(), _less_one(apart)
-    change = powers * less_one
-    values = (powers, change, (powers + change) * apart, less_one, apart, less_one.square() * (1 - base))
-    sums = torch.tensor([lane_sums(value, _LANES) for value in values], dtype=torch.float64)
-    before, grown, moved, less_ones, aparts, squares = sums
-    after = before + grown
-    mean = near_log(grown / (before + after))  # of the changes: ln(after / before)
-    lost = grown / after
-    by_floor = aparts - mean * n - (1 - lost) * less_ones + lost * n
-    by_square = squares - 2 * lost * less_ones + lost * lost * n
-    found: Tensor = moved / after - mean + _FLOOR * by_floor + 0.5 * _FLOOR * _FLOOR * after * by_square
+    found, mean = _from_sums(base, other)
+    again = found.abs() < mean.abs() * _CANCELLED
+    if again.any():  # a softmax does not change when all its row does: so without the mean change
+        rows = again.to(base.device)
+        found[again] = _from_sums(base[rows], other[rows] - mean[again].to(base.device).unsqueeze(1))[0]
     return found
+
+
+def _from_sums(base: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """The divergences from eight sums, as docs/architecture.md derives it, and the mean changes."""
+    n, apart = base.shape[1], other - base
+    powers, less_one = polynomial(base, _ROOT).square_(), polynomial(apart, _LESS_ONE).mul_(apart)
+    change, inverse = powers * less_one, polynomial(other, _INVERSE)
+    first = inverse * less_one
+    values = (powers, change, (powers + change) * apart, less_one, apart, inverse, first, first * less_one)
+    sums = torch.tensor([lane_sums(value, _LANES) for value in values], dtype=torch.float64)
+    before, grown, moved, less_ones, aparts, inverses, firsts, seconds = sums
+    after = before + grown
+    mean = near_log(grown / (before + after))  # ln(after / before)
+    lost, left = grown / after, before / after
+    by_floor = aparts - mean * n - left * less_ones + lost * n
+    by_square = left * left * seconds - 2 * lost * left * firsts + lost * lost * inverses
+    return moved / after - mean + _FLOOR * by_floor + 0.5 * _FLOOR * _FLOOR * after * by_square, mean
 
 
 def _far_divergences(base: Tensor, other: Tensor) -> Tensor:

@@ -2,16 +2,17 @@
 
 #pragma once
 
-#define SIZE_UP_TO 1.0 /* of the base's numbers in a row where the two are near ... */
-#define CHANGE_UP_TO 0x1p-5 /* ... and of e^x - 1 for their changes */
+#define SIZE_UP_TO 0.5 /* of a row's numbers in the base ... */
+#define CHANGE_UP_TO 0x1p-5 /* ... and of their changes, where the two are near */
+#define CANCELLED 0x1p-16
 #define SUM_LANES 8
 
-/* e^(x/2) and (e^x - 1)/x for these. */
-static const double root_terms[10] = {5.412949864204861e-09, 9.755606094551683e-08, 1.5500723557557164e-06, 2.170079780695472e-05,
-                                      0.00026041667625972944, 0.00260416687786009, 0.020833333332134, 0.12499999997359558,
-                                      0.500000000000024, 1.000000000000528};
+/* e^(x/2) and (e^x - 1)/x for these, and some terms of e^(-x). */
+static const double root_terms[8] = {1.552792454257085e-06, 2.174987576902487e-05, 0.00026041624574507194, 0.0026041590883559645,
+                                     0.02083333335438143, 0.12500000037895992, 0.4999999999998356, 0.9999999999970393};
 static const double less_one_terms[6] = {0.001388925219782528, 0.008333623981369434, 0.04166666665336185,
                                          0.16666666656022772, 0.5000000000000008, 1.0000000000000058};
+static const double inverse_terms[4] = {-1 / 6., 1 / 2., -1.0, 1.0};
 
 static inline __attribute__((always_inline)) lanes_double polynomial_of(const double *terms, const int number, lanes_double x) {
     lanes_double p = every(terms[0]);
@@ -26,20 +27,22 @@ static inline lanes_double lanes_at(const double *x) {
     return some;
 }
 
-/* What is summed up of a row; and the largest change, squared. */
-enum { OF_POWERS, OF_CHANGES, OF_MOVED, OF_LESS_ONES, OF_DIFFERENCES, OF_SQUARES, NEAR_SUMS, LARGEST = NEAR_SUMS };
+/* What is summed up of a row; and the largest change. */
+enum { OF_POWERS, OF_CHANGES, OF_MOVED, OF_LESS_ONES, OF_DIFFERENCES, OF_INVERSES, OF_FIRST, OF_SECOND, NEAR_SUMS, LARGEST = NEAR_SUMS };
 enum { BESIDE = SUM_LANES / LANES(double) };
 typedef lanes_double near_sums[BESIDE][NEAR_SUMS + 1];
 
 FUSED add_near(lanes_double *sum, lanes_double x, lanes_double other, int64_t left) {
-    const lanes_double apart = other - x, root = polynomial_of(root_terms, 10, x);
-    const lanes_double less_one = polynomial_of(less_one_terms, 6, apart) * apart, square = less_one * less_one;
-    lanes_double power = root * root;
-    for (int64_t i = left; i < LANES(double); i++) power[i] = 0; /* what only fills a register */
-    const lanes_double change = power * less_one;
+    const lanes_double apart = other - x, root = polynomial_of(root_terms, 8, x);
+    const lanes_double less_one = polynomial_of(less_one_terms, 6, apart) * apart;
+    lanes_double power = root * root, inverse = polynomial_of(inverse_terms, 4, other);
+    for (int64_t i = left; i < LANES(double); i++) power[i] = inverse[i] = 0; /* what only fills a register */
+    const lanes_double change = power * less_one, first = inverse * less_one;
     sum[OF_POWERS] += power, sum[OF_CHANGES] += change, sum[OF_MOVED] += (power + change) * apart;
-    sum[OF_LESS_ONES] += less_one, sum[OF_DIFFERENCES] += apart, sum[OF_SQUARES] += square * (every(1) - x);
-    sum[LARGEST] = larger_double(sum[LARGEST], square);
+    sum[OF_LESS_ONES] += less_one, sum[OF_DIFFERENCES] += apart;
+    sum[OF_INVERSES] += inverse, sum[OF_FIRST] += first, sum[OF_SECOND] += first * less_one;
+    /* This forgets a NaN, which the sums do not. */
+    sum[LARGEST] = larger_double(sum[LARGEST], (lanes_double)((longs)apart & INT64_MAX));
 }
 
 static double sum_of_lanes(near_sums sums, int which) {
@@ -65,17 +68,18 @@ static int all_small(const void *raw, int dtype, int64_t start, int64_t n, const
     return small;
 }
 
-/* The divergence of a row where the two are near, from six sums; NaN of others. docs/architecture.md derives it. `rows` has the numbers
- * where they are not bfloat16. */
-static double near_divergence(const void *const *raw, const int *dtypes, int64_t start, int64_t n, double floor, const double *rows) {
-    const int bf16 = dtypes[0] == BF16 && dtypes[1] == BF16;
+/* The divergence of two rows from eight sums, and the mean change: docs/architecture.md derives it. `shift` is taken away from the second
+ * row; `rows` has the numbers where they are not bfloat16. NaN where the changes are too large. */
+static double from_sums(const void *const *raw, int bf16, int64_t start, int64_t n, double floor, const double *rows, double shift,
+                        double *mean) {
     const int64_t whole = bf16 ? n / SUM_LANES * SUM_LANES : 0;
+    const double limit = shift == 0 ? CHANGE_UP_TO : INFINITY; /* afterwards it is known */
     near_sums sums = {{{0}}};
-    if (!all_small(raw[0], bf16 ? BF16 : F64, start, n, rows)) return NAN;
     for (int64_t i = 0; i < whole; i += SUM_LANES)
         for (int v = 0; v < BESIDE; v++) {
             const int64_t at = start + i + v * LANES(double);
-            add_near(sums[v], widened_double((const uint16_t *)raw[0] + at), widened_double((const uint16_t *)raw[1] + at), LANES(double));
+            const lanes_double x = widened_double((const uint16_t *)raw[0] + at), other = widened_double((const uint16_t *)raw[1] + at);
+            add_near(sums[v], x, other - every(shift), LANES(double));
         }
     for (int64_t i = whole; i < n; i += SUM_LANES) {
         double padded[2][SUM_LANES] = {{0}};
@@ -83,21 +87,32 @@ static double near_divergence(const void *const *raw, const int *dtypes, int64_t
         for (int k = 0; k < 2; k++)
             if (bf16) load_double(raw[k], BF16, start + i, left, padded[k]);
             else memcpy(padded[k], rows + k * n + i, (size_t)left * sizeof(double));
+        for (int64_t j = 0; j < left; j++) padded[1][j] -= shift;
         for (int v = 0; v < BESIDE; v++)
             add_near(sums[v], lanes_at(padded[0] + v * LANES(double)), lanes_at(padded[1] + v * LANES(double)),
                      left < v * LANES(double) ? 0 : left - v * LANES(double));
     }
     for (int v = 0; v < BESIDE; v++)
         for (int i = 0; i < LANES(double); i++)
-            if (!(sums[v][LARGEST][i] <= CHANGE_UP_TO * CHANGE_UP_TO)) return NAN;
+            if (!(sums[v][LARGEST][i] <= limit)) return NAN;
     double total[NEAR_SUMS];
     for (int k = 0; k < NEAR_SUMS; k++) total[k] = sum_of_lanes(sums, k);
-    const double after = total[OF_POWERS] + total[OF_CHANGES], number = (double)n;
-    const double mean = near_log(total[OF_CHANGES] / (total[OF_POWERS] + after)); /* of the changes: ln(after / before) */
-    const double lost = total[OF_CHANGES] / after;
-    const double by_floor = total[OF_DIFFERENCES] - mean * number - (1 - lost) * total[OF_LESS_ONES] + lost * number;
-    const double by_square = total[OF_SQUARES] - 2 * lost * total[OF_LESS_ONES] + lost * lost * number;
-    return total[OF_MOVED] / after - mean + floor * by_floor + 0.5 * floor * floor * after * by_square;
+    const double before = total[OF_POWERS], grown = total[OF_CHANGES], after = before + grown, number = (double)n;
+    const double lost = grown / after, left = before / after;
+    *mean = near_log(grown / (before + after)); /* ln(after / before) */
+    const double by_floor = total[OF_DIFFERENCES] - *mean * number - left * total[OF_LESS_ONES] + lost * number;
+    const double by_square = left * left * total[OF_SECOND] - 2 * lost * left * total[OF_FIRST] + lost * lost * total[OF_INVERSES];
+    return total[OF_MOVED] / after - *mean + floor * by_floor + 0.5 * floor * floor * after * by_square;
+}
+
+/* The divergence of two rows that are near; NaN of others. */
+static double near_divergence(const void *const *raw, int bf16, int64_t start, int64_t n, double floor, const double *rows) {
+    double mean;
+    if (!all_small(raw[0], bf16 ? BF16 : F64, start, n, rows)) return NAN;
+    const double found = from_sums(raw, bf16, start, n, floor, rows, 0, &mean);
+    if (!(fabs(found) < fabs(mean) * CANCELLED)) return found;
+    /* A softmax does not change when all its row does: so without the mean change. */
+    return from_sums(raw, bf16, start, n, floor, rows, mean, &mean);
 }
 
 /* Powers of e in the place of n numbers, all divided by that of the largest; what makes a softmax of them. */
@@ -116,12 +131,12 @@ static double powers(double *x, int64_t n) {
 static double divergence(const void *const *raw, const int *dtypes, int64_t start, int64_t columns, double floor, double *rows) {
     double share[2], p[CHUNK], q[CHUNK], apart[CHUNK], lanes[CHUNK] = {0};
     const int bf16 = dtypes[0] == BF16 && dtypes[1] == BF16;
-    const double quickly = bf16 ? near_divergence(raw, dtypes, start, columns, floor, rows) : NAN;
-    if (quickly == quickly) return quickly;
+    double found = bf16 ? near_divergence(raw, 1, start, columns, floor, rows) : NAN;
+    if (found == found) return found;
     for (int k = 0; k < 2; k++)
         for (int64_t s = 0; s < columns; s += CHUNK)
             load_double(raw[k], dtypes[k], start + s, least(CHUNK, columns - s), rows + k * columns + s);
-    const double found = bf16 ? NAN : near_divergence(raw, dtypes, start, columns, floor, rows);
+    if (!bf16) found = near_divergence(raw, 0, start, columns, floor, rows);
     if (found == found) return found;
     for (int k = 0; k < 2; k++) share[k] = powers(rows + k * columns, columns);
     for (int64_t s = 0; s < columns; s += CHUNK) {

@@ -30,11 +30,6 @@ static inline double exp_of(double x) {
     return (p * r * r + r + 1) * power;
 }
 
-/* The same bits where nothing is to be reduced. */
-#define NEAR 0.34 /* less than half of ln 2 */
-
-static inline double near_exp(double x) { return series(x) * x * x + x + 1; }
-
 /* For a size below FLAT a few terms do, and mostly all of a chunk is below it. */
 #define FLAT 0x1p-5
 

@@ -165,6 +165,7 @@ static inline lanes_double larger_double(lanes_double a, lanes_double b) {
 
 typedef lanes_float floats;
 typedef int32_t ints __attribute__((vector_size(REGISTER)));
+typedef int64_t longs __attribute__((vector_size(REGISTER)));
 
 static inline lanes_double every(double value) { return value - (lanes_double){0}; }
 static inline floats all(float value) { return value - (floats){0}; }
