@@ -179,13 +179,22 @@ def test_json(run: Program, tmp_path: Path) -> None:
 
 
 def test_a_saved_plan_is_shown_like_its_recipe(run: Program, tmp_path: Path) -> None:
-    """The page of a plan read back is the page of the recipe; a file that cannot be written is a failed run."""
+    """The page of a plan read back is the page of the recipe; places that are no plan's are refused."""
     write_models(tmp_path)
     page = run("plan", write_recipe(tmp_path), "--no-estimate", "--save", tmp_path / "plan.json").out
     assert run("plan", tmp_path / "plan.json", "--no-estimate").out == page
     code, _, err = run("plan", write_recipe(tmp_path), "--no-estimate", "--save", tmp_path / "no" / "plan.json")
-    assert code == 1
-    assert "the plan cannot be saved" in err
+    assert (code, "its directory does not exist" in err) == (2, True)
+    assert run("plan", write_recipe(tmp_path), "--no-estimate", "--save", tmp_path / "plan.json").code == 0
+    before = (tmp_path / "recipe.yml").read_bytes()
+    for option in ("--save", "--figure"):
+        path = (
+            (tmp_path / "recipe.yml").rename(tmp_path / "mine.png") if option == "--figure" else tmp_path / "recipe.yml"
+        )
+        code, _, err = run("plan", tmp_path / "plan.json", "--no-estimate", option, path)
+        assert code == 2
+        assert "exists and is not a" in err
+        assert path.read_bytes() == before
 
 
 def test_names_from_a_model_do_not_reach_the_terminal(run: Program, tmp_path: Path) -> None:

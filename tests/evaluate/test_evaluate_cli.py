@@ -190,3 +190,13 @@ def test_bar_leaves_nothing(capsys: pytest.CaptureFixture[str]) -> None:
         bar.step(0.5)
         bar.end()
     assert bar._bar is None
+
+
+def test_other_files_are_not_written_over(program: Program, place: Path) -> None:
+    """Scores replace scores, and nothing else."""
+    asked = words("evaluate merged --tasks mine.py:score --out scores.json")
+    assert [program(*asked).code, program(*asked).code] == [0, 0]
+    before = (place / "mine.py").read_bytes()
+    ran = program(*words("evaluate merged --tasks mine.py:score --out mine.py"))
+    assert (ran.code, "exists and is not a file of scores" in ran.err) == (2, True)
+    assert (place / "mine.py").read_bytes() == before

@@ -94,19 +94,12 @@ def _thresholds(config: Path | None, said: list[str]) -> Thresholds:
 
 def _check_places(report: Path | None, recipe: Path | None) -> None:
     """Refuse places that cannot be written before anything is read."""
-    from geomerge.errors import UsageError
+    from geomerge.report.build import check_file, check_place
 
     if report is not None:
-        from geomerge.report.build import check_place
-
         check_place(report, None)
     if recipe is not None:
-        if recipe.is_dir():
-            raise UsageError(
-                "it is a directory", where=str(recipe), hint="--write-recipe takes a file, such as recipe.yml"
-            )
-        if not recipe.absolute().parent.is_dir():
-            raise UsageError("its directory does not exist", where=str(recipe))
+        check_file(recipe, "recipe", b"# geomerge diagnose", "a file, such as recipe.yml")
 
 
 def _write(found: Diagnosis, path: Path) -> None:

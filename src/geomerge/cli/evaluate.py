@@ -105,14 +105,10 @@ def evaluate(
 
 def _check_out(out: Path | None) -> None:
     """Refuse a place that cannot be written before hours are spent."""
-    from geomerge.errors import UsageError
+    from geomerge.report.build import check_file
 
-    if out is None:
-        return
-    if out.is_dir():
-        raise UsageError("it is a directory", where=str(out), hint="--out takes a file, such as scores.json")
-    if not out.absolute().parent.is_dir():
-        raise UsageError("its directory does not exist", where=str(out))
+    if out is not None:
+        check_file(out, "file of scores", b'"kind": "scores"', "a file, such as scores.json")
 
 
 def _separate(models: list[str]) -> list[str]:

@@ -46,6 +46,13 @@ def plan(
 
     if figure is not None and figure.suffix.lower() != ".png":
         raise UsageError("a figure is a .png", where=str(figure))
+    if save is not None or figure is not None:
+        from geomerge.report.build import check_file
+
+        if save is not None:
+            check_file(save, "plan", _MARK.encode(), "a file, such as plan.json")
+        if figure is not None:
+            check_file(figure, "picture", b"PNG", "a file, such as plan.png")
     made, opened = planned(recipe, compat=compat, requantize=requantize, allow_pickle=allow_pickle, reopen=estimate)
     try:
         expected = measure(made, opened, threads=threads) if estimate else None

@@ -35,14 +35,14 @@ def soup(
 
     from geomerge.cli.console import write_json
     from geomerge.errors import RunError, UsageError
-    from geomerge.report.build import replace_file
+    from geomerge.report.build import check_file, replace_file
     from geomerge.search.soup import greedy_soup
     from geomerge.search.study import Objective
 
     if merge is not None and merge.exists():
         raise UsageError("the output exists", where=str(merge), hint="name another directory for --merge")
-    if write_recipe is not None and not write_recipe.absolute().parent.is_dir():
-        raise UsageError("its directory does not exist", where=str(write_recipe))
+    if write_recipe is not None:
+        check_file(write_recipe, "recipe", b"# geomerge soup", "a file, such as soup.yml")
     wanted = tuple(name for each in tasks for name in each.split(",") if name)
     found = greedy_soup(
         models, Objective(wanted, limit=limit), progress=None if quiet else _tell, allow_pickle=allow_pickle

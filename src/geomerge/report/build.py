@@ -168,18 +168,37 @@ def check_place(out: Path, figures: Path | None) -> None:
     Raises:
         UsageError: Naming what is in the way.
     """
+    check_file(out, "report", MARK.encode(), "the HTML file to write")
+    if figures is not None and figures.exists() and not figures.is_dir():
+        raise UsageError("it is not a directory", where=str(figures))
+
+
+def check_file(out: Path, what: str, mark: bytes, example: str) -> None:
+    """Refuse to write over what is not of the kind that is to be written, before any work is done.
+
+    Args:
+        out: The file.
+        what: The kind in a word or two.
+        mark: What the first two thousand bytes of such a file hold.
+        example: What to give instead of a directory.
+
+    Raises:
+        UsageError: It is no file, is another kind of file, or its directory does not exist.
+    """
     try:
         if out.is_dir() or (out.exists() and not out.is_file()):
-            raise UsageError("it is not a file", where=str(out), hint="give the HTML file to write")
-        if not out.parent.is_dir():
+            raise UsageError(
+                f"it is {'a directory' if out.is_dir() else 'not a file'}", where=str(out), hint=f"give {example}"
+            )
+        if not out.absolute().parent.is_dir():
             raise UsageError("its directory does not exist", where=str(out))
         if out.is_file():
             with out.open("rb") as file:
                 start = file.read(2000)
-            if start.strip() and MARK.encode() not in start:
-                raise UsageError("exists and is not a report", where=str(out), hint="choose another file")
-        if figures is not None and figures.exists() and not figures.is_dir():
-            raise UsageError("it is not a directory", where=str(figures))
+            if start.strip() and mark not in start:
+                raise UsageError(
+                    f"exists and is not a {what} of geomerge's", where=str(out), hint="choose another file"
+                )
     except GeomergeError:
         raise
     except (OSError, ValueError) as error:

@@ -130,8 +130,10 @@ def greedy_soup(
     live = LiveMerge({m: m for m in models}, module, allow_pickle=allow_pickle)
 
     def recipe(chosen: Sequence[str]) -> str:
-        data = {"merge_method": "linear", "models": [{"model": m} for m in chosen], "parameters": {"weight": 1.0}}
-        return json.dumps(data | ({"dtype": dtype} if dtype else {}), indent=1) + "\n"
+        lines = [f"# geomerge soup: {len(chosen)} of {len(models)} models", "merge_method: linear", "models:"]
+        lines += [f"  - model: {json.dumps(m, ensure_ascii=False)}" for m in chosen]
+        lines += ["parameters: {weight: 1.0}", *([f"dtype: {dtype}"] if dtype else [])]
+        return "\n".join(lines) + "\n"
 
     def score(chosen: Sequence[str]) -> float:
         live.blend(loads(recipe(chosen), ""))
