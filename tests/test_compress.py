@@ -156,7 +156,12 @@ class TestRefused:
         assert "tokenizer_source" not in str(caught.value)
 
     @pytest.mark.parametrize(
-        ("options", "says"), [({"method": "tal"}, "did you mean 'tall'"), ({"threshold": -1}, "negative")]
+        ("options", "says"),
+        [
+            ({"method": "tal"}, "did you mean 'tall'"),
+            ({"threshold": -1}, "negative"),
+            ({"method": "emr", "threshold": 0.2}, "emr has no threshold"),
+        ],
     )
     def test_wrong_words(self, options: dict[str, str], says: str, root: Path) -> None:
         with pytest.raises(gm.UsageError, match=says):

@@ -411,6 +411,8 @@ def test_bad_calls_are_refused(tmp_path: Path) -> None:
     state = tmp_path / "state"
     with pytest.raises(UsageError, match="no base"):
         continue_merge(state, experts(tmp_path, 1))
+    with pytest.raises(ModelError, match="one: there is no such file"):
+        continue_merge(state, "one", base=tmp_path / "0")  # a word is one expert
     with pytest.raises(UsageError, match="no expert"):
         continue_merge(state, [], base=tmp_path / "0")
     with pytest.raises(UsageError, match="opcmm"):

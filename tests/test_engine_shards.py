@@ -172,7 +172,7 @@ def test_another_merge_is_refused(which: str, options: dict[str, Any], says: str
     """Another recipe, another number of shards, another layout: what differs is named, nothing is touched."""
     shard(root, "1/2")
     before = tiny.digests(root / "out.partial")
-    with pytest.raises(gm.UsageError, match=f"another {says}"):
+    with pytest.raises(gm.UsageError, match=f"begun otherwise: (another )?{says}"):
         shard(root, which, **options)
     left = tiny.digests(root / "out.partial")
     assert {name: digest for name, digest in left.items() if not name.endswith(".lock")} == {

@@ -434,7 +434,10 @@ class TestTokenizers:
         samples.save(tmp_path / "other", byte_level(r"\w+|\W+"))
         with pytest.raises(gm.ModelError, match="--pre-tokenizer"):
             gm.export_gguf(tmp_path / "m", out, tokenizer=tmp_path / "other")
-        gm.export_gguf(tmp_path / "m", out, tokenizer=tmp_path / "other", pre_tokenizer="mine")
+        made = gm.export_gguf(tmp_path / "m", out, tokenizer=tmp_path / "other", pre_tokenizer="gpt-22")
+        assert any("'gpt-22' is no name" in note and "did you mean 'gpt-2'" in note for note in made.notes)
+        assert any("of the model's" in note and "another id, or none" in note for note in made.notes)
+        made = gm.export_gguf(tmp_path / "m", out, tokenizer=tmp_path / "other", pre_tokenizer="mine", force=True)
         assert fields(out)["tokenizer.ggml.pre"] == "mine"
         for file in ("tokenizer.json", "tokenizer_config.json"):
             (tmp_path / "m" / file).unlink()

@@ -235,7 +235,7 @@ def _check_state_dict(name: object, tensors: object) -> None:
             )
 
 
-def continue_merge(state: str | Path, experts: Sequence[str | Path], **options: Any) -> Step:
+def continue_merge(state: str | Path, experts: Sequence[str | Path] | str | Path, **options: Any) -> Step:
     """Take the next experts into a continual merge: see `geomerge.continual.continue_merge`, as for the ``options``."""
     from geomerge import continual
 

@@ -161,6 +161,10 @@ def test_peft_reads_it(base: Path, tmp_path: Path) -> None:
     """PEFT's own load and merge of a whole extraction gives the same model."""
     extract(base, tune(base, tmp_path / "tuned"), tmp_path / "out", energy=0.9, dtype="float64")
     _peft_agrees(base, tmp_path / "out")
+    from peft import AutoPeftModelForCausalLM
+
+    # It takes the task's name for the class that loads the base.
+    assert AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out").active_adapter == "default"
 
 
 def _peft_agrees(base: Path, adapter: Path, more: dict[str, torch.Tensor] | None = None) -> None:

@@ -13,10 +13,10 @@ What becomes of a tensor:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -233,7 +233,10 @@ class _Extraction:
             base=None if self._base.ref.lora else base.hub_id or self._base.ref.path,
             base_revision=base.revision,
             fan_in_fan_out=any(stored_transposed(f"{layer.module}.weight", self._base.config) for layer, _ in low),
-            settings={"ensure_weight_tying": True} if shared else {},
+            settings={
+                "task_type": _task_type(self._base.config),
+                **({"ensure_weight_tying": True} if shared else {}),
+            },
             copies=self._tokenizer(),
         )
         asked = [f"rank {self._budget.rank}"] if self._budget.rank is not None else []
@@ -279,3 +282,17 @@ class _Extraction:
             return {}
         files = [p for kind in ("tokenizer", "chat_template") for p in side_files(folder, self._tuned.config, kind)]
         return {p.relative_to(folder).as_posix(): p for p in files}
+
+
+_TASKS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+"""The end of an architecture's name → PEFT's name of its task, from which it chooses the class that loads the base."""
+
+
+def _task_type(config: Mapping[str, Any] | None) -> str | None:
+    names = [str(name) for name in (config or {}).get("architectures") or ()]
+    return next((task for end, task in _TASKS.items() if any(name.endswith(end) for name in names)), None)

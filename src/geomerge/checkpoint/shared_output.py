@@ -283,12 +283,12 @@ def check_files(partial: Path, layout: Layout) -> None:
 
 def _other(found: Mapping[str, Any], wanted: Mapping[str, Any], partial: Path) -> UsageError:
     different = ", ".join(
-        key if key == "plan" else f"{key} ({found.get(key)} there, {wanted.get(key)} here)"
+        f"another {key}" if key == "plan" else f"{key} ({found.get(key)} there, {wanted.get(key)} here)"
         for key in sorted({*found, *wanted})
         if found.get(key) != wanted.get(key)
     )
     return UsageError(
-        f"the other shards of this output were begun with another {different}",
+        f"the other shards of this output were begun otherwise: {different}",
         where=str(partial),
         hint="all shards need the same recipe, inputs, options and versions; or remove it and start anew",
     )

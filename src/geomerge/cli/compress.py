@@ -18,7 +18,9 @@ def compress(
     experts: Annotated[list[str], typer.Argument(metavar="EXPERT...", help="Models; NAME=MODEL gives one a name.")],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The directory to make.")],
     method: Annotated[str, typer.Option(metavar="NAME", help="tall: TALL-masks; emr: EMR-Merging.")] = "tall",
-    threshold: Annotated[float, typer.Option(metavar="X", help="tall: larger makes sparser masks (0.2 to 0.6).")] = 0.4,
+    threshold: Annotated[
+        float | None, typer.Option(metavar="X", help="tall: larger makes sparser masks (0.2 to 0.6; by default 0.4).")
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option(metavar="DTYPE", help="Of the merged vector; by default the models'.")
     ] = None,

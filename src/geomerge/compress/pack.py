@@ -62,7 +62,7 @@ def compress(
     out: str | Path,
     *,
     method: str = "tall",
-    threshold: float = 0.4,
+    threshold: float | None = None,
     dtype: str | None = None,
     force: bool = False,
     threads: int | None = None,
@@ -77,7 +77,7 @@ def compress(
         out: The directory to make.
         method: ``tall``: the sum of the task vectors, and where an expert outweighs the others. ``emr``: the largest agreeing
             magnitudes, where an expert agrees in sign, and a factor for each.
-        threshold: λ of TALL's masks.
+        threshold: λ of TALL's masks, by default 0.4.
         dtype: Of the merged vector; by default that of the models.
         force: Replace an existing directory.
         threads: By default one for each core that the process may use.
@@ -93,6 +93,9 @@ def compress(
         raise UsageError(f"there is no way {method!r} to compress", hint=did_you_mean(method, METHODS))
     if not experts:
         raise UsageError("there is no expert to compress")
+    if threshold is not None and method != "tall":
+        raise UsageError(f"{method} has no threshold", hint="leave it out, or take the method tall")
+    threshold = 0.4 if threshold is None else threshold
     if not (math.isfinite(threshold) and threshold >= 0):
         raise UsageError(f"the threshold must not be negative, not {threshold}")
     kind = None if dtype is None else parse_dtype(dtype)

@@ -60,7 +60,7 @@ class Step:
 
 def continue_merge(
     state: str | Path,
-    experts: Sequence[str | Path],
+    experts: Sequence[str | Path] | str | Path,
     *,
     base: str | Path | None = None,
     method: str | None = None,
@@ -75,7 +75,7 @@ def continue_merge(
 
     Args:
         state: The state's directory. Where there is none, `base` starts one.
-        experts: Paths or hub ids, in their order.
+        experts: Paths or hub ids, in their order; or one of them.
         base: The model that all experts were trained from. Later steps know it; it must be given again when it has moved.
         method: ``opcm`` (the default), ``average``, ``task_arithmetic`` or ``ties``; said at the start only.
         parameters: The method's, by name; said at the start only.
@@ -91,6 +91,7 @@ def continue_merge(
     """
     begun = time.perf_counter()
     place = Path(state).resolve()
+    experts = [experts] if isinstance(experts, str | Path) else experts
     if not experts:
         raise UsageError("there is no expert to take in", hint="geomerge continue STATE EXPERT")
     known = State.read(place)

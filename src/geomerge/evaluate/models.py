@@ -303,7 +303,11 @@ def _identify(reference: str) -> tuple[str, int, Path]:
 
     named = parse_reference(reference, NOWHERE)
     if named.lora is not None:
-        raise ModelError("an adapter cannot be evaluated without being merged first", where=reference)
+        raise ModelError(
+            "an adapter cannot be evaluated without being merged first",
+            where=reference,
+            hint=f"merge it: a recipe with `merge_method: passthrough` and `models: [{{model: {reference}}}]`",
+        )
     with open_checkpoint(named.path, named.revision, subfolder=named.subfolder) as checkpoint:
         if checkpoint.folder is None:
             raise ModelError(

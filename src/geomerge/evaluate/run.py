@@ -9,6 +9,7 @@ import itertools
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -249,7 +250,9 @@ def _assemble(
         low, high = statistics.score_interval(one.known.samples, resamples=resamples, seed=seed)
         higher = one.known.higher_is_better
         theirs = [values[p, t] for p in parents if (p, t) in found]
-        whole = len(theirs) == len(parents)
+        # Scores of other questions, such as perplexities of another tokenizer's tokens, are on another scale.
+        asked = {tuple(found[p, t].known.samples.hashes) for p in (m, *parents) if (p, t) in found}
+        whole = len(theirs) == len(parents) and len(asked) == 1
         share = statistics.normalised(values[m, t], theirs, higher_is_better=higher) if whole else None
         scores.append(Score(model.name, task.name, values[m, t], low, high, share, one.known.seconds, one.cached))
         if model.role != "model":
@@ -259,7 +262,7 @@ def _assemble(
                 row = statistics.compare(one.known.samples, found[p, t].known.samples, resamples=resamples, seed=seed)
                 if row is None:
                     LOGGER.warning(
-                        "%s and %s were not asked the same in %s (other tokenizers?): they are not compared sample by sample",
+                        "%s and %s were not asked the same in %s (other tokenizers?): their scores are not compared",
                         model.name,
                         models[p].name,
                         task.name,
@@ -272,7 +275,10 @@ def _assemble(
             synergies.append(_synergy_row(model.name, task.name, theirs, values[m, t], higher))
     directions = [row.higher_is_better for row in rows]
     means = _means(models, tasks, scores, mixed=len(set(directions)) > 1)
-    synergies += _mean_synergy(models, means, directions)
+    compared = Counter(row.model for row in synergies)
+    synergies += _mean_synergy(
+        [m for m in models if m.role == "parent" or compared[m.name] == len(tasks)], means, directions
+    )
     return Scores(
         models=tuple(model.row for model in models),
         tasks=tuple(rows),

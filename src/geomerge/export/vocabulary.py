@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from geomerge.errors import ModelError
+from geomerge.errors import ModelError, did_you_mean
 from geomerge.export.families import Value
 from geomerge.export.sentencepiece import (
     BYTE,
@@ -44,6 +44,72 @@ _SPLITS = {
 }
 """The expression that cuts text up → llama.cpp's name for it, of tokenizers that always merge, and of those that take a piece
 whole that is a token (``ignore_merges``)."""
+
+_KNOWN = (
+    *(
+        "default",
+        "gpt-2",
+        "smollm",
+        "dbrx",
+        "llama-bpe",
+        "llama3",
+        "llama4",
+        "qwen2",
+        "qwen35",
+        "tekken",
+        "gpt-4o",
+        "falcon",
+    ),
+    *(
+        "falcon3",
+        "falcon-h1",
+        "deepseek-llm",
+        "deepseek-coder",
+        "deepseek-v3",
+        "deepseek-r1-qwen",
+        "mpt",
+        "starcoder",
+        "refact",
+    ),
+    *(
+        "command-r",
+        "stablelm2",
+        "olmo",
+        "smaug-bpe",
+        "poro-chat",
+        "chatglm-bpe",
+        "glm4",
+        "viking",
+        "jais",
+        "codeshell",
+        "bloom",
+    ),
+    *("gpt3-finnish", "exaone", "exaone4", "chameleon", "minerva-7b", "megrez", "superbpe", "trillion", "hunyuan"),
+    *(
+        "hunyuan-dense",
+        "kimi-k2",
+        "granite-docling",
+        "bailingmoe",
+        "seed-coder",
+        "pixtral",
+        "lfm2",
+        "midm-2.0",
+        "a.x-4.0",
+        "phi-2",
+    ),
+    *(
+        "jina-es",
+        "jina-de",
+        "jina-v1-en",
+        "jina-v2-es",
+        "jina-v2-de",
+        "jina-v2-code",
+        "roberta-bpe",
+        "modern-bert",
+        "grok-2",
+    ),
+)
+"""llama.cpp's names of pre-tokenizers, to notice a misspelt one; it may have more by now."""
 
 _IDS = {"bos": "bos", "eos": "eos", "unk": "unknown", "sep": "seperator", "pad": "padding", "mask": "mask"}
 """Names of special tokens → llama.cpp's, in its own spelling."""
@@ -110,6 +176,12 @@ def tokenizer_metadata(
             hint="--tokenizer DIR takes another model's, if its tokens are the same",
         )
     notes = []
+    if pre_tokenizer is not None and found["ggml.model"] == "gpt2" and pre_tokenizer not in _KNOWN:
+        suggestion = did_you_mean(pre_tokenizer, _KNOWN)
+        notes.append(
+            f"{pre_tokenizer!r} is no name of a pre-tokenizer that is known here: llama.cpp may refuse the file"
+            + (f" ({suggestion})" if suggestion else "")
+        )
     beyond = [token for token, index in ids.items() if index >= rows]
     if beyond:
         notes.append(f"{len(beyond)} tokens have no row in the embedding and are left out ({beyond[0]!r})")

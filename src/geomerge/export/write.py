@@ -119,6 +119,7 @@ def export_gguf(
         listed, notes = entries(shapes, described, chosen, str(model))
         folder = checkpoint.tokenizer_folder if tokenizer is None else _tokenizer_folder(Path(tokenizer))
         rows = shapes[name][0] if name else 0
+        notes += _foreign(checkpoint.tokenizer_folder, folder, rows) if tokenizer is not None else []
         words, said = tokenizer_metadata(folder, rows, described.config, pre_tokenizer, str(model))
         metadata = _general(checkpoint, chosen) | {
             f"{described.family.architecture}.{key}": value for key, value in described.metadata.items()
@@ -127,6 +128,24 @@ def export_gguf(
     seconds = time.perf_counter() - begun
     every = (*checkpoint.notes, *described.notes, *notes, *said)
     return Exported(place, described.family.architecture, chosen, len(listed), nbytes, seconds, every)
+
+
+def _foreign(own: Path | None, other: Path | None, rows: int) -> list[str]:
+    """What there is to say of a tokenizer that gives other ids than the model's own."""
+    if own is None or other is None:
+        return []
+    known, given = Vocabulary.load(own), Vocabulary.load(other)
+    if known is None or given is None or "opaque" in (known.kind, given.kind):
+        return []
+    tokens = known.within(rows)
+    alike = sum(given.ids.get(token) == index for token, index in tokens.items())
+    if alike == len(tokens):
+        return []
+    said = (
+        f"the tokenizer of {other} gives {len(tokens) - alike:,} of the model's {len(tokens):,} tokens another id, or none: "
+        "what the model reads and writes there is something else"
+    )
+    return [said]
 
 
 def _gguf() -> Any:

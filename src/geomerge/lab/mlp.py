@@ -250,7 +250,11 @@ class MlpKind:
             with reproducible(0, None):
                 model = _encoder(tuple(config["widths"]))
             model.load_state_dict({k: v.float() for k, v in load_file(str(path / "model.safetensors")).items()})
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        except KeyError as error:
+            raise ModelError(
+                f"it is not a model of the suite mlp: its config has no {error}", where=str(path)
+            ) from None
+        except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
             raise ModelError(f"it is not a model of the suite mlp: {first_line(error)}", where=str(path)) from None
         return model.eval()
 

@@ -136,10 +136,12 @@ def search(
         RunError: No candidate could be scored.
     """
     from geomerge.search.objective import make_judge
-    from geomerge.search.study import load_study
+    from geomerge.search.study import Study, load_study
 
     if isinstance(study, str | Path):
         study = load_study(study)
+    if not isinstance(study, Study):
+        raise UsageError(f"a study is a Study or a file's path, not {type(study).__name__}")
     folder = Path(out)
     if (folder / STORAGE).exists() and not resume:
         raise UsageError("a search lies there already", where=str(folder), hint="go on with it with --resume")

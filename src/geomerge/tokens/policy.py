@@ -43,8 +43,9 @@ class _Inputs:
     inside: int
     """How many of them are merged; those after give their tokenizer only."""
 
-    def index(self, model: object, what: str, where: str | None, words: Sequence[str] = ()) -> int:
-        """The position of `model` among the inputs, by value or as written; `words` could have been meant as well.
+    def index(self, model: object, what: str, where: str | None, words: Sequence[str] = (), more: str = "") -> int:
+        """The position of `model` among the inputs, by value or as written; `words` could have been meant as well, and `more`
+        is what the hint adds.
 
         Raises:
             RecipeError: It is not an input.
@@ -56,7 +57,7 @@ class _Inputs:
         raise RecipeError(
             f"{what} names the model {str(model)!r}, which is not an input of this merge",
             where=where,
-            hint=did_you_mean(str(model), [*self.names, *words]),
+            hint="; ".join(filter(None, (did_you_mean(str(model), [*self.names, *words]), more))),
         )
 
     def same_ids(self) -> bool:
@@ -216,7 +217,9 @@ def _source_index(spec: TokenizerSpec, inputs: _Inputs, base_index: int | None) 
                 hint="Add `base_model:`, or name a model: `tokenizer_source: <model>`, or use `union`.",
             )
         return base_index
-    return inputs.index(spec.source, "the tokenizer source", inputs.where, ("union", "base"))
+    words = ("union", "base", "intersection")
+    more = "a model that is not merged gives its tokenizer with `missing: omp`, `mean` or `zero`"
+    return inputs.index(spec.source, "the tokenizer source", inputs.where, words, more)
 
 
 def _opaque_plan(spec: TokenizerSpec, inputs: _Inputs, source: int) -> TokenPlan:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from geomerge.checkpoint.strict_json import read_json
 from geomerge.errors import ModelError, first_line
 from geomerge.lab.glyphs.settings import Settings
 from geomerge.lab.training import reproducible
@@ -71,6 +72,11 @@ def load_backbone(path: Path) -> nn.Module:
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"it cannot be loaded as a ViT: {first_line(error)}", where=str(path)) from None
+    kind = read_json(path / "config.json", what="config.json").get("model_type")
+    if kind != "vit":
+        raise ModelError(
+            f"it is a model of the type {kind}, and the suite glyphs is for image classifiers (vit)", where=str(path)
+        )
     if report["missing_keys"]:
         raise ModelError(f"weights are missing: {min(report['missing_keys'])} and perhaps others", where=str(path))
     loaded: nn.Module = model
