@@ -245,6 +245,14 @@ def test_without_locks_twins_are_harmless(root: Path, monkeypatch: pytest.Monkey
     check(root)
 
 
+def test_a_finished_output_is_told_alike(root: Path) -> None:
+    """As large the second time as the first."""
+    for which in ("1/2", "2/2"):
+        shard(root, which)
+    told = [finalize(root / "out") for _ in range(2)]
+    assert told[0].nbytes == told[1].nbytes > 0
+
+
 def test_another_shard_begins_between_two_looks(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it makes meanwhile is not taken for an interrupted run without shards."""
     listed = Path.iterdir

@@ -94,7 +94,7 @@ def test_wrong_calls() -> None:
     for says, models, options in (
         ("there is no profile 'mergkit'", [a, b], {"compat": "mergkit"}),
         ("must be a floating-point one", [a, b], {"dtype": torch.int8}),
-        ("must be a floating-point one", [a, b], {"dtype": "bfloat16"}),
+        ("must be a floating-point one", [a, b], {"dtype": 16}),
         ("from_numpy", [a.numpy(), b.numpy()], {}),
         ("with a list, not Linear", torch.nn.Linear(2, 2), {}),
         ("tensors of torch.int64 are not merged", [torch.arange(3), torch.arange(3)], {}),
@@ -102,6 +102,9 @@ def test_wrong_calls() -> None:
     ):
         with pytest.raises(gm.UsageError, match=re.escape(says)):
             gm.methods.linear(models, weight=1, **options)
+    with pytest.raises(gm.RecipeError, match="bfloat61"):
+        gm.methods.linear([a, b], weight=1, dtype="bfloat61")
+    assert gm.methods.linear([a, b], weight=1, dtype="bfloat16").dtype == torch.bfloat16
 
 
 def test_threads_are_counted(tmp_path: Path) -> None:

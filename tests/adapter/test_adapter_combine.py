@@ -450,3 +450,8 @@ def test_not_finite(adapters: list[Path], tmp_path: Path, method: str) -> None:
     other = write_adapter(tmp_path / "other", bad)
     with pytest.raises(NotFiniteError, match=r"other: .*q_proj\.lora_B"):
         combine([adapters[0], other], tmp_path / "out", method=method)
+
+
+def test_the_same_adapter_twice_is_noted(adapters: list[Path], tmp_path: Path) -> None:
+    report = combine([adapters[0], adapters[1], adapters[0]], tmp_path / "out")
+    assert report.notes == (f"{adapters[0]} and {adapters[0]} hold the same weights: they count twice",)

@@ -309,7 +309,14 @@ def _layers(adapters: Sequence[Adapter]) -> list[Layer]:
 
 
 def _notes(adapters: Sequence[Adapter]) -> tuple[str, ...]:
+    notes = []
     bases = list(dict.fromkeys(PurePath(a.base).name for a in adapters if a.base))
-    if len(bases) < 2:
-        return ()
-    return (f"the adapters name different bases ({', '.join(bases)}); the first is written down",)
+    if len(bases) > 1:
+        notes.append(f"the adapters name different bases ({', '.join(bases)}); the first is written down")
+    first: dict[str, str] = {}
+    for each in adapters:
+        content = each.weights.fingerprint()
+        if content in first:
+            notes.append(f"{first[content]} and {each.ref} hold the same weights: they count twice")
+        first.setdefault(content, each.ref)
+    return tuple(notes)

@@ -231,7 +231,8 @@ def show_report(
     from geomerge.cli.plan_page import rounding
     from geomerge.methods import native
 
-    speed = f"{amount(report.nbytes)} in {duration(report.seconds)} ({amount(_rate(report, progress))}/s)"
+    speed = f"{amount(report.nbytes)} in {duration(report.seconds)}"
+    speed += f" ({amount(_rate(report, progress))}/s)" if report.resumed < report.tensors else ""
     where = clean(report.out)
     rows = [
         ("merged", where) if shard is None else ("shard", f"{shard} in {where}"),

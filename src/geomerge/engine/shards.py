@@ -18,6 +18,7 @@ from typing import Any
 
 from geomerge.checkpoint.checkpoint import Checkpoint
 from geomerge.checkpoint.collector import collector_paused
+from geomerge.checkpoint.header import read_header
 from geomerge.checkpoint.layout import DEFAULT_SHARD_SIZE
 from geomerge.checkpoint.output_lock import LOCK
 from geomerge.checkpoint.shared_output import (
@@ -331,5 +332,5 @@ def _finished_report(out: Path, begun: float) -> Report:
         tensors, notes = len(found["tensors"]), tuple(found["notes"])
     except (OSError, ValueError, KeyError, TypeError):
         raise UsageError("holds no output of geomerge", where=str(out)) from None
-    nbytes = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    nbytes = sum(info.nbytes for path in out.glob("*.safetensors") for info in read_header(path)[1])
     return Report(out, time.perf_counter() - begun, nbytes, tensors, tensors, found.get("rounding_loss"), (), notes)

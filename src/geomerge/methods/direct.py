@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
-from geomerge.checkpoint.dtypes import from_torch
+from geomerge.checkpoint.dtypes import from_torch, parse_dtype, to_torch
 from geomerge.errors import IncompatibleModels, UsageError, did_you_mean
 from geomerge.methods.base import Matrix, Method
 from geomerge.methods.kernel import Open, prepare, survey_scan
@@ -32,7 +32,7 @@ class Function:
         base, models: For a method that needs a base: the base, then the list of experts; otherwise the list of models
             (and ``base=`` where it is optional). Tensors of one shape, or mappings with the same names.
         seed: Key of random draws.
-        dtype: Of the result; by default the inputs' common dtype.
+        dtype: Of the result, torch's or the recipe's word for it; by default the inputs' common dtype.
         compat: ``"mergekit"`` puts that tool's numeric choices in place of the defaults.
         extrapolate: Lift the bounds of interpolation coefficients.
         tile: Elements in a tile; the result does not depend on it.
@@ -60,7 +60,7 @@ class Function:
         *models: Weights | Sequence[Weights],
         base: Weights | None = None,
         seed: int = 0,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         compat: str | None = None,
         extrapolate: bool = False,
         tile: int = TILE,
@@ -68,6 +68,8 @@ class Function:
     ) -> Any:
         if compat not in (None, "mergekit"):
             raise UsageError(f"there is no profile {compat!r}", hint=did_you_mean(str(compat), ("mergekit",)))
+        if isinstance(dtype, str):
+            dtype = to_torch(parse_dtype(dtype))
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise UsageError(
                 f"the dtype must be a floating-point one of torch, not {dtype!r}", hint="such as torch.bfloat16"
