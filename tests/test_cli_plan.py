@@ -229,6 +229,10 @@ def test_figure_of_coefficients(run: Program, tmp_path: Path) -> None:
     assert image.startswith(b"\x89PNG")
     assert len(image) > 5000
     assert run("plan", tmp_path / "r.yml", "--figure", tmp_path / "t.svg").code == 2
+    (tmp_path / "c.yml").write_text(f"merge_method: slerp\n{models}parameters: {{t: 0.25}}\n")
+    constant = plan_figure(gm.plan(tmp_path / "c.yml"), "c")
+    assert constant is not None
+    assert constant.alt == "t by role and block, from 0.25 to 0.25."
     refused = run("plan", tmp_path / "l.yml", "--figure", tmp_path / "l.png")
     assert refused.code == 2
     assert "no parameter of linear differs over depth or role" in refused.err

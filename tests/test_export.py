@@ -439,6 +439,8 @@ class TestTokenizers:
         assert any("of the model's" in note and "another id, or none" in note for note in made.notes)
         made = gm.export_gguf(tmp_path / "m", out, tokenizer=tmp_path / "other", pre_tokenizer="mine", force=True)
         assert fields(out)["tokenizer.ggml.pre"] == "mine"
+        (tmp_path / "m" / "tokenizer.json").write_text("{")  # which may be why another one is named
+        gm.export_gguf(tmp_path / "m", out, tokenizer=tmp_path / "other", pre_tokenizer="mine", force=True)
         for file in ("tokenizer.json", "tokenizer_config.json"):
             (tmp_path / "m" / file).unlink()
         with pytest.raises(gm.ModelError, match="no tokenizer"):

@@ -17,6 +17,7 @@ from cli_samples import Program
 from geomerge.adapter.combine import combine
 from geomerge.checkpoint.change import Change
 from geomerge.checkpoint.lora import open_adapter
+from geomerge.checkpoint.reader import from_state_dict
 from geomerge.continual import State
 from geomerge.diagnose import diagnose
 from geomerge.engine.adapted import adapt, open_model
@@ -305,6 +306,18 @@ def test_pickled_adapters(base: Path, adapter: Path, tmp_path: Path) -> None:
     torch.save({"base_model.model.x.lora_A.weight": print}, old / "adapter_model.bin")
     with pytest.raises(ModelError, match=r"adapter_model\.bin"):
         open_adapter(str(old), allow_pickle=True)
+
+
+def test_a_base_in_memory_counts(base: Path, adapter: Path) -> None:
+    """Two of them with one adapter are two models, to the fingerprint of samples and to the hash of everything."""
+    plain = weights(base)
+    given = {
+        name: from_state_dict({k: v + shift for k, v in plain.items()}, name=name)
+        for name, shift in (("x", 0.0), ("y", 0.25))
+    }
+    found = [open_model(parse_reference(f"{name}+{adapter}", NOWHERE), given=given) for name in given]
+    assert found[0].fingerprint() != found[1].fingerprint()
+    assert found[0].content_hash() != found[1].content_hash()
 
 
 def test_a_continual_state_knows_its_base_with_the_adapter(base: Path, adapter: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from geomerge.evaluate.models import Model
-from geomerge.evaluate.samples import Samples, hash_text
+from geomerge.evaluate.samples import Link, Samples, hash_text
 from geomerge.evaluate.task import Settings, Tick
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789 .,:?\n"
@@ -90,6 +90,7 @@ class FakeTask:
     metric = "accuracy"
     higher_is_better = True
     chance = 0.5
+    link: Link = "mean"
 
     def __init__(
         self, outcomes: dict[str, list[float]], name: str = "fake", version: str | None = "1", fails: str = ""
@@ -108,4 +109,4 @@ class FakeTask:
         np.random.rand(3)
         tick(0.5)
         values = self.outcomes[model.name][: settings.limit]
-        return Samples.of(values, [hash_text(str(i)) for i in range(len(values))])
+        return Samples.of(values, [hash_text(str(i)) for i in range(len(values))], link=self.link)

@@ -143,17 +143,21 @@ def test_mixed_directions() -> None:
 
 
 def test_other_questions_are_not_paired(caplog: pytest.LogCaptureFixture) -> None:
-    """When samples differ between models there is no paired row, no share and no synergy, and a warning says so."""
+    """When samples differ between models there is no paired row, and a warning says so."""
     task = FakeTask({"merged": [1, 0, 1], "a": [1, 0], "b": [1, 1, 1]})
     scores = run(task)
     assert [row.against for row in scores.paired] == ["b"]
     assert "merged and a were not asked the same" in caplog.text
-    assert {score.normalised for score in scores.scores} == {None}
-    assert scores.synergy == ()
-    both = run(
-        [FakeTask(OUTCOMES, name="alike"), FakeTask({"merged": [1, 0, 1], "a": [1, 0], "b": [1, 1, 1]}, name="other")]
-    )
-    assert [(row.model, row.task) for row in both.synergy] == [("merged", "alike")]
+    assert [row.task for row in scores.synergy] == ["fake", "mean"]  # accuracies all the same
+
+
+def test_perplexities_of_other_tokens_have_no_share() -> None:
+    """They are on another scale; what else was asked is compared as ever, but for the means."""
+    other = FakeTask({"merged": [1, 2, 1], "a": [1, 2], "b": [1, 1, 1]}, name="nats")
+    other.link = "exp"
+    scores = run([FakeTask(OUTCOMES), other])
+    assert {score.task for score in scores.scores if score.normalised is None} == {"nats"}
+    assert [(row.model, row.task) for row in scores.synergy] == [("merged", "fake")]
 
 
 def test_cached(cache: Path) -> None:

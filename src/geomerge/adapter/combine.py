@@ -315,7 +315,7 @@ def _notes(adapters: Sequence[Adapter]) -> tuple[str, ...]:
         notes.append(f"the adapters name different bases ({', '.join(bases)}); the first is written down")
     first: dict[str, str] = {}
     for each in adapters:
-        content = each.weights.fingerprint()
+        content = each.weights.content_hash()
         if content in first:
             notes.append(f"{first[content]} and {each.ref} hold the same weights: they count twice")
         first.setdefault(content, each.ref)

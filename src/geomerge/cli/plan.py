@@ -49,7 +49,7 @@ def plan(
     if save is not None or figure is not None:
         from geomerge.report.build import check_file
 
-        if save is not None:
+        if save is not None and (save.is_file() or save.is_dir() or not save.exists()):  # and no pipe
             check_file(save, "plan", _MARK.encode(), "a file, such as plan.json")
         if figure is not None:
             check_file(figure, "picture", b"PNG", "a file, such as plan.png")

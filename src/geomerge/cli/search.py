@@ -40,7 +40,7 @@ def search(
     from geomerge.search.study import load_study
 
     if merge is not None:
-        if merge.exists():
+        if merge.exists() and not (merge.is_dir() and not any(merge.iterdir())):
             raise UsageError("the output exists", where=str(merge), hint="name another directory for --merge")
         check_free(merge)
     if report is not None:

@@ -136,7 +136,8 @@ class _Fit:
             tensors=tensors,
             quantization=base.quantization,
             decoding=decoding,
-            files=(*base.files, *adapter.weights.files),
+            # A base that came from no file has all in memory, the adapter, too: then the files say nothing of what it is.
+            files=(*base.files, *adapter.weights.files) if base.files else (),
             metadata=base.metadata,
             memory=self.memory,
             changes=self.changes,

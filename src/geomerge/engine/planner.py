@@ -121,7 +121,7 @@ class Planner:
 def _copies_of_each_other(inputs: Iterable[InputModel]) -> list[str]:
     first: dict[str, str] = {}
     return [
-        f"{known} and {each.ref} hold the same weights"
+        f"{known} and {each.ref} seem to hold the same weights"
         for each in inputs
         if (known := first.setdefault(each.fingerprint, each.ref)) != each.ref
     ]

@@ -143,7 +143,10 @@ def run_shard(
     opened = list(inputs) if inputs is not None else open_inputs(plan)
     try:
         if any(c.memory for c in opened):
-            raise UsageError("models in memory cannot be merged in shards", hint="save them first")
+            raise UsageError(
+                "models in memory cannot be merged in shards",
+                hint="save them as safetensors first; what is pickled is in memory, too",
+            )
         nodes = list(plan.output_nodes())
         mine = [(i, nodes[i]) for i in divide(nodes, shards)[shard - 1]]
         if finished(plan, out):

@@ -250,9 +250,10 @@ def _assemble(
         low, high = statistics.score_interval(one.known.samples, resamples=resamples, seed=seed)
         higher = one.known.higher_is_better
         theirs = [values[p, t] for p in parents if (p, t) in found]
-        # Scores of other questions, such as perplexities of another tokenizer's tokens, are on another scale.
-        asked = {tuple(found[p, t].known.samples.hashes) for p in (m, *parents) if (p, t) in found}
-        whole = len(theirs) == len(parents) and len(asked) == 1
+        # Perplexities of another tokenizer's tokens are on another scale.
+        asked = {found[p, t].known.samples.hashes for p in (m, *parents) if (p, t) in found}
+        alike = len(asked) == 1 or one.known.samples.link == "mean"
+        whole = len(theirs) == len(parents) and alike
         share = statistics.normalised(values[m, t], theirs, higher_is_better=higher) if whole else None
         scores.append(Score(model.name, task.name, values[m, t], low, high, share, one.known.seconds, one.cached))
         if model.role != "model":
@@ -262,7 +263,7 @@ def _assemble(
                 row = statistics.compare(one.known.samples, found[p, t].known.samples, resamples=resamples, seed=seed)
                 if row is None:
                     LOGGER.warning(
-                        "%s and %s were not asked the same in %s (other tokenizers?): their scores are not compared",
+                        "%s and %s were not asked the same in %s (other tokenizers?): they are not compared sample by sample",
                         model.name,
                         models[p].name,
                         task.name,

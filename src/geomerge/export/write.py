@@ -134,7 +134,10 @@ def _foreign(own: Path | None, other: Path | None, rows: int) -> list[str]:
     """What there is to say of a tokenizer that gives other ids than the model's own."""
     if own is None or other is None:
         return []
-    known, given = Vocabulary.load(own), Vocabulary.load(other)
+    try:
+        known, given = Vocabulary.load(own), Vocabulary.load(other)
+    except ModelError:  # the model's own may be why another one is given
+        return []
     if known is None or given is None or "opaque" in (known.kind, given.kind):
         return []
     tokens = known.within(rows)

@@ -132,7 +132,7 @@ def _base(run: Run) -> str | None:
 
 def plan_figure(plan: Plan, name: str) -> Figure | None:
     """What of a plan's numbers differs over depth or role: a row for each role, a column for each block, a panel for each
-    parameter and parent. `None` where nothing does."""
+    parameter and parent. Where nothing does the interpolation's t, and `None` where there is none."""
     numbers: dict[str, dict[str, list[float]]] = defaultdict(dict)
     parents: list[str] = []
     for node in plan.output_nodes():
@@ -142,14 +142,20 @@ def plan_figure(plan: Plan, name: str) -> Figure | None:
             parents = max(parents, here, key=len)
     shapes = {node.name: node.shape for node in plan.output_nodes()}
     grids: list[Grid] = []
+    constant: list[Grid] = []
     drawn: list[str] = []
     for quantity, rows in numbers.items():
         several = _width(rows) > 1
         whose = parents[-_width(rows) :] if several and len(parents) >= _width(rows) else [quantity]
         titles = [f"{quantity}: {visible(parent)}" for parent in whose] if several else whose
-        differing = [grid for grid in _grids(shapes, plan.config, rows, titles) if grid.varies]
+        every = _grids(shapes, plan.config, rows, titles)
+        if quantity == "t":
+            constant = every
+        differing = [grid for grid in every if grid.varies]
         drawn += [quantity] if differing else []
         grids += differing
+    if not grids:
+        drawn, grids = ["t"], constant
     if not grids:
         return None
     shown = grids[:_MOST_PANELS]

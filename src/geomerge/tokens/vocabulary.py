@@ -47,6 +47,8 @@ _OPAQUE = (
     "tekken.json",
 )
 Alphabet = Literal["bytes", "pieces", "words"]
+_MARKED = 0.02
+"""Of a vocabulary's tokens at least so many begin with its alphabet's mark: a fifth of BERT's, half of most others'."""
 _SPECIAL_NAMES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
 
@@ -289,10 +291,11 @@ def _types(part: Any) -> Iterator[str]:
 
 
 def _most_common_alphabet(ids: Iterable[str]) -> Alphabet:
-    """From how most tokens begin: a single one proves nothing, since most vocabularies hold ``##`` as text."""
+    """From how most tokens begin: a few prove nothing, since most vocabularies hold ``##`` as text."""
     number = Counter(token[:2] if token.startswith("##") else token[:1] for token in ids)
     marks: dict[Alphabet, int] = {"pieces": number["▁"], "bytes": number["Ġ"] + number["Ċ"], "words": number["##"]}
-    return max(marks, key=lambda alphabet: marks[alphabet])
+    most = max(marks, key=lambda alphabet: marks[alphabet])
+    return most if marks[most] >= _MARKED * number.total() else "pieces"
 
 
 def _added_by_config(directory: Path, config: Mapping[str, Any]) -> Iterator[tuple[Any, bool]]:
