@@ -215,6 +215,14 @@ class TestUnused:
             "  for example 'model.layers.2.self_attn.q_proj.weight' is a tensor's name"
         )
 
+    @pytest.mark.parametrize("condition", ["filter: lm_head", "role: head"])
+    def test_a_tied_head_goes_by_another_name(self, condition: str) -> None:
+        recipe, used = self.resolved(
+            f"merge_method: slerp\nmodels: [{{model: b}}]\nparameters: {{t: [{{{condition}, value: 1}}, {{value: 2}}]}}"
+        )
+        with pytest.raises(RecipeError, match=r"lm_head\.weight is tied to model\.embed_tokens\.weight"):
+            check_filters(recipe, used, PARTS, {"lm_head.weight": "model.embed_tokens.weight"})
+
     def test_under_compat_it_is_a_note(self) -> None:
         """mergekit's profile only tells."""
         recipe, used = self.resolved(RECIPE + "compat: mergekit\n")

@@ -39,7 +39,7 @@ def soup(
     from geomerge.search.soup import greedy_soup
     from geomerge.search.study import Objective
 
-    if merge is not None and merge.exists():
+    if merge is not None and merge.exists() and not (merge.is_dir() and not any(merge.iterdir())):
         raise UsageError("the output exists", where=str(merge), hint="name another directory for --merge")
     if write_recipe is not None:
         check_file(write_recipe, "recipe", b"# geomerge soup", "a file, such as soup.yml")

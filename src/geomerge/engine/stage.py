@@ -150,7 +150,8 @@ class RecipePlan:
             self.schedule.check_used()
         self.planner.notes += [each.note for each in self.activations]
         everything = [*self.accounts.parts.values(), *(p for m in self.members for p in m.anatomy.parts.values())]
-        self.planner.notes += check_filters(self.recipe, self.used, everything)
+        tied = {alias: stored for m in self.members for alias, stored in m.anatomy.tied.items()}
+        self.planner.notes += check_filters(self.recipe, self.used, everything, tied)
         return made
 
     # -- one tensor ----------------------------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ A planner makes one `Lookup` for each parameter of each source and asks it once 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from geomerge.errors import RecipeError, did_you_mean
@@ -137,13 +138,16 @@ def unused_entries(recipe: Recipe, used: set[int]) -> tuple[Unused, ...]:
     )
 
 
-def check_filters(recipe: Recipe, used: set[int], parts: Iterable[Part]) -> tuple[str, ...]:
+def check_filters(
+    recipe: Recipe, used: set[int], parts: Iterable[Part], tied: Mapping[str, str] | None = None
+) -> tuple[str, ...]:
     """Refuse filters that match no tensor, which are misspelt or meant for another model.
 
     Args:
         recipe: The recipe that was resolved.
         used: As `Lookup` collects it while the whole plan is resolved.
         parts: All tensors of the inputs and of the output.
+        tied: Names that are not stored → the tensors that they stand for.
 
     Returns:
         Notes about filters that do match something but decide nothing, because an earlier entry or an inner scope has
@@ -174,6 +178,12 @@ def check_filters(recipe: Recipe, used: set[int], parts: Iterable[Part]) -> tupl
                     if components
                     else "the models have but one component"
                 )
+            for part in tensors:
+                alias = next((a for a, stored in (tied or {}).items() if stored == part.name), None)
+                if alias is not None and any(
+                    entry.filter.matches(replace(part, name=alias, role=r)) for r in (part.role, "head")
+                ):
+                    hint = f"{alias} is tied to {part.name}, which is stored once and goes by this name"
             raise RecipeError(what, where=str(entry.where), hint=hint)
         notes.append(f"{entry.where}: {what}")
     return tuple(notes)
