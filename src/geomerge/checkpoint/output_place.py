@@ -10,8 +10,17 @@ from geomerge.checkpoint.side_files import side_files
 from geomerge.checkpoint.strict_json import read_json
 from geomerge.errors import ModelError, RunError, UsageError
 
+_REPLACE = "choose another output, or replace it with --force"
 
-def check_place(out: Path, partial: Path, inputs: Iterable[Path], *, force: bool) -> None:
+
+def check_place(
+    out: Path,
+    partial: Path,
+    inputs: Iterable[Path],
+    *,
+    force: bool,
+    hint: str = _REPLACE,
+) -> None:
     """Refuse a bad place for an output.
 
     Args:
@@ -19,26 +28,28 @@ def check_place(out: Path, partial: Path, inputs: Iterable[Path], *, force: bool
         partial: Where it is written first.
         inputs: The models' directories and files.
         force: An existing model directory may be replaced.
+        hint: What to do when there is one that may not.
 
     Raises:
         UsageError: Saying what stands in the way.
         RunError: The place cannot be looked at.
     """
     try:
-        _check(out, partial, inputs, force=force)
+        _check(out, partial, inputs, force=force, hint=hint)
     except OSError as error:
         raise RunError(
             f"the output's place cannot be read: {error.strerror}", where=error.filename or str(out)
         ) from None
 
 
-def check_free(out: Path | str, *, force: bool = False) -> None:
-    """Refuse a place that is taken, before work that comes ahead of the writing; errors as in `check_place`."""
+def check_free(out: Path | str, *, force: bool = False, hint: str = _REPLACE) -> None:
+    """Refuse a place that is taken, before work that comes ahead of the writing; arguments and errors as in `check_place`."""
     place = Path(out).resolve()
-    check_place(place, place.with_name(f"{place.name}.partial") if place.name else place, (), force=force)
+    partial = place.with_name(f"{place.name}.partial") if place.name else place
+    check_place(place, partial, (), force=force, hint=hint)
 
 
-def _check(out: Path, partial: Path, inputs: Iterable[Path], *, force: bool) -> None:
+def _check(out: Path, partial: Path, inputs: Iterable[Path], *, force: bool, hint: str) -> None:
     where = str(out)
     if not out.name or os.path.ismount(out):
         raise UsageError("cannot be replaced by a rename", where=where, hint="choose a directory inside it")
@@ -59,7 +70,7 @@ def _check(out: Path, partial: Path, inputs: Iterable[Path], *, force: bool) -> 
     if not any(out.iterdir()):
         return
     if not force:
-        raise UsageError("the output exists", where=where, hint="choose another output, or replace it with --force")
+        raise UsageError("the output exists", where=where, hint=hint)
     if not _is_model(out):
         raise UsageError(
             "is not a model directory (it has no config.json and no *.safetensors), so it is not replaced",

@@ -35,14 +35,11 @@ def search(
     """
     from geomerge.checkpoint.output_place import check_free
     from geomerge.cli.console import Stopped, write_json
-    from geomerge.errors import UsageError
     from geomerge.search import run
     from geomerge.search.study import load_study
 
     if merge is not None:
-        if merge.exists() and not (merge.is_dir() and not any(merge.iterdir())):
-            raise UsageError("the output exists", where=str(merge), hint="name another directory for --merge")
-        check_free(merge)
+        check_free(merge, hint="name another directory for --merge")
     if report is not None:
         from geomerge.report.build import check_place
 

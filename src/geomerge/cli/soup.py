@@ -33,14 +33,15 @@ def soup(
     """
     from dataclasses import asdict
 
+    from geomerge.checkpoint.output_place import check_free
     from geomerge.cli.console import write_json
-    from geomerge.errors import RunError, UsageError
+    from geomerge.errors import RunError
     from geomerge.report.build import check_file, replace_file
     from geomerge.search.soup import greedy_soup
     from geomerge.search.study import Objective
 
-    if merge is not None and merge.exists() and not (merge.is_dir() and not any(merge.iterdir())):
-        raise UsageError("the output exists", where=str(merge), hint="name another directory for --merge")
+    if merge is not None:
+        check_free(merge, hint="name another directory for --merge")
     if write_recipe is not None:
         check_file(write_recipe, "recipe", b"# geomerge soup", "a file, such as soup.yml")
     wanted = tuple(name for each in tasks for name in each.split(",") if name)

@@ -1,4 +1,4 @@
-"""Interpolation coefficients over depth, read off a plan: for people, figures and reports."""
+"""Interpolation coefficients over depth, read off a plan, for people."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from geomerge.export.sentencepiece import (
     read_sentencepiece,
 )
 from geomerge.tokens import chat
-from geomerge.tokens.vocabulary import AddedToken, Vocabulary, read_json
+from geomerge.tokens.vocabulary import AddedToken, Vocabulary, read_json, steps_of
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -45,70 +45,15 @@ _SPLITS = {
 """The expression that cuts text up → llama.cpp's name for it, of tokenizers that always merge, and of those that take a piece
 whole that is a token (``ignore_merges``)."""
 
-_KNOWN = (
-    *(
-        "default",
-        "gpt-2",
-        "smollm",
-        "dbrx",
-        "llama-bpe",
-        "llama3",
-        "llama4",
-        "qwen2",
-        "qwen35",
-        "tekken",
-        "gpt-4o",
-        "falcon",
-    ),
-    *(
-        "falcon3",
-        "falcon-h1",
-        "deepseek-llm",
-        "deepseek-coder",
-        "deepseek-v3",
-        "deepseek-r1-qwen",
-        "mpt",
-        "starcoder",
-        "refact",
-    ),
-    *(
-        "command-r",
-        "stablelm2",
-        "olmo",
-        "smaug-bpe",
-        "poro-chat",
-        "chatglm-bpe",
-        "glm4",
-        "viking",
-        "jais",
-        "codeshell",
-        "bloom",
-    ),
-    *("gpt3-finnish", "exaone", "exaone4", "chameleon", "minerva-7b", "megrez", "superbpe", "trillion", "hunyuan"),
-    *(
-        "hunyuan-dense",
-        "kimi-k2",
-        "granite-docling",
-        "bailingmoe",
-        "seed-coder",
-        "pixtral",
-        "lfm2",
-        "midm-2.0",
-        "a.x-4.0",
-        "phi-2",
-    ),
-    *(
-        "jina-es",
-        "jina-de",
-        "jina-v1-en",
-        "jina-v2-es",
-        "jina-v2-de",
-        "jina-v2-code",
-        "roberta-bpe",
-        "modern-bert",
-        "grok-2",
-    ),
+_NAMES = (
+    "default llama3 llama-v3 llama-bpe llama4 falcon falcon3 falcon-h1 pixtral midm-2.0 lfm2 deepseek-llm deepseek-coder "
+    "deepseek-v3 deepseek-r1-qwen mpt starcoder gpt-2 gpt-4o phi-2 jina-es jina-de jina-v1-en jina-v2-es jina-v2-de "
+    "jina-v2-code gigachat a.x-4.0 mellum roberta-bpe refact command-r qwen2 kormo megrez stablelm2 olmo dbrx smaug-bpe "
+    "poro-chat glm4 chatglm-bpe viking jais tekken smollm codeshell bloom gpt3-finnish exaone exaone4 chameleon minerva-7b "
+    "superbpe trillion granite-docling bailingmoe bailingmoe2 llada-moe seed-coder hunyuan hunyuan-dense kimi-k2 grok-2 "
+    "afmoe minimax-m2"
 )
+_KNOWN = _NAMES.split()
 """llama.cpp's names of pre-tokenizers, to notice a misspelt one; it may have more by now."""
 
 _IDS = {"bos": "bos", "eos": "eos", "unk": "unknown", "sep": "seperator", "pad": "padding", "mask": "mask"}
@@ -152,7 +97,7 @@ def tokenizer_metadata(
         ids, added_tokens = _opaque(folder, pieces, settings)
     bpe = vocabulary.kind == "BPE" and not model.get("byte_fallback")
     found: dict[str, Value]
-    if bpe and "ByteLevel" in (part.get("type") for part in _parts(tokenizer.get("pre_tokenizer"))):
+    if bpe and "ByteLevel" in (part.get("type") for part in steps_of(tokenizer.get("pre_tokenizer"))):
         pre = pre_tokenizer or _recognised(tokenizer, str(folder))
         found = {
             "ggml.model": "gpt2",
@@ -215,20 +160,9 @@ def tokenizer_metadata(
     return {f"tokenizer.{key}": value for key, value in found.items()}, notes
 
 
-def _parts(node: Any) -> Iterator[Mapping[str, Any]]:
-    """The steps of a normaliser or pre-tokenizer, sequences opened."""
-    if isinstance(node, dict):
-        inner = node.get("pretokenizers") or node.get("normalizers")
-        if node.get("type") == "Sequence" and isinstance(inner, list):
-            for each in inner:
-                yield from _parts(each)
-        else:
-            yield node
-
-
 def _recognised(tokenizer: Mapping[str, Any], where: str) -> str:
     """llama.cpp's name for how a byte-level tokenizer cuts text up."""
-    parts = list(_parts(tokenizer.get("pre_tokenizer")))
+    parts = list(steps_of(tokenizer.get("pre_tokenizer")))
     kinds = [part.get("type") for part in parts]
     own = parts[-1].get("use_regex", True) and not parts[-1].get("add_prefix_space", False)
     name = None
@@ -289,10 +223,10 @@ def _prefix(tokenizer: Mapping[str, Any], settings: Mapping[str, Any], pieces: P
         return bool(settings["add_prefix_space"])
     if not tokenizer:
         return pieces is None or pieces.dummy_prefix
-    for part in _parts(tokenizer.get("normalizer")):
+    for part in steps_of(tokenizer.get("normalizer")):
         if part.get("type") == "Prepend":
             return True
-    for part in _parts(tokenizer.get("pre_tokenizer")):
+    for part in steps_of(tokenizer.get("pre_tokenizer")):
         if part.get("type") == "Metaspace":
             return bool(
                 part.get("prepend_scheme", "always" if part.get("add_prefix_space", True) else "never") != "never"

@@ -141,24 +141,18 @@ def plan_figure(plan: Plan, name: str) -> Figure | None:
             here = [plan.inputs[o.input].name if o.input >= 0 else "an earlier merge" for o in node.operands]
             parents = max(parents, here, key=len)
     shapes = {node.name: node.shape for node in plan.output_nodes()}
-    grids: list[Grid] = []
-    constant: list[Grid] = []
-    drawn: list[str] = []
+    found: dict[str, list[Grid]] = {}
     for quantity, rows in numbers.items():
         several = _width(rows) > 1
         whose = parents[-_width(rows) :] if several and len(parents) >= _width(rows) else [quantity]
         titles = [f"{quantity}: {visible(parent)}" for parent in whose] if several else whose
-        every = _grids(shapes, plan.config, rows, titles)
-        if quantity == "t":
-            constant = every
-        differing = [grid for grid in every if grid.varies]
-        drawn += [quantity] if differing else []
-        grids += differing
-    if not grids:
-        drawn, grids = ["t"], constant
-    if not grids:
+        found[quantity] = _grids(shapes, plan.config, rows, titles)
+    differing = {quantity: [grid for grid in grids if grid.varies] for quantity, grids in found.items()}
+    drawn = {quantity: grids for quantity, grids in differing.items() if grids}
+    drawn = drawn or {quantity: grids for quantity, grids in found.items() if quantity == "t"}
+    if not drawn:
         return None
-    shown = grids[:_MOST_PANELS]
+    shown = [grid for grids in drawn.values() for grid in grids][:_MOST_PANELS]
     alt = f"{', '.join(drawn)} by role and block, from {_range(shown)}."
     return Figure(name, lambda width: draw(shown, width), alt=alt)
 

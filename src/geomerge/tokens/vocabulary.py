@@ -254,6 +254,17 @@ def special_tokens(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield field, entry
 
 
+def steps_of(node: Any) -> Iterator[Mapping[str, Any]]:
+    """The steps of a normaliser, pre-tokenizer or decoder of ``tokenizer.json``, sequences opened."""
+    if isinstance(node, dict):
+        inner = node.get("pretokenizers") or node.get("normalizers") or node.get("decoders")
+        if node.get("type") == "Sequence" and isinstance(inner, list):
+            for each in inner:
+                yield from steps_of(each)
+        else:
+            yield node
+
+
 def _model_vocabulary(model: dict[str, Any]) -> tuple[str, dict[str, int], int]:
     """(kind, token to id, number of entries) of ``tokenizer.json``'s model."""
     vocab = model["vocab"]
@@ -275,19 +286,10 @@ def _guess_kind(model: Mapping[str, Any]) -> str:
 def _alphabet_of(tokenizer: Mapping[str, Any], kind: str, ids: Iterable[str]) -> Alphabet:
     if kind == "WordPiece" or tokenizer["model"].get("continuing_subword_prefix") == "##":
         return "words"
-    parts = set(_types(tokenizer.get("pre_tokenizer"))) | set(_types(tokenizer.get("decoder")))
+    parts = {step.get("type") for name in ("pre_tokenizer", "decoder") for step in steps_of(tokenizer.get(name))}
     if "ByteLevel" in parts:
         return "bytes"
     return "pieces" if parts & {"Metaspace", "ByteFallback"} else _most_common_alphabet(ids)
-
-
-def _types(part: Any) -> Iterator[str]:
-    """The types of a part of ``tokenizer.json`` and of the parts that it is a sequence of."""
-    if isinstance(part, dict):
-        yield str(part.get("type"))
-        for name in ("pretokenizers", "decoders"):
-            for each in part.get(name) or ():
-                yield from _types(each)
 
 
 def _most_common_alphabet(ids: Iterable[str]) -> Alphabet:

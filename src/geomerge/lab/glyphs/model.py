@@ -66,17 +66,17 @@ def load_backbone(path: Path) -> nn.Module:
     from transformers import ViTModel
 
     try:
+        kind = read_json(path / "config.json", what="config.json").get("model_type")
+        if kind != "vit":
+            raise ModelError(
+                f"it is of the type {kind}, and the suite glyphs is for image classifiers (vit)", where=str(path)
+            )
         with reproducible(0, None), quiet_transformers():
             model, report = ViTModel.from_pretrained(
                 str(path), dtype=torch.float32, add_pooling_layer=False, local_files_only=True, output_loading_info=True
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"it cannot be loaded as a ViT: {first_line(error)}", where=str(path)) from None
-    kind = read_json(path / "config.json", what="config.json").get("model_type")
-    if kind != "vit":
-        raise ModelError(
-            f"it is a model of the type {kind}, and the suite glyphs is for image classifiers (vit)", where=str(path)
-        )
     if report["missing_keys"]:
         raise ModelError(f"weights are missing: {min(report['missing_keys'])} and perhaps others", where=str(path))
     loaded: nn.Module = model
