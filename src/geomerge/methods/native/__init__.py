@@ -354,11 +354,10 @@ def pruned(
         thinned: Task vectors that draw words are pruned.
         prunings: How.
     """
-    some, scratch = pruning_room(inputs, columns)
     return inputs.call(
-        "pruned", *map(ctypes.c_int64, (inputs.numel, first, columns, some)), thinned, prunings,
+        "pruned", *map(ctypes.c_int64, (inputs.numel, first, columns)), thinned, prunings,
         ctypes.byref(rule.packed()), call.doubles(rule.coefficients), call.doubles(rule.weights),
-        ctypes.c_void_p(scratch), ctypes.c_int(check), out=out, beginning=beginning,
+        pruning_room(inputs, columns), ctypes.c_int(check), out=out, beginning=beginning,
     )  # fmt: skip
 
 
@@ -373,24 +372,22 @@ def pruned_norms(
 ) -> tuple[bool, np.ndarray]:
     """As `norms`, after pruning as by `pruned`; a block is a row."""
     rows = inputs.numel // columns
-    some, scratch = pruning_room(inputs, columns)
     found = np.empty((2 * (inputs.count - 1), rows))
     finite = inputs.call(
-        "pruned_norms", *map(ctypes.c_int64, (rows, first, columns, some)), thinned, prunings,
-        ctypes.c_void_p(found.ctypes.data), ctypes.c_void_p(scratch), ctypes.c_int(check),
+        "pruned_norms", *map(ctypes.c_int64, (rows, first, columns)), thinned, prunings,
+        ctypes.c_void_p(found.ctypes.data), pruning_room(inputs, columns), ctypes.c_int(check),
     )  # fmt: skip
     return finite, found
 
 
-def pruning_room(inputs: Inputs, columns: int) -> tuple[int, int]:
-    """How many rows are read at once, and where there is room for what these need, as `set_up` in pruned.h lays it out."""
-    some = max(_TOGETHER // columns, 1)
-    words, ranks = 2 * some * columns + 16, 2 * columns + 128
-    return some, call.address((inputs.count - 1) * (words + 3 * ranks) + 40 * columns, "scratch")
+def pruning_room(inputs: Inputs, columns: int) -> ctypes.c_void_p:
+    """Where there is room for what the rows need, as `set_up` in pruned.h lays it out."""
+    words, ranks = 2 * max(_DRAWN, columns) + 16, 2 * columns + 64
+    return ctypes.c_void_p(call.address((inputs.count - 1) * (words + 2 * ranks) + 8 * (5 * columns + 32), "scratch"))
 
 
-_TOGETHER = 1 << 13
-"""Elements of each input that rows are put together to, where they are shorter."""
+_DRAWN = 1 << 13
+"""As `DRAWN` in pruned.h."""
 
 
 class _Rows(ctypes.Structure):

@@ -63,13 +63,18 @@ static int fetch(struct work *work, int64_t at, int64_t n, const void **raw) {
     return 1;
 }
 
-/* Where a window of the output is to be put together ... */
-static char *window_of(struct work *work, const struct place *out, int64_t at) {
-    if (out->memory) return out->memory + at * sizes[out->dtype];
-    char *room = work->room + at % BATCH * sizes[out->dtype];
+/* Where there is room for a batch of the output that begins with element `at`. */
+static char *room_for(const struct work *work, const struct place *out, int64_t at) {
+    char *room = work->room;
     for (int k = 0; k < work->count; k++)
         if (!work->inputs[k].memory) room += WINDOW * sizes[work->inputs[k].dtype] + APART;
     return room + away(out->offset + at * sizes[out->dtype], (int64_t)(intptr_t)room);
+}
+
+/* Where a window of the output is to be put together ... */
+static char *window_of(struct work *work, const struct place *out, int64_t at) {
+    if (out->memory) return out->memory + at * sizes[out->dtype];
+    return room_for(work, out, at - at % BATCH) + at % BATCH * sizes[out->dtype];
 }
 
 /* n elements from `from` on to their place in the output's file. */

@@ -84,63 +84,72 @@ static void prune(const struct work *work, const struct row *row, const struct t
     combine_double(rule, work->count - 1, c, w, m, base, d, result, 0);
 }
 
+/* What is left of the next m elements of task vector k, times or divided by nothing else than their probabilities, in float32; bits of those
+ * of which a word does not decide it for certain are added in `unsure`. (Two loops with little to wait for each take less time than one.) */
+FUSED thin_quickly(const int rescale, const struct row *row, int k, const struct pruning *p, int64_t at, int64_t m, floats *restrict d,
+                   uint32_t *restrict unsure) {
+    const uint16_t *base = (const uint16_t *)row->raw[0] + at, *x = (const uint16_t *)row->raw[k + 1] + at, *rank = row->rank[k] + at;
+    const half_word *word = row->word[k] + at;
+    const floats start = all((float)p->start), step = all((float)p->step), minus = all(-0x1p16f);
+    for (int64_t i = 0; i < m; i += LANES(float)) {
+        const floats share = plus_product_float(start, numbers_of(rank + i), step);
+        const floats above = plus_product_float(numbers_of(word + i), share, minus), whole = widened_float(x + i) - widened_float(base + i);
+        const ints kept = above <= all(-1 - 0x1p-6f);
+        d[i / LANES(float)] = where(kept, rescale ? whole / share : whole);
+        unsure[i / LANES(float)] |= lanes_in(above < all(0x1p-6f)) ^ lanes_in(kept);
+    }
+}
+
 /* As many elements as whole registers hold, in float32, rounded where that leaves no choice; the others are chosen: how many, and in
  * `place` where they lie. A probability is wrong by 2^-23 of it, what a survivor is divided by it by 2^-22, so with the coefficients',
  * weights' and factor's rounding and sums of four the combined vector is by less than 2^-19 of the sum of the sizes, and their signs are
- * decided beyond that; the result by that and twice its last rounding. A word decides for certain unless it is the limit's first half. */
+ * decided beyond that; the result by that and twice its last rounding. A word decides for certain unless it is the limit's first half.
+ * What is unsure shows in signs of differences, and is looked at when a chunk is done: what comes next does not wait for it. */
 FUSED prune_quickly(const int t, const int elect, const int alike, const struct row *row, const struct pruning *pruned,
                     const struct combination *rule, const double *coefficients, const double *weights, int64_t n, uint16_t *out,
                     uint16_t *place, int64_t *chosen) {
-    const uint16_t *x[5];
-    const floats one = all(1), minus = all(-1), tiny = all(0x1p-126f), factor = all((float)rule->factor), floor = all((float)rule->floor);
-    floats start[4], step[4], c[4], w[4];
-    for (int k = 0; k <= t; k++) x[k] = row->raw[k];
-    for (int k = 0; k < t; k++) {
-        start[k] = all((float)pruned[k].start), step[k] = all((float)pruned[k].step);
-        c[k] = all((float)coefficients[k]), w[k] = all((float)weights[k]);
-    }
+    const float floor = (float)rule->floor;
+    const floats one = all(1), little = all(0x1.001p-19f), factor = all((float)rule->factor);
+    const ints largest = (ints)all(0x1.fp127f), sign = (ints)all(-0.0f);
+    floats c[4], w[4], thinned[4][CHUNK / LANES(float)];
+    int32_t floor_bits;
+    memcpy(&floor_bits, &floor, sizeof floor);
+    for (int k = 0; k < t; k++) c[k] = all((float)coefficients[k]), w[k] = all((float)weights[k]);
     int64_t number = 0;
-    for (int64_t i = 0; i < n; i += LANES(float)) {
-        const floats base = widened_float(x[0] + i);
-        ints unsure = (ints)base == (ints)all(-0.0f);
-        floats d[4];
+    for (int64_t at = 0; at < n; at += CHUNK) {
+        const int64_t m = least(CHUNK, n - at);
+        uint32_t doubted[CHUNK / LANES(float)] = {0};
         for (int k = 0; k < t; k++) {
-            d[k] = widened_float(x[k + 1] + i) - base;
-            const floats share = plus_product_float(start[k], numbers_of(row->rank[k] + i), step[k]);
-            const floats limit = share * all(0x1p16f), word = numbers_of(row->word[k] + i);
-            const ints kept = word <= limit - all(1 + 0x1p-6f);
-            unsure |= ~kept & (word < limit + all(0x1p-6f));
-            d[k] = where(kept, pruned[k].rescale ? d[k] / share : d[k]);
+            if (pruned[k].rescale) thin_quickly(1, row, k, pruned + k, at, m, thinned[k], doubted);
+            else thin_quickly(0, row, k, pruned + k, at, m, thinned[k], doubted);
         }
-        floats merged, wrong = {0};
-        if (!elect) {
-            merged = d[0] * c[0];
-            wrong = size_of(merged);
-            for (int k = 1; k < t; k++) {
-                const floats scaled = d[k] * c[k];
-                merged += scaled, wrong += size_of(scaled);
+        for (int64_t i = 0; i < m; i += LANES(float)) {
+            const floats base = widened_float((const uint16_t *)row->raw[0] + at + i);
+            floats d[4], merged, sizes;
+            ints unsure = {0};
+            for (int k = 0; k < t; k++) d[k] = elect && alike ? thinned[k][i / LANES(float)] : thinned[k][i / LANES(float)] * c[k];
+            merged = d[0], sizes = size_of(d[0]);
+            for (int k = 1; k < t; k++) merged += d[k], sizes += size_of(d[k]);
+            if (elect) {
+                const ints elected = (ints)merged & sign;
+                floats total = {0}, agreed = {0};
+                unsure = (ints)size_of(merged) - (ints)(sizes * little);
+                for (int k = 0; k < t; k++) {
+                    const floats agreeing = (floats)((ints)d[k] ^ elected);
+                    total += where(agreeing > 0, agreeing), agreed += where(agreeing > 0, alike ? one : w[k]);
+                }
+                if (rule->normalize) total /= (floats)clamped_int((ints)agreed, floor_bits, INT32_MAX);
+                sizes = size_of(total * factor), merged = (floats)((ints)(total * factor) ^ elected);
             }
-        } else {
-            floats votes, total = {0}, agreed = {0}, sizes;
-            for (int k = 0; !alike && k < t; k++) d[k] *= c[k];
-            votes = d[0], sizes = size_of(d[0]);
-            for (int k = 1; k < t; k++) votes += d[k], sizes += size_of(d[k]);
-            unsure |= (size_of(votes) <= sizes * all(0x1p-19f)) & (sizes > 0);
-            const floats vote = votes + tiny, elected = where(vote > 0, one) + where(vote < 0, minus);
-            for (int k = 0; k < t; k++) {
-                floats agreeing = d[k] * elected;
-                agreeing = where(~(agreeing < 0), agreeing);
-                total += agreeing, agreed += where(agreeing > 0, alike ? one : w[k]);
-            }
-            if (rule->normalize) total /= where(agreed < floor, floor) + where(~(agreed < floor), agreed);
-            merged = total * elected * factor, wrong = size_of(merged);
+            const floats result = base + merged;
+            const floats wrong = plus_product_float(sizes * all(0x1p-19f), size_of(result), all(0x1p-22f));
+            const ints low = rounded_bf16(result - wrong), high = rounded_bf16(result + wrong);
+            unsure |= ((ints)base == sign) | -(low ^ high) | (largest - (ints)size_of(result));
+            halves(low, out + at + i);
+            doubted[i / LANES(float)] |= lanes_in(unsure);
         }
-        const floats result = base + merged;
-        wrong = plus_product_float(wrong * all(0x1p-19f), size_of(result), all(0x1p-22f));
-        const ints low = rounded_bf16(result - wrong), high = rounded_bf16(result + wrong);
-        unsure |= (low != high) | ~(size_of(result) < all(0x1.fp127f));
-        halves(low, out + i);
-        for (uint32_t some = lanes_in(unsure); some; some &= some - 1) place[number++] = (uint16_t)(i + __builtin_ctz(some));
+        for (int64_t i = 0; i < m; i += LANES(float))
+            for (uint32_t some = doubted[i / LANES(float)]; some; some &= some - 1) place[number++] = (uint16_t)(at + i + __builtin_ctz(some));
     }
     *chosen = number;
 }
@@ -178,28 +187,32 @@ static int pruned_in_range(const struct work *work, const struct place *out, con
     return fine;
 }
 
+#define DRAWN (1 << 13) /* elements whose words are drawn at once, where rows are shorter */
+
 /* What the rows of a call need. */
 struct pruner {
     int64_t first;        /* where in the tensor the inputs begin; the generators' next numbers have that element's words */
     int64_t columns;
-    int64_t most;         /* elements that are read at once */
+    int64_t most;         /* elements that are read at once, ... */
+    int64_t few;          /* ... and of which the words are drawn at once */
     int64_t stride;       /* numbers that hold the words of so many */
     uint64_t *words;
     uint64_t last[MOST];  /* numbers of the generators */
-    double *room;         /* for sorting a row: 5 for each element */
+    double *room;         /* for sorting a row: 5 for each element, and TOGETHER more */
     struct ranked ranked[MOST];
     struct row row;
 };
 
-/* `room` as `native.pruning_room` gives it. */
-static void set_up(struct pruner *p, int t, int64_t first, int64_t columns, int64_t some, char *room) {
+/* For rows of `columns` <= WINDOW elements; `room` as `native.pruning_room` gives it. */
+static void set_up(struct pruner *p, int t, int64_t first, int64_t columns, char *room) {
     const int64_t width = columns + TOGETHER;
-    p->first = first, p->columns = columns, p->most = some * columns, p->stride = p->most / 4 + 2;
+    p->first = first, p->columns = columns, p->most = WINDOW / columns * columns;
+    p->few = columns < DRAWN ? DRAWN / columns * columns : columns, p->stride = p->few / 4 + 2;
     p->words = (uint64_t *)room;
     p->room = (double *)(p->words + t * p->stride);
-    uint16_t *own = (uint16_t *)(p->room + 5 * columns);
-    for (int k = 0; k < t; k++, own += 3 * width) {
-        p->ranked[k] = (struct ranked){.rank = own, .place = own + width, .key = (uint8_t *)(own + 2 * width)};
+    uint16_t *own = (uint16_t *)(p->room + 5 * columns + TOGETHER);
+    for (int k = 0; k < t; k++, own += 2 * width) {
+        p->ranked[k] = (struct ranked){.rank = own, .key = (uint8_t *)(own + width)};
         p->row.rank[k] = own;
     }
 }
@@ -232,12 +245,12 @@ static int rank_row(struct pruner *p, const struct work *work, const void *const
     for (int k = 0; k < work->count; k++) row->raw[k] = (const char *)raw[k] + s * sizes[work->inputs[k].dtype];
     for (int k = 0; k + 1 < work->count; k++) {
         const uint16_t *x = row->raw[k + 1], *from = row->raw[0];
-        const struct ranked *own = p->ranked + k;
+        struct ranked *own = p->ranked + k;
+        int found = 0;
         held &= thin[k].width != 0;
         if (!thin[k].width) continue;
-        const int keys = bf16 && exact(p->columns, x, from) && keyed(own->key, x, from, p->columns);
-        held &= keys;
-        if (keys && count_ranks(own, x, from, p->columns)) continue;
+        held &= bf16 && ranks_by_keys(own, x, from, p->columns, p->room, &found);
+        if (found) continue;
         for (int64_t i = 0; i < p->columns; i += CHUNK) {
             const int64_t m = least(CHUNK, p->columns - i);
             load_double(row->raw[0], work->inputs[0].dtype, i, m, base);
@@ -260,45 +273,57 @@ static void next_row(struct pruner *p, int t) {
     for (int k = 0; k < t; k++) p->row.word[k] += p->columns;
 }
 
-/* As `geomerge_task_vectors_double`, after pruning by rows of `columns` <= WINDOW elements, of which `some` are read at once; `first` is
- * where in the tensor the inputs begin. */
-int geomerge_pruned(struct work *work, int64_t n, int64_t first, int64_t columns, int64_t some, struct thinning *thin,
-                    const struct pruning *pruned, const struct combination *rule, const double *c, const double *w, char *room, int check,
-                    const struct place *out) {
-    double result[CHUNK], bad = 0;
-    uint16_t place[WINDOW];
+/* One merged row, into `to` and from element `s` of it on. */
+static void merge_row(struct pruner *p, struct work *work, const struct thinning *thin, const struct pruning *pruned,
+                      const struct combination *rule, const double *c, const double *w, int quickly, int64_t at, int dtype, char *to,
+                      int64_t s) {
+    double result[CHUNK];
+    uint16_t place[WINDOW], *rounded = (uint16_t *)to + s;
+    int64_t done = 0, chosen = 0;
+    if (quickly) {
+        done = p->columns / LANES(float) * LANES(float);
+        prune_row(work->count - 1, &p->row, pruned, rule, c, w, done, rounded, place, &chosen);
+        for (int64_t i = 0; i < chosen; i += CHUNK) {
+            const struct part part = {place + i, 0, least(CHUNK, chosen - i)};
+            prune(work, &p->row, thin, pruned, rule, c, w, &part, result);
+            for (int64_t j = 0; j < part.m; j++) rounded[place[i + j]] = to_bf16((float)result[j]);
+        }
+    }
+    for (int64_t i = done; i < p->columns; i += CHUNK) {
+        const struct part part = {0, i, least(CHUNK, p->columns - i)};
+        prune(work, &p->row, thin, pruned, rule, c, w, &part, result);
+        if (work->first > at + i) tell_double(work, at + i, part.m, result);
+        store_double(result, dtype, s + i, part.m, to);
+    }
+}
+
+/* As `geomerge_task_vectors_double`, after pruning by rows of `columns` <= WINDOW elements; `first` is where in the tensor the inputs
+ * begin. */
+int geomerge_pruned(struct work *work, int64_t n, int64_t first, int64_t columns, struct thinning *thin, const struct pruning *pruned,
+                    const struct combination *rule, const double *c, const double *w, char *room, int check, const struct place *out) {
+    double bad = 0;
     const void *raw[MOST];
     const int t = work->count - 1, bf16 = all_bf16(work), fine = pruned_in_range(work, out, pruned, rule, c, w);
+    const int64_t size = sizes[out->dtype];
     struct pruner p = {0};
-    set_up(&p, t, first, columns, some, room);
+    set_up(&p, t, first, columns, room);
+    int64_t begun = 0; /* from where on the output has not been written */
     for (int64_t at = 0; at < n; at += p.most) {
-        int64_t size = least(p.most, n - at);
-        if (!fetch(work, at, size, raw)) return -1;
-        draw_words(&p, t, at, size, thin);
-        char *to = out->memory ? window_of(work, out, at) : window_of(work, out, 0);
-        for (int64_t s = 0; s < size; s += columns) {
-            int64_t done = 0, chosen = 0;
+        const int64_t m = least(p.most, n - at);
+        if (!fetch(work, at, m, raw)) return -1;
+        char *batch = out->memory ? out->memory + begun * size : room_for(work, out, begun);
+        for (int64_t s = 0; s < m; s += columns) {
+            if (s % p.few == 0) draw_words(&p, t, at + s, least(p.few, m - s), thin);
             const int held = rank_row(&p, work, raw, s, at, thin, bf16);
             if (check && !held) bad += odd_row(work, &p.row, columns);
-            if (held && fine && work->first <= at + s) {
-                uint16_t *rounded = (uint16_t *)to + s;
-                done = columns / LANES(float) * LANES(float);
-                prune_row(t, &p.row, pruned, rule, c, w, done, rounded, place, &chosen);
-                for (int64_t i = 0; i < chosen; i += CHUNK) {
-                    const struct part part = {place + i, 0, least(CHUNK, chosen - i)};
-                    prune(work, &p.row, thin, pruned, rule, c, w, &part, result);
-                    for (int64_t j = 0; j < part.m; j++) rounded[place[i + j]] = to_bf16((float)result[j]);
-                }
-            }
-            for (int64_t i = done; i < columns; i += CHUNK) {
-                const struct part part = {0, i, least(CHUNK, columns - i)};
-                prune(work, &p.row, thin, pruned, rule, c, w, &part, result);
-                if (work->first > at + s + i) tell_double(work, at + s + i, part.m, result);
-                store_double(result, out->dtype, s + i, part.m, to);
-            }
+            merge_row(&p, work, thin, pruned, rule, c, w, held && fine && work->first <= at + s, at + s, out->dtype, batch, at + s - begun);
             next_row(&p, t);
         }
-        if (!out->memory && !put(work, out, to, at, size)) return -1;
+        const int64_t stop = at + m;
+        if (!out->memory && (stop == n || stop + p.most - begun > BATCH)) {
+            if (!put(work, out, batch, begun, stop - begun)) return -1;
+            begun = stop;
+        }
     }
     return bad == 0;
 }
@@ -311,19 +336,19 @@ static void add_sizes(int64_t m, const double *restrict d, const double *restric
 }
 
 /* The sum of the sizes of each task vector in each of `rows` rows, and that of what is left after pruning: two rows of `sums` for each. */
-int geomerge_pruned_norms(struct work *work, int64_t rows, int64_t first, int64_t columns, int64_t some, struct thinning *thin,
-                          const struct pruning *pruned, double *sums, char *room, int check) {
+int geomerge_pruned_norms(struct work *work, int64_t rows, int64_t first, int64_t columns, struct thinning *thin, const struct pruning *pruned,
+                          double *sums, char *room, int check) {
     double base[CHUNK], d[MOST][CHUNK], share[CHUNK], kept[CHUNK], bad = 0;
     double lanes[2 * MOST][CHUNK];
     const void *raw[MOST];
     const int t = work->count - 1, bf16 = all_bf16(work);
     struct pruner p = {0};
-    set_up(&p, t, first, columns, some, room);
+    set_up(&p, t, first, columns, room);
     for (int64_t at = 0; at < rows * columns; at += p.most) {
-        int64_t size = least(p.most, rows * columns - at);
+        const int64_t size = least(p.most, rows * columns - at);
         if (!fetch(work, at, size, raw)) return -1;
-        draw_words(&p, t, at, size, thin);
         for (int64_t s = 0; s < size; s += columns) {
+            if (s % p.few == 0) draw_words(&p, t, at + s, least(p.few, size - s), thin);
             if (!rank_row(&p, work, raw, s, at, thin, bf16) && check) bad += odd_row(work, &p.row, columns);
             memset(lanes, 0, 2 * (size_t)t * sizeof *lanes);
             for (int64_t i = 0; i < columns; i += CHUNK) {

@@ -105,32 +105,33 @@ static void ranks(const double *restrict d, int64_t n, uint16_t *restrict rank, 
  * than that), the odd one after it for those up to the next; the first and last odd one are for what lies beyond as well, and 0 is for zeros. */
 enum {
     KEYS = 256,
-    TOGETHER = 64, /* elements that are looked at together */
+    TOGETHER = 32, /* elements whose keys are looked up together */
     PARTS = 4,     /* of a row, which are counted in step */
     SMALLEST = 127 - 60, /* rows with differences below 2^-60 are left to float64: a biased exponent */
 };
 
-/* A row's ranks and what they are found with. There are TOGETHER more of each than the row has elements, but for `place`. */
-struct ranked {
-    uint16_t *rank, *place;
-    uint8_t *key;
-};
-
-/* Which steps a row has: 2^(23 - shift) of them to a power of two, the first being number `begin`. */
+/* Which steps a row has: 2^(23 - shift) of them to a power of two, the first being number `begin`; none where shift is 0. */
 struct steps { int shift, begin; };
+
+/* A row's ranks and keys, TOGETHER more of each than the row has elements, and the steps of the row before. */
+struct ranked {
+    uint16_t *rank;
+    uint8_t *key;
+    struct steps steps;
+};
 
 typedef uint8_t keys_of_lanes __attribute__((vector_size(REGISTER / 4)));
 
-static inline float size_at(const uint16_t *x, const uint16_t *base, int64_t i) { return fabsf(from_bf16(x[i]) - from_bf16(base[i])); }
+/* As many numbers of both as a register holds, of which `left` are left; 0 beyond. */
+struct pair { floats x, base; };
 
-/* The sizes of the next differences, of which `left` are left; 0 beyond. */
-static inline floats sizes_from(const uint16_t *x, const uint16_t *base, int64_t left) {
+static inline struct pair pair_from(const uint16_t *x, const uint16_t *base, int64_t left) {
     uint16_t padded[2][LANES(float)] = {{0}};
     if (left < LANES(float)) {
         memcpy(padded[0], x, (size_t)left * 2), memcpy(padded[1], base, (size_t)left * 2);
         x = padded[0], base = padded[1];
     }
-    return size_of(widened_float(x) - widened_float(base));
+    return (struct pair){widened_float(x), widened_float(base)};
 }
 
 /* Steps for n differences, from some all over that are not 0: 16 to a power of two, of which there are then eight, five of them below the
@@ -141,7 +142,8 @@ static struct steps steps_for(const uint16_t *x, const uint16_t *base, int64_t n
     float number = 0, mean = 0, square = 0;
     ints numbers = {0};
     for (int64_t i = 0; i < n; i += apart) {
-        const ints bits = (ints)sizes_from(x + i, base + i, n - i), some = bits > 0;
+        const struct pair two = pair_from(x + i, base + i, n - i);
+        const ints bits = (ints)size_of(two.x - two.base), some = bits > 0;
         const floats exponent = where(some, __builtin_convertvector(bits, floats) * all(0x1p-23f) - all(127));
         sums += exponent, squares += exponent * exponent, numbers -= some;
     }
@@ -152,28 +154,31 @@ static struct steps steps_for(const uint16_t *x, const uint16_t *base, int64_t n
     return (struct steps){shift, (int)((mean + (wide ? 127 - 9 : 127 - 5)) * (float)(1 << (23 - shift)))};
 }
 
-/* The keys of n differences, of which float32 holds each. Whether none is so small that arithmetic with it may be lost. */
-static int keyed(uint8_t *restrict key, const uint16_t *x, const uint16_t *base, int64_t n) {
-    const struct steps steps = steps_for(x, base, n);
+/* The keys of n differences. Whether float32 holds each (which is when adding it back gives either number, for what it loses of
+ * the larger one shows there), and none is so small that arithmetic with it may be lost. */
+static int keyed(uint8_t *restrict key, const uint16_t *x, const uint16_t *base, int64_t n, struct steps steps) {
     const int beyond = (1 << steps.shift) - 1;
     ints lost = {0};
     for (int64_t i = 0; i < n; i += LANES(float)) {
-        const ints bits = (ints)sizes_from(x + i, base + i, n - i), zero = bits == 0, odd = (bits & beyond) != 0; /* -1 where true */
+        const struct pair two = pair_from(x + i, base + i, n - i);
+        const floats d = two.x - two.base;
+        const ints bits = (ints)size_of(d), zero = bits == 0, odd = (bits & beyond) != 0; /* -1 where true */
         const ints at = clamped_int(((bits >> steps.shift) - steps.begin) * 2 - odd, 1, KEYS - 1);
         const keys_of_lanes narrow = __builtin_convertvector(at & ~zero, keys_of_lanes);
+        lost |= (ints)((two.x - d) - two.base) | (ints)((d + two.base) - two.x);
         lost |= (bits < SMALLEST << 23) & ~zero;
         memcpy(key + i, &narrow, sizeof narrow);
     }
     memset(key + n, 0, TOGETHER);
-    return !lanes_in(lost);
+    return !lanes_in(lost != 0);
 }
 
-/* Adds what a table has for each of some keys. */
-static inline void add_looked_up(const uint16_t *table, const uint8_t *key, uint16_t *sum) {
+/* Adds what a table has for each of n keys, and for those up to the next multiple of TOGETHER. */
+static inline void add_looked_up(const uint16_t *restrict table, const uint8_t *restrict key, uint16_t *restrict sum, int64_t n) {
 #ifdef __AVX512BW__
     __m512i part[KEYS / 32];
-    for (int i = 0; i < KEYS / 32; i++) part[i] = _mm512_loadu_si512(table + 32 * i);
-    for (int i = 0; i < TOGETHER; i += 32) {
+    EACH(KEYS / 32) part[i] = _mm512_loadu_si512(table + 32 * i);
+    for (int64_t i = 0; i < n; i += TOGETHER) {
         const __m512i at = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(key + i)));
         const __mmask32 second = _mm512_test_epi16_mask(at, _mm512_set1_epi16(64)), last = _mm512_test_epi16_mask(at, _mm512_set1_epi16(128));
         const __m512i a = _mm512_permutex2var_epi16(part[0], at, part[1]), b = _mm512_permutex2var_epi16(part[2], at, part[3]);
@@ -182,41 +187,57 @@ static inline void add_looked_up(const uint16_t *table, const uint8_t *key, uint
         _mm512_storeu_si512(sum + i, _mm512_add_epi16(_mm512_loadu_si512(sum + i), found));
     }
 #else
-    EACH(TOGETHER) sum[i] = (uint16_t)(sum[i] + table[key[i]]);
+    EACH(n) sum[i] = (uint16_t)(sum[i] + table[key[i]]);
 #endif
 }
 
-/* Bits of some elements that have odd keys. */
-static inline uint64_t odd_keys(const uint8_t *key) {
-#ifdef __AVX512BW__
-    return _mm512_test_epi8_mask(_mm512_loadu_si512(key), _mm512_set1_epi8(1));
+/* The places of those of n keys that are odd, in order, of which `to` has TOGETHER more than that. */
+static void odd_places(uint16_t *to, const uint8_t *key, int64_t n) {
+#ifdef __AVX512VBMI2__
+    uint16_t lanes[32];
+    EACH(32) lanes[i] = (uint16_t)i;
+    __m512i place = _mm512_loadu_si512(lanes);
+    for (int64_t i = 0; i < n; i += 32) {
+        const __mmask32 odd = _mm256_test_epi8_mask(_mm256_loadu_si256((const __m256i *)(key + i)), _mm256_set1_epi8(1));
+        _mm512_storeu_si512(to, _mm512_maskz_compress_epi16(odd, place));
+        place = _mm512_add_epi16(place, _mm512_set1_epi16(32));
+        to += __builtin_popcount(odd);
+    }
 #else
-    uint64_t found = 0;
-    for (int i = 0; i < TOGETHER; i++) found |= (uint64_t)(key[i] & 1) << i;
-    return found;
+    EACH(n) *to = (uint16_t)i, to += key[i] & 1;
 #endif
 }
 
-/* Puts those of odd keys in order; `first` is the rank from which on each key's are. Whether that took few
- * moves. */
-static int order_odd(const struct ranked *row, const uint16_t *x, const uint16_t *base, int64_t n, const uint16_t *first) {
+/* Puts those of odd keys in order, which have ranks as if they were equal: each is compared with all that may have its key, as many as a
+ * register holds at once. `first` has the ranks from which on each key's are, and `even` how many of those before have even keys. Whether
+ * that took few comparisons; `room` is for three numbers of four bytes of each. */
+static int order_odd(const struct ranked *row, const uint16_t *x, const uint16_t *base, int64_t n, int64_t odd, const uint16_t *first,
+                     const uint16_t *even, void *room) {
+    int32_t *size = room;
+    uint16_t *place = (uint16_t *)(size + odd + LANES(float)), *given = place + odd + LANES(float);
     int64_t left = 4 * n;
-    for (int64_t begin = 0; begin < n; begin += TOGETHER)
-        for (uint64_t some = odd_keys(row->key + begin); some; some &= some - 1) {
-            const int64_t index = begin + __builtin_ctzll(some);
-            const float size = size_at(x, base, index);
-            int64_t rank = row->rank[index];
-            const int64_t lowest = first[row->key[index]];
-            for (; rank > lowest; rank--, left--) { /* those before it by index are in order */
-                const int64_t other = row->place[rank - 1];
-                if (size_at(x, base, other) <= size) break;
-                row->place[rank] = (uint16_t)other;
-                row->rank[other] = (uint16_t)rank;
-            }
-            row->place[rank] = (uint16_t)index;
-            row->rank[index] = (uint16_t)rank;
-            if (left < 0) return 0;
-        }
+    ints lane;
+    for (int i = 0; i < LANES(float); i++) lane[i] = i, size[odd + i] = INT32_MAX;
+    odd_places(given, row->key, n);
+    EACH(odd) { /* by their keys */
+        const int64_t from = given[i], at = row->rank[from] - even[row->key[from]];
+        const float d = fabsf(from_bf16(x[from]) - from_bf16(base[from]));
+        memcpy(size + at, &d, sizeof d);
+        place[at] = (uint16_t)from;
+    }
+    for (int64_t at = 0; at < odd; at += LANES(float)) {
+        const int64_t end = least(at + LANES(float), odd);
+        const int low = row->key[place[at]], high = row->key[place[end - 1]];
+        const int64_t begin = first[low] - even[low], after = first[high + 1] - even[high + 1];
+        ints own, before = {0};
+        memcpy(&own, size + at, sizeof own);
+        for (int64_t i = begin; i < at; i++) before -= own >= size[i];
+        for (int64_t i = at; i < after; i++) before -= own > size[i];
+        for (int64_t i = at; i < end; i++) before -= (own == size[i]) & (lane > (int32_t)(i - at));
+        for (int64_t i = at; i < end; i++) row->rank[place[i]] = (uint16_t)(even[row->key[place[i]]] + begin + before[i - at]);
+        left -= after - begin;
+        if (left < 0) return 0;
+    }
     return 1;
 }
 
@@ -228,20 +249,37 @@ static void count_keys(uint16_t *restrict rank, const uint8_t *restrict key, int
 }
 
 /* The ranks of n elements with keys; 0 where it would take longer than to sort. */
-static int count_ranks(const struct ranked *row, const uint16_t *x, const uint16_t *base, int64_t n) {
+static int count_ranks(const struct ranked *row, const uint16_t *x, const uint16_t *base, int64_t n, void *room) {
     const int64_t part = n / (PARTS * TOGETHER) * TOGETHER;
-    uint16_t count[PARTS][KEYS] = {{0}}, first[KEYS] = {0}, start[KEYS];
-    int64_t odd = 0;
+    uint16_t count[PARTS][KEYS] = {{0}}, first[KEYS + 32], even[KEYS + 32], start[KEYS];
     count_keys(row->rank, row->key, part, n, count);
-    for (int p = 0; p < PARTS; p++) EACH(KEYS) first[i] = (uint16_t)(first[i] + count[p][i]);
-    for (int i = 1; i < KEYS; i += 2) odd += first[i];
+    EACH(KEYS) {
+        first[i] = (uint16_t)(count[0][i] + count[1][i] + count[2][i] + count[3][i]);
+        even[i] = i % 2 ? 0 : first[i];
+    }
+    EACH(32) first[KEYS + i] = even[KEYS + i] = 0;
+    sum_up(even, KEYS + 32);
+    const int64_t odd = n - even[KEYS];
     if (odd > n / 4) return 0;
-    sum_up(first, KEYS);
+    sum_up(first, KEYS + 32);
     memcpy(start, first, sizeof start);
     for (int p = 0; p < PARTS; p++) { /* and how many in the parts before, and of the keys before */
         const int64_t end = p + 1 < PARTS ? (p + 1) * part : n;
-        for (int64_t i = p * part; i < end; i += TOGETHER) add_looked_up(start, row->key + i, row->rank + i);
+        add_looked_up(start, row->key + p * part, row->rank + p * part, end - p * part);
         EACH(KEYS) start[i] = (uint16_t)(start[i] + count[p][i]);
     }
-    return order_odd(row, x, base, n, first);
+    return order_odd(row, x, base, n, odd, first, even, room);
+}
+
+/* The ranks of n elements by keys, from the steps of the row before where they will do. Whether float32 holds the differences; whether
+ * there are ranks now. */
+static int ranks_by_keys(struct ranked *row, const uint16_t *x, const uint16_t *base, int64_t n, void *room, int *found) {
+    int own = !row->steps.shift, held;
+    do {
+        if (own) row->steps = steps_for(x, base, n);
+        held = keyed(row->key, x, base, n, row->steps);
+        *found = held && count_ranks(row, x, base, n, room);
+    } while (held && !*found && !own++);
+    if (!*found) row->steps.shift = 0;
+    return held;
 }
