@@ -423,7 +423,8 @@ def called(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 
     class Spy:
         def __getattr__(self, name: str) -> Any:
-            if not name.startswith(("geomerge_sort_", "geomerge_largest_", "geomerge_ranks")):
+            other = ("sort_", "largest_", "ranks", "map", "unmap", "lost")
+            if not name.startswith(tuple(f"geomerge_{each}" for each in other)):
                 names.add(name)
             return getattr(library, name)
 
@@ -463,7 +464,7 @@ def test_which_loops_the_profile_of_mergekit_calls(method: str, loops: set[str],
 
 
 @compiled
-@pytest.mark.parametrize("method", ["linear", "slerp", "ties", "dare_ties", "breadcrumbs"])
+@pytest.mark.parametrize("method", ["linear", "slerp", "ties", "dare_ties", "breadcrumbs", "della"])
 def test_same_files(method: str, tmp_path: Path, called: set[str]) -> None:
     """A merge on disk, with the loops and without; tensors of several segments, of one tile, of nothing."""
     names = {"linear": ("a", "b"), "slerp": ("base", "a")}.get(method, ("base", "a", "b"))
@@ -545,6 +546,20 @@ def test_same_pruning_of_heavy_tails(columns: int, spread: float) -> None:
     ready = registry.get("della").make({"weight": 1.0, "density": 0.5, "epsilon": 0.2}, count=2)
     for dtype in (torch.bfloat16, torch.float32):
         same(lambda t=stored([base, *experts], dtype): merge(ready, t, dtype=torch.bfloat16))  # type: ignore[misc]  # noqa: B008
+
+
+@compiled
+@pytest.mark.parametrize("columns", [40, 896, 4096])
+def test_same_pruning_of_rows_of_other_sizes(columns: int) -> None:
+    """What was found for the row before does not do for the next: smaller, larger, alike, nothing, and what must be sorted."""
+    torch.manual_seed(0)
+    base = torch.randn(60, columns) * 0.02
+    size = 2e-4 * 4.0 ** torch.randint(-6, 4, (60, 1))
+    size[10:13] = 0
+    experts = [base + torch.randn(60, columns) * size, base + torch.randn(60, columns) * size.roll(1, 0)]
+    experts[0][20:40:3] = torch.randn(7, columns)
+    ready = registry.get("della").make({"weight": 1.0, "density": 0.5, "epsilon": 0.2}, count=2)
+    same(lambda: merge(ready, stored([base, *experts], torch.bfloat16), dtype=torch.bfloat16))
 
 
 @compiled

@@ -47,6 +47,7 @@ class Checkpoint:
         adapter: The path of that adapter.
         tokenizer_folder: The directory whose tokenizer and chat template belong to the model, if any.
         notes: What could not be taken over from the files, or how the model was put together, for whoever uses it.
+        mappings: What the engine keeps of open files; `close` forgets it.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Checkpoint:
         self.notes = notes
         self._known = {file.path: file for file in files}
         self._descriptors: dict[Path, int] = {}
+        self.mappings: dict[Path, Any] = {}
         self._lock = threading.Lock()
         self.quantization = quantisation(config, tensors) if quantization is None else quantization
         self.decoding = decoding or find_coded(self.quantization, tensors, config, self.read_bytes)
@@ -177,6 +179,7 @@ class Checkpoint:
     def close(self) -> None:
         """Close the descriptors. They are opened again when asked for."""
         with self._lock:
+            self.mappings.clear()
             while self._descriptors:
                 os.close(self._descriptors.popitem()[1])
 

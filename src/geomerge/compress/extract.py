@@ -168,7 +168,7 @@ class _Give(Work):
         assert info.file is not None
         assert bits.file is not None
         base = self.builder.source(node.operands[0], node)
-        change = FileSource(self.held.descriptor(info.file), info, vector(node.name))
+        change = FileSource(self.held, info, vector(node.name))
         descriptor, label = self.held.descriptor(bits.file), mask(self.number, node.name)
         round_ = self.builder.rounding(node)
 

@@ -84,7 +84,7 @@ def stored(checkpoint: Checkpoint, name: str) -> Source:
     """A tensor of a running sum."""
     info = checkpoint.tensors[name]
     assert info.file is not None
-    return FileSource(checkpoint.descriptor(info.file), info, f"{FOLDER}: {name}")
+    return FileSource(checkpoint, info, f"{FOLDER}: {name}")
 
 
 def pieces(node: Node, *, whole: bool) -> list[Segment]:

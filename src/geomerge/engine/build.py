@@ -20,12 +20,12 @@ from geomerge.engine.lora import LoraSource
 from geomerge.engine.matrices import ROOM
 from geomerge.engine.mixtures import Mixtures
 from geomerge.engine.plan import Columns, Node, Operand, Plan
-from geomerge.engine.sources import FileSource, HeldSource, RowSource, StageSource, StoredParts
+from geomerge.engine.sources import FileSource, HeldSource, RowSource, StageSource, StoredParts, mappable
 from geomerge.engine.stored import stored_source
 from geomerge.engine.transforms import Transforms
 from geomerge.errors import IncompatibleModels
 from geomerge.methods import gram
-from geomerge.methods.base import Matrix, Span
+from geomerge.methods.base import Elementwise, Matrix, Span
 from geomerge.methods.chain import thinned
 from geomerge.methods.gram import Gram
 from geomerge.methods.kernel import Open, Prepared, columnwise, measure_gram, merge_matrix, prepare
@@ -65,6 +65,7 @@ class Builder:
         self._kept = kept
         self.plan, self.inputs = plan, inputs
         self.tile, self.device, self.read_ahead = tile, device, read_ahead
+        self._mapped = device == "cpu" and mappable(inputs)
         self.transforms = Transforms(inputs, plan.transforms, plan.rotations)
         self.transforms.settle()
         self._groups: dict[tuple[int, str], list[Node]] = {}
@@ -165,6 +166,9 @@ class Builder:
         """Opens scans of a node's operands."""
         level = len(self.plan.stages) - 1 - node.stage
         sources = [self.source(operand, node) for operand in operands]
+        # Weighted sums wait for memory, however they read.
+        if self._mapped and isinstance(node.method, Elementwise):
+            sources = [s.mapped() if isinstance(s, FileSource) else s for s in sources]
         # What is read once need not be held.
         once = isinstance(node.method, Span) and not node.method.needs_gram
         if node.numel <= self.tile and self.device == "cpu" and not once:

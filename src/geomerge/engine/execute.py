@@ -221,7 +221,7 @@ class Work:
         itemsize = DTYPES[info.dtype].itemsize
         descriptor = checkpoint.descriptor(info.file)
         label = f"{checkpoint.ref}: {name}"
-        if self._copied(node, FileSource(descriptor, info, label).stored()):
+        if self._copied(node, FileSource(checkpoint, info, label).stored()):
             return
         for start in range(0, node.numel, _COPY):
             count = min(_COPY, node.numel - start)

@@ -126,7 +126,7 @@ def _source(checkpoint: Checkpoint, info: _Stored) -> Source:
     if info.name in checkpoint.changes or not isinstance(info, TensorInfo):
         return stored_source(checkpoint, info.name, label)
     if info.file is not None:
-        return FileSource(checkpoint.descriptor(info.file), info, label)
+        return FileSource(checkpoint, info, label)
     tensor = checkpoint.memory[info.name]
     return TensorSource(torch.view_as_real(tensor) if tensor.is_complex() else tensor, label)
 

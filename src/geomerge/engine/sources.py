@@ -1,8 +1,8 @@
 """Where a merge's inputs come from: a file, memory, an earlier stage of the recipe, rows in another vocabulary's order.
 
 Each is a `geomerge.methods.tile.Source`, so the mathematics never knows. File contents are read with `preadv` into a
-buffer that each thread keeps: as fast as mapped memory when the page cache is warm, and a file that is cut short while it
-is read gives an error instead of a bus error.
+buffer that each thread keeps; compiled loops that walk over them more than once may find them mapped into memory (see
+`mappable`). Either way a file that is cut short while it is read gives an error.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import errno
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
@@ -21,7 +21,8 @@ from geomerge.checkpoint.dtypes import DTYPES, to_torch
 from geomerge.errors import RunError
 from geomerge.methods.buffers import empty
 from geomerge.methods.kernel import Prepared
-from geomerge.methods.native import CODES, Stored
+from geomerge.methods.native import CODES, Stored, available
+from geomerge.methods.native.mapped import Mapping, mapped
 from geomerge.methods.tile import TensorSource
 from geomerge.tokens.rows import MEAN, OMP, PAD
 
@@ -80,15 +81,55 @@ def unreadable(error: int, label: str) -> RunError:
     )
 
 
-class FileSource:
-    """A tensor in a safetensors file."""
+def mappable(checkpoints: Iterable[Checkpoint]) -> bool:
+    """Whether files are to be mapped: all together they take no more than a quarter of the machine's memory.
 
-    def __init__(self, descriptor: int, info: TensorInfo, label: str) -> None:
+    Then nothing is copied when a tensor is looked at for the second time, and all stays where it is. Of larger models the
+    system would have to take pages back all the time, which is dearer than copying.
+    """
+    if not available():
+        return False
+    files = {file.path: file.size for checkpoint in checkpoints for file in checkpoint.files}
+    return bool(4 * sum(files.values()) <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGESIZE"))
+
+
+_mapping = threading.Lock()
+
+
+def mapping_of(checkpoint: Checkpoint, info: TensorInfo) -> Mapping | None:
+    """The mapping of the file that a tensor is in, made when it is first asked for."""
+    path = info.file
+    assert path is not None
+    with _mapping:
+        if path not in checkpoint.mappings:
+            size = next(file.size for file in checkpoint.files if file.path == path)
+            checkpoint.mappings[path] = mapped(checkpoint.descriptor(path), size)
+        found: Mapping | None = checkpoint.mappings[path]
+        return found
+
+
+class FileSource:
+    """A tensor in a safetensors file.
+
+    Args:
+        checkpoint: The model.
+        info: The tensor.
+        label: Model and tensor, for messages.
+        mapped: Compiled loops find it mapped into memory, if it can be.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, info: TensorInfo, label: str, *, mapped: bool = False) -> None:
+        assert info.file is not None
         self.label = label
-        self._descriptor = descriptor
+        self._checkpoint, self._info, self._mapped = checkpoint, info, mapped
+        self._descriptor = checkpoint.descriptor(info.file)
         self._offset = info.offset
         self._itemsize = DTYPES[info.dtype].itemsize
         self.dtype = info.dtype
+
+    def mapped(self) -> FileSource:
+        """The same, mapped."""
+        return FileSource(self._checkpoint, self._info, self.label, mapped=True)
 
     def read(self, start: int, out: Tensor) -> None:
         pinned = out.device.type == "cuda"
@@ -109,6 +150,10 @@ class FileSource:
         code = CODES.get(self.dtype)
         if code is None:
             return None
+        if self._mapped and self._offset % self._itemsize == 0:
+            mapping = mapping_of(self._checkpoint, self._info)
+            if mapping is not None:
+                return Stored(code, memory=mapping.address + self._offset, mapping=mapping, failed=self._failed)
         return Stored(code, file=self._descriptor, offset=self._offset, failed=self._failed)
 
     def _failed(self, error: int) -> NoReturn:
@@ -191,7 +236,7 @@ def decoded_source(checkpoint: Checkpoint, name: str, label: str) -> Source:
     info = checkpoint.tensors[name]
     if info.file is None:
         return TensorSource(checkpoint.memory[name], label)
-    return FileSource(checkpoint.descriptor(info.file), info, label)
+    return FileSource(checkpoint, info, label)
 
 
 class StageSource:

@@ -13,7 +13,7 @@ def raw_source(checkpoint: Checkpoint, info: TensorInfo, label: str) -> Source:
     """A tensor as it lies in a file or in memory."""
     if info.file is None:
         return TensorSource(checkpoint.memory[info.name], label)
-    return FileSource(checkpoint.descriptor(info.file), info, label)
+    return FileSource(checkpoint, info, label)
 
 
 def stored_source(checkpoint: Checkpoint, name: str, label: str) -> Source:

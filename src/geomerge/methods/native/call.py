@@ -22,6 +22,8 @@ from geomerge.methods.native.build import LIBRARY, WIDE, X86, fingerprint
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from geomerge.methods.native.mapped import Mapping
+
 
 CODES = {"BF16": 0, "F16": 1, "F32": 2, "F64": 3}
 """The dtypes that the loops read and write, by safetensors name."""
@@ -50,6 +52,8 @@ def _found() -> tuple[ctypes.CDLL | None, str | None]:
     if not LIBRARY.exists():
         return None, f"they were not built with the package; with a C compiler here, {build}"
     library = (_load(WIDE) if X86 and _has(_WIDE_FLAGS) else None) or _load(LIBRARY)
+    if library is not None:
+        library.geomerge_mapped.restype = ctypes.c_void_p
     return library, None if library is not None else f"they are of another version than the package; {build}"
 
 
@@ -125,6 +129,7 @@ class Stored:
         memory: The address of the first, if they are in memory.
         file, offset: Else a descriptor, and where in the file the first lies.
         keeps: What must live as long.
+        mapping: The mapping that the memory is of, if it is a file's.
         failed: Raises the error that tells the user that the file could not be read or written. It gets `errno`, or 0 if the
             file ended early.
     """
@@ -134,13 +139,14 @@ class Stored:
     file: int = -1
     offset: int = 0
     keeps: object = None
+    mapping: Mapping | None = None
     failed: Callable[[int], NoReturn] | None = None
 
     def at(self, start: int) -> Stored:
         """The same from another element on."""
         skipped = start * _SIZES[self.code]
         memory, offset = (self.memory + skipped, 0) if self.memory else (0, self.offset + skipped)
-        return Stored(self.code, memory, self.file, offset, self.keeps, self.failed)
+        return Stored(self.code, memory, self.file, offset, self.keeps, self.mapping, self.failed)
 
     def refuse(self, error: int) -> NoReturn:
         """Raise what `failed` does."""
@@ -221,6 +227,10 @@ class Inputs:
             place_of = self.stored[work.failed] if work.failed >= 0 else out
             assert place_of is not None
             place_of.refuse(work.error)
+        for stored in self.stored:
+            error = None if stored.mapping is None else stored.mapping.error
+            if error is not None:
+                stored.refuse(error)
         return bool(done)
 
 

@@ -12,13 +12,16 @@
  */
 
 #define _FILE_OFFSET_BITS 64
-#define _XOPEN_SOURCE 700
+#define _DEFAULT_SOURCE /* mapped pages that are no file's */
+#define _DARWIN_C_SOURCE
 
 #include <errno.h>
 #include <math.h>
+#include <signal.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 enum { BF16, F16, F32, F64 };
@@ -33,6 +36,7 @@ const char geomerge_source[] = GEOMERGE_SOURCE;
 #define MOST 32 /* inputs of one call */
 
 #include "numbers.h"
+#include "mapped.h"
 #include "places.h"
 #include "functions.h"
 #include "span.h"

@@ -1,0 +1,61 @@
+/* Files mapped into memory, for loops that read them more than once. A page that can no longer be read (the file was cut short, the drive
+ * is gone) would end the process with SIGBUS: here zeros take the place of it and all behind it, and whoever reads them is told. */
+
+#pragma once
+
+#define MAPPINGS 1024
+
+static struct mapping {
+    char *volatile begin;
+    int64_t size;
+    volatile sig_atomic_t lost; /* whether some of it could not be read */
+} mappings[MAPPINGS];
+
+static struct sigaction sigbus_before;
+
+static void read_zeros(int number, siginfo_t *info, void *context) {
+    const uintptr_t page = (uintptr_t)info->si_addr & ~((uintptr_t)sysconf(_SC_PAGESIZE) - 1);
+    (void)context;
+    for (int i = 0; info->si_code > 0 && i < MAPPINGS; i++) {
+        struct mapping *m = mappings + i;
+        const uintptr_t begin = (uintptr_t)m->begin;
+        if (!begin || page < begin || page >= begin + (uintptr_t)m->size) continue;
+        m->lost = 1;
+        if (mmap((void *)page, begin + (uintptr_t)m->size - page, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) != MAP_FAILED)
+            return;
+    }
+    sigaction(SIGBUS, &sigbus_before, 0); /* nobody's here: as if this had not been, when it comes again */
+    if (info->si_code <= 0) raise(number);
+}
+
+/* Maps the first `size` bytes of a file, for reading: which mapping it is, -1 where that cannot be. Of this and `geomerge_unmap` one call at
+ * a time. */
+int geomerge_map(int file, int64_t size) {
+    static int watching = 0;
+    int i = 0;
+    while (i < MAPPINGS && mappings[i].begin) i++;
+    if (i == MAPPINGS) return -1;
+    char *found = mmap(0, (size_t)size, PROT_READ, MAP_SHARED, file, 0);
+    if (found == MAP_FAILED) return -1;
+    if (!watching) {
+        struct sigaction action = {.sa_sigaction = read_zeros, .sa_flags = SA_SIGINFO | SA_ONSTACK};
+        sigemptyset(&action.sa_mask);
+        if (sigaction(SIGBUS, &action, &sigbus_before)) {
+            munmap(found, (size_t)size);
+            return -1;
+        }
+        watching = 1;
+    }
+    madvise(found, (size_t)size, MADV_SEQUENTIAL);
+    mappings[i].size = size, mappings[i].lost = 0, mappings[i].begin = found;
+    return i;
+}
+
+void *geomerge_mapped(int i) { return mappings[i].begin; }
+
+int geomerge_lost(int i) { return mappings[i].lost; }
+
+void geomerge_unmap(int i) {
+    munmap(mappings[i].begin, (size_t)mappings[i].size);
+    mappings[i].begin = 0;
+}
