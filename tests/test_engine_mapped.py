@@ -173,7 +173,9 @@ def test_what_is_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(sources, "mapped", kept)
     assert merge("ties", "mapped", density=0.5, weight=1) == {"base", "a", "b"}
-    assert not merge("linear", "sum", weight=1)
+    for method in ("linear", "task_arithmetic", "dare_ties", "della"):  # read once
+        assert not merge(method, method, weight=1, **{"density": 0.5} if method.startswith("d") else {})
+    assert merge("sce", "sce") == merge("pcb", "pcb") == {"base", "a", "b"}
     size = sum(path.stat().st_size for path in tmp_path.glob("[ab]*/*.safetensors"))
     for pages, wanted in ((-(-4 * size // 4096), {"base", "a", "b"}), (4 * size // 4096 - 1, set())):
         monkeypatch.setattr(os, "sysconf", {"SC_PHYS_PAGES": pages, "SC_PAGESIZE": 4096}.__getitem__)

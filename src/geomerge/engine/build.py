@@ -166,8 +166,7 @@ class Builder:
         """Opens scans of a node's operands."""
         level = len(self.plan.stages) - 1 - node.stage
         sources = [self.source(operand, node) for operand in operands]
-        # Weighted sums wait for memory, however they read.
-        if self._mapped and isinstance(node.method, Elementwise):
+        if self._mapped and isinstance(node.method, Elementwise) and node.method.looks:
             sources = [s.mapped() if isinstance(s, FileSource) else s for s in sources]
         # What is read once need not be held.
         once = isinstance(node.method, Span) and not node.method.needs_gram

@@ -403,6 +403,11 @@ class Elementwise(Method):
         """
         return False
 
+    @property
+    def looks(self) -> bool:
+        """Whether `measure` or a survey looks at the elements, so that they are read more than once."""
+        return type(self).measure is not Elementwise.measure or self.surveys > 0
+
     def measure(self, scan: Scan) -> Any:
         """Statistics of one tensor that `blend` needs; computed with additive passes over its tiles."""
         return None

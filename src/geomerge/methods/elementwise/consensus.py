@@ -82,6 +82,10 @@ parameters: {k: 2, threshold: 0.4, lambda: 0.3}
 dtype: bfloat16
 """
 
+    @property
+    def looks(self) -> bool:
+        return False
+
     def measure(self, scan: Scan) -> list[int]:
         return []
 

@@ -12,7 +12,7 @@ import numpy as np
 from geomerge.methods import native
 from geomerge.methods.base import Elementwise, parameter, per_model
 from geomerge.methods.combine import cancelled, disjoint_merge, exactly, weighted_sum
-from geomerge.methods.sparsify import MagPrune, Rescale, Sparsifier, Thins, measure
+from geomerge.methods.sparsify import Magnitude, MagPrune, Outliers, Rescale, Sparsifier, Thins, measure
 from geomerge.methods.tile import Loop, Place, Scan, Tile
 
 if TYPE_CHECKING:
@@ -68,6 +68,11 @@ class TaskVectors(Elementwise):
     @property
     def single(self) -> bool:
         return not self.sparsifier().rows
+
+    @property
+    def looks(self) -> bool:
+        step = self.sparsifier()
+        return isinstance(step, Magnitude | Outliers) or step.rescale == "l1"
 
     def measure(self, scan: Scan) -> Any:
         return measure(self.sparsifier(), scan)
