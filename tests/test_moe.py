@@ -356,6 +356,7 @@ REFUSALS = [
     ({"shared_experts": [{"source_model": "A"}, {"source_model": "A"}]}, "no architecture can hold"),
     ({"experts": [{"source_model": "A"}], "gate_mode": "hidden"}, "has no positive_prompts"),
     ({"experts": [{"source_model": "A", "noise_scale": 0.1}]}, "noise_scale is not supported"),
+    ({"noise_scale": 0.1}, "noise_scale is not supported"),
     ({"experts": [{"source_model": "A", "prompts": []}]}, "no key 'prompts'"),
     ({"experts": []}, "must be a list of experts"),
     ({"experts": [{"source_model": "WIDE"}]}, "intermediate_size differs"),

@@ -192,6 +192,19 @@ def test_truncation_is_the_best_there_is(adapters: list[Path], tmp_path: Path) -
     assert 0 < report.relative < 1
 
 
+@pytest.mark.parametrize("rank", [1, 2, 3, 4, 6])
+def test_a_rank_that_holds_less_than_half_is_noted(rank: int, adapters: list[Path], tmp_path: Path) -> None:
+    """Of all layers' energy together; and what is noted is no part of what is written."""
+    report = combine(adapters, tmp_path / "out", rank=rank)
+    squares = [
+        torch.linalg.svdvals(sum(change(a, each.module) for a in adapters) / 3).square() for each in report.layers
+    ]
+    left = sum(s[rank:].sum().item() for s in squares) / sum(s.sum().item() for s in squares)
+    said = [note for note in report.notes if f"truncation left out {left:.0%} of" in note]
+    assert len(said) == len(report.notes) == (left > 0.5)
+    assert left > 0.5 if rank == 1 else left < 0.5 or rank < 6
+
+
 def test_energy_chooses_the_fewest_directions(adapters: list[Path], tmp_path: Path) -> None:
     """The chosen rank holds the share, one less does not."""
     report = combine(adapters, tmp_path / "out", energy=0.9, dtype="float64")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import Any, Protocol, TypeVar
 
@@ -134,7 +135,7 @@ def combine(
             fan_in_fan_out=first.fan_in_fan_out,
             settings={"task_type": first.config.get("task_type"), **({"ensure_weight_tying": True} if tying else {})},
         )
-        report = Report(Path(out), how, layer_reports(layers, made), tuple(whole), notes=notes)
+        report = Report(Path(out), how, layer_reports(layers, made), tuple(whole), notes=notes).noted()
         described = {
             **report.to_json(),
             "method": {"name": made_by.name, "parameters": made_by.values(), "knots": knots, "seed": seed},
@@ -146,7 +147,7 @@ def combine(
         final, nbytes = write(
             out, content, described, dtype=place, inputs=[p for p in places if p is not None], force=force
         )
-        return Report(final, how, report.layers, report.whole, nbytes=nbytes, notes=notes)
+        return replace(report, out=final, nbytes=nbytes)
     finally:
         for checkpoint in [a.weights for a in opened] + ([root] if root else []):
             checkpoint.close()

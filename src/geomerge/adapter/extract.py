@@ -249,7 +249,7 @@ class _Extraction:
             left_out=tuple((name, "no low-rank form") for name in left),
             notes=tuple(notes),
         )
-        return content, report
+        return content, report.noted()
 
     def _savable(self, name: str, rest: Rest) -> bool:
         if rest == "save" and "." not in name:

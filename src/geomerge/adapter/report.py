@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,17 @@ class Report:
     def relative(self) -> float:
         """The error over all layers as a share of the norm."""
         return self.error / self.norm if self.norm else 0.0
+
+    def noted(self) -> Report:
+        """With a note where truncation left out more of ‖ΔW‖² than is in the adapter."""
+        share = self.relative**2
+        if share <= 0.5:
+            return self
+        note = (
+            f"truncation left out {share:.0%} of ‖ΔW‖²: this adapter is far from what it stands for; "
+            "a higher rank holds more, or give the share that it is to hold (--energy 0.9)"
+        )
+        return replace(self, notes=(*self.notes, note))
 
     def to_json(self) -> dict[str, Any]:
         """Plain data without paths: the same for the same inputs, wherever they lie."""

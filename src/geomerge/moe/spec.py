@@ -87,10 +87,11 @@ def _read(table: Table, text: str) -> MoeSpec:
         "the configuration",
         {
             *("base_model", "experts", "shared_experts", "gate_mode", "experts_per_token"),
-            *("dtype", "architecture", "seed"),
+            *("dtype", "architecture", "seed", "noise_scale"),
         },
         required=("base_model", "experts"),
     )
+    _no_noise(entries)
     mode = _choice(entries, "gate_mode", MODES, "hidden")
     experts = _experts(entries, "experts")
     shared = _experts(entries, "shared_experts")
@@ -147,12 +148,7 @@ def _expert(node: Node) -> Expert:
         {"source_model", "positive_prompts", "negative_prompts", "residual_scale", "noise_scale"},
         required=("source_model",),
     )
-    if _said(entries, "noise_scale") and _number(*entries["noise_scale"]) != 0:
-        raise RecipeError(
-            "noise_scale is not supported: an expert's weights are copied",
-            where=str(entries["noise_scale"][0]),
-            hint="leave it out; `residual_scale` is supported",
-        )
+    _no_noise(entries)
     return Expert(
         model=_model(*entries["source_model"]),
         positive=_prompts(entries, "positive_prompts"),
@@ -160,6 +156,15 @@ def _expert(node: Node) -> Expert:
         scale=_number(*entries["residual_scale"]) if _said(entries, "residual_scale") else None,
         where=node.where,
     )
+
+
+def _no_noise(entries: Mapping[str, tuple[Where, Node]]) -> None:
+    if _said(entries, "noise_scale") and _number(*entries["noise_scale"]) != 0:
+        raise RecipeError(
+            "noise_scale is not supported: an expert's weights are copied",
+            where=str(entries["noise_scale"][0]),
+            hint="leave it out; `residual_scale` is supported",
+        )
 
 
 def _known(table: Table, what: str, keys: set[str], *, required: tuple[str, ...]) -> Mapping[str, tuple[Where, Node]]:
