@@ -108,21 +108,39 @@ except gm.RunError as error:
 
 
 @pytest.mark.parametrize("sent", [False, True])
-def test_bus_errors_of_others(sent: bool, model: Checkpoint, tmp_path: Path) -> None:
-    """They end the process as ever, whether a page is missing or somebody sends the signal."""
+@pytest.mark.parametrize("before", ["default", "ignored", "handled"])
+def test_bus_errors_of_others(before: str, sent: bool, model: Checkpoint, tmp_path: Path) -> None:
+    """What is done about them is what it was, whether a page is missing or somebody sends the signal. Ours are seen then."""
     other = tmp_path / "other"
     other.write_bytes(b"1" * 8192)
+    path = str(model.files[0].path)
+    set_up = {
+        "default": "",
+        "ignored": "signal.signal(signal.SIGBUS, signal.SIG_IGN)",
+        "handled": "faulthandler.enable()",
+    }
     code = f"""
-import mmap, os, signal
+import faulthandler, mmap, os, signal
+{set_up[before]}
 from geomerge.methods.native import mapped
-with open({str(model.files[0].path)!r}, "rb") as file, open({str(other)!r}, "rb") as second:
-    kept = mapped.mapped(file.fileno(), 1000)
+import ctypes
+with open({path!r}, "rb") as file, open({str(other)!r}, "rb") as second:
+    kept = mapped.mapped(file.fileno(), 8192)
     assert kept is not None
     found = mmap.mmap(second.fileno(), 8192, prot=mmap.PROT_READ)
     os.truncate({str(other)!r}, 0)
     {"os.kill(os.getpid(), signal.SIGBUS)" if sent else "found[5000]"}
+    os.truncate({path!r}, 0)
+    assert ctypes.string_at(kept.address + 5000, 1) == bytes(1)
+    assert kept.error == 0
+    print("lives")
 """
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGBUS
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    if sent and before == "ignored":
+        assert done.stdout == "lives\n", done.stderr
+    else:
+        assert done.returncode == -signal.SIGBUS
+        assert ("Fatal Python error" in done.stderr) == (before == "handled")
 
 
 def test_mappings_last_as_long_as_the_files_are_open(model: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,10 +101,11 @@ def mapping_of(checkpoint: Checkpoint, info: TensorInfo) -> Mapping | None:
     path = info.file
     assert path is not None
     with _mapping:
-        if path not in checkpoint.mappings:
-            size = next(file.size for file in checkpoint.files if file.path == path)
-            checkpoint.mappings[path] = mapped(checkpoint.descriptor(path), size)
-        found: Mapping | None = checkpoint.mappings[path]
+        if path in checkpoint.mappings:
+            known: Mapping | None = checkpoint.mappings[path]
+            return known
+        size = next(file.size for file in checkpoint.files if file.path == path)
+        found = checkpoint.mappings[path] = mapped(checkpoint.descriptor(path), size)
         return found
 
 

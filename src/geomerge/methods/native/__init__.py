@@ -181,7 +181,7 @@ def _surveyed(
     asked = Brackets(bounds, inputs.numel * len(starts), single=single, experts=experts)
     finite = inputs.call(
         name, ctypes.c_int64(len(starts)), (ctypes.c_int64 * len(starts))(*starts), ctypes.c_int64(inputs.numel),
-        *arguments, ctypes.c_int(len(brackets)), asked.array, ctypes.c_int(check)
+        *arguments, ctypes.c_int(len(brackets)), asked.array, ctypes.c_int(check),
     )  # fmt: skip
     found = dict(zip(order, asked.counted(), strict=True))
     return finite, [found[i] for i in range(len(brackets))]

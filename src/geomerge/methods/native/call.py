@@ -189,6 +189,7 @@ class _Work(ctypes.Structure):
         ("count", ctypes.c_int32),
         ("failed", ctypes.c_int32),
         ("error", ctypes.c_int32),
+        ("redone", ctypes.c_int64),
     )
 
 

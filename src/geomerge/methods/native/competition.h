@@ -337,6 +337,7 @@ int geomerge_competition(struct work *work, int64_t n, const struct competitor *
             const int quick = fine && all_of == BLOCK && out->dtype == BF16 && work->first <= at + s;
             uint16_t *rounded = (uint16_t *)to + s;
             const int64_t chosen = quick ? quickly(&c, x, (float)factor, rounded, place) : choose_all(&c, x, all_of);
+            if (quick) work->redone += chosen;
             for (int64_t i = 0; i < chosen; i += CHUNK) {
                 const int64_t m = least(CHUNK, chosen - i);
                 exactly(&c, i, m, factor, result);

@@ -15,7 +15,6 @@ static struct sigaction sigbus_before;
 
 static void read_zeros(int number, siginfo_t *info, void *context) {
     const uintptr_t page = (uintptr_t)info->si_addr & ~((uintptr_t)sysconf(_SC_PAGESIZE) - 1);
-    (void)context;
     for (int i = 0; info->si_code > 0 && i < MAPPINGS; i++) {
         struct mapping *m = mappings + i;
         const uintptr_t begin = (uintptr_t)m->begin;
@@ -24,8 +23,13 @@ static void read_zeros(int number, siginfo_t *info, void *context) {
         if (mmap((void *)page, begin + (uintptr_t)m->size - page, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) != MAP_FAILED)
             return;
     }
-    sigaction(SIGBUS, &sigbus_before, 0); /* nobody's here: as if this had not been, when it comes again */
-    if (info->si_code <= 0) raise(number);
+    /* Nobody's here: what was done before is done. */
+    if (sigbus_before.sa_flags & SA_SIGINFO) sigbus_before.sa_sigaction(number, info, context);
+    else if (sigbus_before.sa_handler != SIG_DFL && sigbus_before.sa_handler != SIG_IGN) sigbus_before.sa_handler(number);
+    else if (sigbus_before.sa_handler == SIG_DFL || info->si_code > 0) {
+        sigaction(SIGBUS, &(struct sigaction){.sa_handler = SIG_DFL}, 0);
+        if (info->si_code <= 0) raise(number); /* a missing page is looked at again */
+    }
 }
 
 /* Maps the first `size` bytes of a file, for reading: which mapping it is, -1 where that cannot be. Of this and `geomerge_unmap` one call at
@@ -56,6 +60,7 @@ void *geomerge_mapped(int i) { return mappings[i].begin; }
 int geomerge_lost(int i) { return mappings[i].lost; }
 
 void geomerge_unmap(int i) {
-    munmap(mappings[i].begin, (size_t)mappings[i].size);
-    mappings[i].begin = 0;
+    char *begin = mappings[i].begin;
+    mappings[i].begin = 0; /* from here on others may get these addresses */
+    munmap(begin, (size_t)mappings[i].size);
 }

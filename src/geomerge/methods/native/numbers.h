@@ -210,7 +210,7 @@ static inline floats numbers_of(const uint16_t *x) {
 #endif
 }
 
-/* Bits of the lanes of a mask. */
+/* Bits of the lanes that are negative, as those of a mask. */
 static inline uint32_t lanes_in(ints mask) {
 #ifdef __AVX512BW__
     return (uint32_t)_mm512_movepi32_mask((__m512i)mask);
@@ -218,7 +218,7 @@ static inline uint32_t lanes_in(ints mask) {
     return (uint32_t)_mm256_movemask_ps((__m256)mask);
 #else
     uint32_t found = 0;
-    for (int i = 0; i < LANES(float); i++) found |= (uint32_t)(mask[i] != 0) << i;
+    for (int i = 0; i < LANES(float); i++) found |= (uint32_t)(mask[i] < 0) << i;
     return found;
 #endif
 }

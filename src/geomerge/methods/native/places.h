@@ -22,6 +22,7 @@ struct work {
     int32_t count;
     int32_t failed; /* after -1: which input could not be read, -1 for the output, ... */
     int32_t error;  /* ... and errno, 0 when a file ended early */
+    int64_t redone; /* elements of which float32 did not tell enough (DELLA, PCB) */
 };
 
 static const int64_t sizes[] = {2, 2, 4, 8};

@@ -283,6 +283,7 @@ static void merge_row(struct pruner *p, struct work *work, const struct thinning
     if (quickly) {
         done = p->columns / LANES(float) * LANES(float);
         prune_row(work->count - 1, &p->row, pruned, rule, c, w, done, rounded, place, &chosen);
+        work->redone += chosen;
         for (int64_t i = 0; i < chosen; i += CHUNK) {
             const struct part part = {place + i, 0, least(CHUNK, chosen - i)};
             prune(work, &p->row, thin, pruned, rule, c, w, &part, result);
