@@ -186,9 +186,11 @@ def test_the_largest_of_many_that_were_collected(name: str, loops: bool) -> None
         for k in (1, 77, N // 3, N // 2, everything.size - 3, everything.size):
             if 0 < k <= everything.size:
                 expected = everything[k - 1], int(np.count_nonzero(everything > everything[k - 1]))
-                assert brackets._threshold(values, None, common, k) == expected
-                assert brackets._threshold(distinct, weights, common, k) == expected
-        assert brackets._threshold(values, None, common, everything.size + 1) is None
+                pieces = [np.array(piece) for piece in np.array_split(values, 3)] + [values[:0]]
+                assert brackets._threshold(pieces, None, common, k) == expected
+                assert brackets._threshold([values], None, common, k) == expected
+                assert brackets._threshold([distinct[:5], distinct[5:]], weights, common, k) == expected
+        assert brackets._threshold([values], None, common, everything.size + 1) is None
 
 
 @pytest.mark.parametrize("loops", [True, False])

@@ -152,7 +152,7 @@ def choose(segments: list[Bracket], count: int) -> Selection | None:
     above = sum(s.above for s in segments)
     if any(s.overflow for s in segments) or above >= count:
         return None
-    values = segments[0].values if len(segments) == 1 else np.concatenate([s.values for s in segments])
+    values = [s.values for s in segments]
     number = [s.counts for s in segments]
     weights = None
     if any(counts is not None for counts in number):
@@ -173,14 +173,18 @@ def _common(segments: Sequence[Bracket]) -> list[tuple[float, int]]:
 
 
 def _threshold(
-    values: Floats, weights: NDArray[np.int64] | None, common: Sequence[tuple[float, int]], count: int
+    pieces: Sequence[Floats],
+    weights: NDArray[np.int64] | None,
+    common: Sequence[tuple[float, int]],
+    count: int,
 ) -> tuple[float, int] | None:
     """The `count`-th largest of values (each so many times as its weight says) and of common ones, which are none of these and
     come the largest first; and how many are greater. `None` if there are not so many."""
 
     def greater(than: float) -> int:
-        larger = values > than
-        return int(np.count_nonzero(larger) if weights is None else weights[larger].sum())
+        if weights is None:
+            return sum(int(np.count_nonzero(piece > than)) for piece in pieces)
+        return int(weights[np.concatenate(pieces) > than].sum())
 
     passed = 0  # common values that are greater
     for value, number in common:
@@ -191,25 +195,26 @@ def _threshold(
             break
         passed += number
     left = count - passed
-    if left > (values.size if weights is None else int(weights.sum())):
+    if left > (sum(piece.size for piece in pieces) if weights is None else int(weights.sum())):
         return None
     if weights is None:
-        threshold, before = _of_many(values, left)
+        threshold, before = _of_many(pieces, left)
     else:
+        values = np.concatenate(pieces)
         order = np.argsort(values, kind="stable")[::-1]  # which merges the segments' runs
         threshold = float(values[order[np.searchsorted(np.cumsum(weights[order]), left)]])
         before = greater(threshold)
     return threshold, before + passed
 
 
-def _of_many(values: Floats, count: int) -> tuple[float, int]:
+def _of_many(pieces: Sequence[Floats], count: int) -> tuple[float, int]:
     """The `count`-th largest, and how many are greater."""
     if native.available():
-        return native.largest(values, count)
+        return native.largest(pieces, count)
     # Not by a partition, which degenerates where few values make up most, as those of bfloat16 models do.
-    ordered = np.sort(values)
+    ordered = np.sort(np.concatenate(pieces))
     threshold = ordered[-count]
-    return float(threshold), values.size - int(np.searchsorted(ordered, threshold, side="right"))
+    return float(threshold), ordered.size - int(np.searchsorted(ordered, threshold, side="right"))
 
 
 def _equal(segment: Bracket, value: float) -> int:

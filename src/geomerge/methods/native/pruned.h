@@ -84,8 +84,8 @@ static void prune(const struct work *work, const struct row *row, const struct t
     combine_double(rule, work->count - 1, c, w, m, base, d, result, 0);
 }
 
-/* What is left of the next m elements of task vector k, times or divided by nothing else than their probabilities, in float32; bits of those
- * of which a word does not decide it for certain are added in `unsure`. (Two loops with little to wait for each take less time than one.) */
+/* What is left of the next m elements of task vector k, in float32; bits of those of which a word does not decide that for certain are
+ * added in `unsure`. (Two loops with little to wait for each take less time than one.) */
 FUSED thin_quickly(const int rescale, const struct row *row, int k, const struct pruning *p, int64_t at, int64_t m, floats *restrict d,
                    uint32_t *restrict unsure) {
     const uint16_t *base = (const uint16_t *)row->raw[0] + at, *x = (const uint16_t *)row->raw[k + 1] + at, *rank = row->rank[k] + at;
@@ -149,7 +149,8 @@ FUSED prune_quickly(const int t, const int elect, const int alike, const struct 
             doubted[i / LANES(float)] |= lanes_in(unsure);
         }
         for (int64_t i = 0; i < m; i += LANES(float))
-            for (uint32_t some = doubted[i / LANES(float)]; some; some &= some - 1) place[number++] = (uint16_t)(at + i + __builtin_ctz(some));
+            for (uint32_t some = doubted[i / LANES(float)]; some; some &= some - 1)
+                place[number++] = (uint16_t)(at + i + __builtin_ctz(some));
     }
     *chosen = number;
 }

@@ -70,36 +70,75 @@ void geomerge_ranks(int64_t n, const double *x, struct placed *room, int64_t *ra
     EACH(n) rank[found[i].index] = i;
 }
 
-/* The `count`-th largest of n numbers, 1 <= count <= n, and how many are greater: by RADIX bits of what distinguishes those that may be
- * it. `room` is for all. */
-#define LARGEST(T, Bits)                                                                    \
-    T geomerge_largest_##T(int64_t n, const T *x, int64_t count, Bits *room, int64_t *greater) { \
-        Bits least_of_all, most_of_all;                                                     \
-        EACH(n) room[i] = ordered_##T(x[i]);                                                \
-        for (*greater = 0;;) {                                                              \
-            least_of_all = most_of_all = room[0];                                           \
-            EACH(n) {                                                                       \
-                least_of_all = room[i] < least_of_all ? room[i] : least_of_all;             \
-                most_of_all = room[i] > most_of_all ? room[i] : most_of_all;                \
-            }                                                                               \
-            if (least_of_all == most_of_all) break;                                         \
-            int shift = 0;                                                                  \
-            while ((most_of_all - least_of_all) >> shift >= DIGITS) shift++;                \
-            uint32_t counts[DIGITS] = {0};                                                  \
-            EACH(n) counts[(room[i] - least_of_all) >> shift]++;                            \
-            int64_t digit = (int64_t)((most_of_all - least_of_all) >> shift), left = 0;     \
-            for (; count > counts[digit]; digit--) count -= counts[digit], *greater += counts[digit]; \
-            EACH(n) {                                                                       \
-                const Bits bits = room[i];                                                  \
-                room[left] = bits;                                                          \
-                left += (int64_t)((bits - least_of_all) >> shift) == digit;                 \
-            }                                                                               \
-            n = left;                                                                       \
-        }                                                                                   \
-        T found;                                                                            \
-        const Bits bits = pattern_of_##T(least_of_all);                                     \
-        memcpy(&found, &bits, sizeof found);                                                \
-        return found;                                                                       \
+/* Keeps those of n numbers that are less than `width` above `least_of_all`, one after the other; how many. */
+#define KEEP(Bits)                                                                                      \
+    static int64_t keep_##Bits(int64_t n, Bits *x, Bits least_of_all, Bits width) {                     \
+        int64_t left = 0, i = KEEP_REGISTERS(Bits, n, x, least_of_all, width, &left);                   \
+        for (; i < n; i++) {                                                                            \
+            const Bits bits = x[i];                                                                     \
+            x[left] = bits;                                                                             \
+            left += (Bits)(bits - least_of_all) < width;                                                \
+        }                                                                                               \
+        return left;                                                                                    \
+    }
+
+#ifdef __AVX512F__
+#define KEEP_REGISTERS(Bits, n, x, least_of_all, width, left) keep_registers_##Bits(n, x, least_of_all, width, left)
+#define KEEP_WHOLE(Bits, bits, lanes)                                                                   \
+    static int64_t keep_registers_##Bits(int64_t n, Bits *x, Bits least_of_all, Bits width, int64_t *left) { \
+        const __m512i low = _mm512_set1_epi##bits((int##bits##_t)least_of_all), many = _mm512_set1_epi##bits((int##bits##_t)width); \
+        int64_t i = 0;                                                                                  \
+        for (; i + lanes <= n; i += lanes) {                                                            \
+            const __m512i some = _mm512_loadu_si512(x + i);                                             \
+            const __mmask##lanes kept = _mm512_cmplt_epu##bits##_mask(_mm512_sub_epi##bits(some, low), many); \
+            _mm512_storeu_si512(x + *left, _mm512_maskz_compress_epi##bits(kept, some));                \
+            *left += __builtin_popcount(kept);                                                          \
+        }                                                                                               \
+        return i;                                                                                       \
+    }
+KEEP_WHOLE(uint32_t, 32, 16) KEEP_WHOLE(uint64_t, 64, 8)
+#else
+#define KEEP_REGISTERS(Bits, n, x, least_of_all, width, left) 0
+#endif
+KEEP(uint32_t) KEEP(uint64_t)
+
+/* The `count`-th largest of the numbers in some pieces, of which there are so many and more, and how many are greater: by RADIX bits of
+ * what distinguishes those that may be it. `room` is for all. */
+#define LARGEST(T, Bits)                                                                                \
+    T geomerge_largest_##T(int64_t pieces, const T *const *x, const int64_t *sizes, int64_t count, Bits *room, int64_t *greater) { \
+        Bits least_of_all = (Bits)-1, most_of_all = 0;                                                  \
+        int64_t n = 0;                                                                                  \
+        *greater = 0;                                                                                   \
+        for (int64_t p = 0; p < pieces; p++) {                                                          \
+            const int64_t size = sizes[p];                                                              \
+            const T *restrict piece = x[p];                                                             \
+            Bits *restrict to = room + n;                                                               \
+            EACH(size) {                                                                                \
+                const Bits bits = ordered_##T(piece[i]);                                                \
+                to[i] = bits;                                                                           \
+                least_of_all = bits < least_of_all ? bits : least_of_all;                               \
+                most_of_all = bits > most_of_all ? bits : most_of_all;                                  \
+            }                                                                                           \
+            n += size;                                                                                  \
+        }                                                                                               \
+        while (least_of_all != most_of_all) {                                                           \
+            int shift = 0;                                                                              \
+            while ((most_of_all - least_of_all) >> shift >= DIGITS) shift++;                            \
+            uint32_t counts[DIGITS] = {0};                                                              \
+            EACH(n) counts[(room[i] - least_of_all) >> shift]++;                                        \
+            int64_t digit = (int64_t)((most_of_all - least_of_all) >> shift);                           \
+            for (; count > counts[digit]; digit--) count -= counts[digit], *greater += counts[digit];   \
+            n = keep_##Bits(n, room, least_of_all + ((Bits)digit << shift), (Bits)1 << shift);          \
+            least_of_all = (Bits)-1, most_of_all = 0;                                                   \
+            EACH(n) {                                                                                   \
+                least_of_all = room[i] < least_of_all ? room[i] : least_of_all;                         \
+                most_of_all = room[i] > most_of_all ? room[i] : most_of_all;                            \
+            }                                                                                           \
+        }                                                                                               \
+        T found;                                                                                        \
+        const Bits bits = pattern_of_##T(least_of_all);                                                 \
+        memcpy(&found, &bits, sizeof found);                                                            \
+        return found;                                                                                   \
     }
 
 LARGEST(float, uint32_t) LARGEST(double, uint64_t)

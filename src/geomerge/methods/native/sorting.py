@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -17,15 +18,17 @@ def sort(values: np.ndarray) -> None:
     function(ctypes.c_int64(values.size), ctypes.c_void_p(values.ctypes.data), room)
 
 
-def largest(values: np.ndarray, count: int) -> tuple[float, int]:
-    """The `count`-th largest of some float32 or float64 numbers, which lie one after the other, and how many are greater."""
-    single = values.dtype == np.float32
+def largest(pieces: Sequence[np.ndarray], count: int) -> tuple[float, int]:
+    """The `count`-th largest of float32 or float64 numbers, those of a piece one after the other, and how many are greater."""
+    single = pieces[0].dtype == np.float32
     function = call.loaded().geomerge_largest_float if single else call.loaded().geomerge_largest_double
     function.restype = ctypes.c_float if single else ctypes.c_double
-    greater = ctypes.c_int64()
-    room = ctypes.c_void_p(call.address(values.nbytes, "scratch"))
-    x = ctypes.c_void_p(values.ctypes.data)
-    return function(ctypes.c_int64(values.size), x, ctypes.c_int64(count), room, ctypes.byref(greater)), greater.value
+    greater, number = ctypes.c_int64(), len(pieces)
+    room = ctypes.c_void_p(call.address(sum(piece.nbytes for piece in pieces), "scratch"))
+    x = (ctypes.c_void_p * number)(*(piece.ctypes.data for piece in pieces))
+    sizes = (ctypes.c_int64 * number)(*(piece.size for piece in pieces))
+    found = function(ctypes.c_int64(number), x, sizes, ctypes.c_int64(count), room, ctypes.byref(greater))
+    return found, greater.value
 
 
 def ranks(values: np.ndarray) -> np.ndarray:
