@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -191,6 +192,16 @@ def test_the_largest_of_many_that_were_collected(name: str, loops: bool) -> None
                 assert brackets._threshold([values], None, common, k) == expected
                 assert brackets._threshold([distinct[:5], distinct[5:]], weights, common, k) == expected
         assert brackets._threshold([values], None, common, everything.size + 1) is None
+
+
+@pytest.mark.parametrize("loops", [True, False])
+def test_the_largest_of_pieces_of_both_widths(loops: bool) -> None:
+    """As tensors of different dtypes give them."""
+    single, double = np.float32([0.1, 3.0, 2.0]), np.float64([0.1, 2.5, 1 / 3])
+    ordered = np.sort(np.concatenate([single, double]))[::-1]
+    with contextlib.nullcontext() if loops else native.turned_off():
+        for pieces, k in itertools.product(([single, double], [double, single]), range(1, 7)):
+            assert brackets._threshold(pieces, None, [], k) == (ordered[k - 1], k - 1)
 
 
 @pytest.mark.parametrize("loops", [True, False])

@@ -19,8 +19,9 @@ def sort(values: np.ndarray) -> None:
 
 
 def largest(pieces: Sequence[np.ndarray], count: int) -> tuple[float, int]:
-    """The `count`-th largest of float32 or float64 numbers, those of a piece one after the other, and how many are greater."""
-    single = pieces[0].dtype == np.float32
+    """The `count`-th largest of the float32 or float64 numbers in some pieces, and how many are greater."""
+    dtype = np.result_type(*pieces)
+    pieces, single = [np.ascontiguousarray(piece, dtype) for piece in pieces], dtype == np.float32
     function = call.loaded().geomerge_largest_float if single else call.loaded().geomerge_largest_double
     function.restype = ctypes.c_float if single else ctypes.c_double
     greater, number = ctypes.c_int64(), len(pieces)
