@@ -20,7 +20,7 @@ from torch import Tensor
 import geomerge as gm
 import tiny
 from geomerge.checkpoint import Checkpoint, open_checkpoint
-from geomerge.engine import sources
+from geomerge.engine import memory, sources
 from geomerge.engine.sources import FileSource
 from geomerge.methods import native
 from geomerge.methods.native import mapped
@@ -194,12 +194,25 @@ def test_what_is_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     for method in ("linear", "task_arithmetic", "dare_ties", "della"):  # read once
         assert not merge(method, method, weight=1, **{"density": 0.5} if method.startswith("d") else {})
     assert merge("sce", "sce") == merge("pcb", "pcb") == {"base", "a", "b"}
-    size = sum(path.stat().st_size for path in tmp_path.glob("[ab]*/*.safetensors"))
-    for pages, wanted in ((-(-4 * size // 4096), {"base", "a", "b"}), (4 * size // 4096 - 1, set())):
-        monkeypatch.setattr(os, "sysconf", {"SC_PHYS_PAGES": pages, "SC_PAGESIZE": 4096}.__getitem__)
-        assert merge("ties", f"of {pages}", density=0.5, weight=1) == wanted
-        made = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("mapped", f"of {pages}")]
+    size = sum((tmp_path / name / "model.safetensors").stat().st_size for name in ("base", "a", "b"))
+    for limit, wanted in ((4 * size, {"base", "a", "b"}), (4 * size - 1, set())):
+        monkeypatch.setattr(sources, "memory", lambda found=limit: found)
+        assert merge("ties", f"of {limit}", density=0.5, weight=1) == wanted
+        made = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("mapped", f"of {limit}")]
         assert made[0] == made[1]
+    monkeypatch.setattr(sources, "memory", lambda: 4 * size)
+    monkeypatch.setenv("GEOMERGE_MAPPED", "0")
+    assert not merge("ties", "off", density=0.5, weight=1)
+
+
+def test_how_much_memory_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine's, or less where a container has a limit."""
+    monkeypatch.setattr(os, "sysconf", {"SC_PHYS_PAGES": 1000, "SC_PAGESIZE": 4096}.__getitem__)
+    monkeypatch.setattr(memory, "_LIMIT", tmp_path / "memory.max")
+    assert memory.memory() == 4_096_000
+    for text, wanted in (("max\n", 4_096_000), ("123456\n", 123_456), ("9999999999\n", 4_096_000)):
+        (tmp_path / "memory.max").write_text(text)
+        assert memory.memory() == wanted
 
 
 def test_what_cannot_be_mapped(model: Checkpoint) -> None:

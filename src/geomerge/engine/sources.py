@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from geomerge.checkpoint.dtypes import DTYPES, to_torch
+from geomerge.engine.memory import memory
 from geomerge.errors import RunError
 from geomerge.methods.buffers import empty
 from geomerge.methods.kernel import Prepared
@@ -82,15 +83,15 @@ def unreadable(error: int, label: str) -> RunError:
 
 
 def mappable(checkpoints: Iterable[Checkpoint]) -> bool:
-    """Whether files are to be mapped: all together they take no more than a quarter of the machine's memory.
+    """Whether files are to be mapped: all together they take no more than a quarter of the memory.
 
     Then nothing is copied when a tensor is looked at for the second time, and all stays where it is. Of larger models the
-    system would have to take pages back all the time, which is dearer than copying.
+    system would have to take pages back all the time, which is dearer than copying. ``GEOMERGE_MAPPED=0`` turns it off.
     """
-    if not available():
+    if not available() or os.environ.get("GEOMERGE_MAPPED") == "0":
         return False
     files = {file.path: file.size for checkpoint in checkpoints for file in checkpoint.files}
-    return bool(4 * sum(files.values()) <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGESIZE"))
+    return 4 * sum(files.values()) <= memory()
 
 
 _mapping = threading.Lock()
