@@ -52,8 +52,6 @@ def _found() -> tuple[ctypes.CDLL | None, str | None]:
     if not LIBRARY.exists():
         return None, f"they were not built with the package; with a C compiler here, {build}"
     library = (_load(WIDE) if X86 and _has(_WIDE_FLAGS) else None) or _load(LIBRARY)
-    if library is not None:
-        library.geomerge_mapped.restype = ctypes.c_void_p
     return library, None if library is not None else f"they are of another version than the package; {build}"
 
 

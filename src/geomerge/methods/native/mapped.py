@@ -24,7 +24,9 @@ class Mapping:
     """
 
     def __init__(self, number: int, file: int, size: int) -> None:
-        self.address: int = call.loaded().geomerge_mapped(number)
+        function = call.loaded().geomerge_mapped
+        function.restype = ctypes.c_void_p
+        self.address: int = function(number)
         self._number, self._file, self._size = number, file, size
         weakref.finalize(self, _unmap, number).atexit = False
 
