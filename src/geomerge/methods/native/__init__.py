@@ -382,12 +382,9 @@ def pruned_norms(
 
 def pruning_room(inputs: Inputs, columns: int) -> ctypes.c_void_p:
     """Where there is room for what the rows need, as `set_up` in pruned.h lays it out."""
-    words, ranks = 2 * max(_DRAWN, columns) + 16, 2 * columns + 64
-    return ctypes.c_void_p(call.address((inputs.count - 1) * (words + 2 * ranks) + 8 * (5 * columns + 32), "scratch"))
-
-
-_DRAWN = 1 << 13
-"""As `DRAWN` in pruned.h."""
+    width = columns + 32
+    of_each = 2 * 8 * (columns // 4 + 24) + 2 * width
+    return ctypes.c_void_p(call.address(2048 + 2 * width + 64 + 8 * (5 * columns + 32) + (inputs.count - 1) * of_each, "scratch"))
 
 
 class _Rows(ctypes.Structure):

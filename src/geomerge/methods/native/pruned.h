@@ -188,77 +188,112 @@ static int pruned_in_range(const struct work *work, const struct place *out, con
     return fine;
 }
 
-#define DRAWN (1 << 13) /* elements whose words are drawn at once, where rows are shorter */
-
-/* What the rows of a call need. */
+/* What the rows of a call need: the inputs' elements, and for each task vector that is pruned its ranks, keys and words. */
 struct pruner {
-    int64_t first;        /* where in the tensor the inputs begin; the generators' next numbers have that element's words */
+    const struct work *work;
+    const struct thinning *thin;
+    int64_t first;   /* where in the tensor the inputs begin; the generators' next numbers have that element's words */
     int64_t columns;
-    int64_t most;         /* elements that are read at once, ... */
-    int64_t few;          /* ... and of which the words are drawn at once */
-    int64_t stride;       /* numbers that hold the words of so many */
-    uint64_t *words;
-    uint64_t last[MOST];  /* numbers of the generators */
-    double *room;         /* for sorting a row: 5 for each element, and TOGETHER more */
+    int64_t rows;
+    int64_t most;    /* elements that are read at once */
+    int bf16;
+    struct stream words[MOST];
+    uint64_t *numbers[MOST][2]; /* with the words of even and of odd rows */
+    int64_t drawn[MOST];        /* blocks of numbers */
+    double *room;               /* for sorting a row: 5 for each element, and TOGETHER more */
+    uint16_t (*count)[KEYS];
+    uint8_t *key[2];            /* of this task vector and of the next in turn */
+    int turn;
+    struct keying keys[2];      /* begun or made, where n is not 0 */
     struct ranked ranked[MOST];
     struct row row;
 };
 
+/* Numbers for the words of a row, which need not begin with one. */
+static inline int64_t numbers_for(int64_t columns) { return columns / 4 + 3 * BLOCK; }
+
 /* For rows of `columns` <= WINDOW elements; `room` as `native.pruning_room` gives it. */
-static void set_up(struct pruner *p, int t, int64_t first, int64_t columns, char *room) {
+static void set_up(struct pruner *p, const struct work *work, int64_t rows, int64_t first, int64_t columns, const struct thinning *thin,
+                   char *room) {
     const int64_t width = columns + TOGETHER;
-    p->first = first, p->columns = columns, p->most = WINDOW / columns * columns;
-    p->few = columns < DRAWN ? DRAWN / columns * columns : columns, p->stride = p->few / 4 + 2;
-    p->words = (uint64_t *)room;
-    p->room = (double *)(p->words + t * p->stride);
-    uint16_t *own = (uint16_t *)(p->room + 5 * columns + TOGETHER);
-    for (int k = 0; k < t; k++, own += 2 * width) {
-        p->ranked[k] = (struct ranked){.rank = own, .key = (uint8_t *)(own + width)};
-        p->row.rank[k] = own;
-    }
-}
-
-/* Draws the words of elements [at, at + size). */
-static void draw_words(struct pruner *p, int t, int64_t at, int64_t size, struct thinning *thin) {
-    uint64_t numbers[MOST][CHUNK / 2];
-    const int64_t before = (p->first + at) % 4, need = (before + size + 3) / 4, begun = before && at;
+    const int t = work->count - 1;
+    *p = (struct pruner){.work = work, .thin = thin, .first = first, .columns = columns, .rows = rows, .most = WINDOW / columns * columns};
+    p->bf16 = all_bf16(work);
+    /* counts and keys side by side: processors take accesses 4,096 bytes apart for ones of the same place at first */
+    p->count = (uint16_t (*)[KEYS])room;
+    p->key[0] = (uint8_t *)(p->count + PARTS), p->key[1] = p->key[0] + width;
+    p->room = (double *)(room + PARTS * sizeof *p->count + (2 * width + 63) / 64 * 64);
+    uint64_t *numbers = (uint64_t *)(p->room + 5 * columns + TOGETHER);
+    for (int k = 0; k < t; k++)
+        for (int odd = 0; odd < 2; odd++, numbers += numbers_for(columns)) p->numbers[k][odd] = numbers;
     for (int k = 0; k < t; k++) {
-        p->words[k * p->stride] = p->last[k];
-        p->row.word[k] = (const half_word *)(p->words + k * p->stride) + before;
+        p->row.rank[k] = p->ranked[k].rank = (uint16_t *)numbers + k * width;
+        if (thin[k].width) p->words[k] = stream_of(thin[k].state, thin[k].step);
     }
-    for (int64_t i = begun; i < need; i += CHUNK / 4) {
-        const int64_t m = least(CHUNK / 4, need - i);
-        draw(t, thin, 4 * m, numbers);
-        for (int k = 0; k < t; k++)
-            if (thin[k].width) memcpy(p->words + k * p->stride + i, numbers[k], (size_t)m * 8);
-    }
-    for (int k = 0; k < t; k++) p->last[k] = p->words[k * p->stride + need - 1];
 }
 
-/* The ranks of all task vectors that are pruned in the row that begins at element s of the inputs in `raw`, element `at` of all. Whether
- * all are, and float32 holds them; they are finite then. */
-static int rank_row(struct pruner *p, const struct work *work, const void *const *raw, int64_t s, int64_t at, const struct thinning *thin,
-                    int bf16) {
-    struct row *row = &p->row;
+/* Where the words of a row begin among those of the call's numbers. */
+static inline int64_t first_word(const struct pruner *p, int64_t row) { return p->first % 4 + row * p->columns; }
+
+/* Has what is left of task vector k's words for a row drawn: `beside` is told where to. The last block of the row before may have some. */
+static void ask_for_words(struct pruner *p, int k, int64_t row, struct beside *beside) {
+    const int64_t word = first_word(p, row), begin = word / (4 * BLOCK), end = (word + p->columns - 1) / (4 * BLOCK) + 1;
+    uint64_t *to = p->numbers[k][row % 2];
+    beside->left = row < p->rows ? end - p->drawn[k] : 0;
+    if (row && begin < p->drawn[k]) {
+        memcpy(to, p->numbers[k][1 - row % 2] + (begin - first_word(p, row - 1) / (4 * BLOCK)) * BLOCK, BLOCK * sizeof *to);
+        to += BLOCK;
+    }
+    p->drawn[k] += beside->left;
+    beside->words = p->words[k], beside->to = to;
+}
+
+/* The task vector after k of a row that is pruned; the first one again at the end. */
+static inline int next_pruned(const struct pruner *p, int k) {
+    const int t = p->work->count - 1;
+    do k = k + 1 < t ? k + 1 : 0;
+    while (!p->thin[k].width);
+    return k;
+}
+
+/* The ranks of all task vectors that are pruned in the row whose elements begin at element s of the inputs in `raw`, of which m are there,
+ * and their words. Whether all are, and float32 holds them; they are finite then. */
+static int rank_row(struct pruner *p, const void *const *raw, int64_t s, int64_t m, int64_t row) {
+    const struct work *work = p->work;
+    const int64_t columns = p->columns, word = first_word(p, row);
     double base[CHUNK];
-    int held = bf16;
-    row->at = p->first + at + s;
-    for (int k = 0; k < work->count; k++) row->raw[k] = (const char *)raw[k] + s * sizes[work->inputs[k].dtype];
+    int held = p->bf16;
+    p->row.at = p->first + row * columns;
+    for (int k = 0; k < work->count; k++) p->row.raw[k] = (const char *)raw[k] + s * sizes[work->inputs[k].dtype];
     for (int k = 0; k + 1 < work->count; k++) {
-        const uint16_t *x = row->raw[k + 1], *from = row->raw[0];
-        struct ranked *own = p->ranked + k;
+        const uint16_t *x = p->row.raw[k + 1], *from = p->row.raw[0];
+        struct beside beside = {.left = 0};
         int found = 0;
-        held &= thin[k].width != 0;
-        if (!thin[k].width) continue;
-        held &= bf16 && ranks_by_keys(own, x, from, p->columns, p->room, &found);
-        if (found) continue;
-        for (int64_t i = 0; i < p->columns; i += CHUNK) {
-            const int64_t m = least(CHUNK, p->columns - i);
-            load_double(row->raw[0], work->inputs[0].dtype, i, m, base);
-            load_double(row->raw[k + 1], work->inputs[k + 1].dtype, i, m, p->room + i);
-            for (int64_t j = 0; j < m; j++) p->room[i + j] -= base[j];
+        held &= p->thin[k].width != 0;
+        if (!p->thin[k].width) continue;
+        if (row == 0) ask_for_words(p, k, 0, &beside), do_rest(&beside), p->words[k] = beside.words;
+        p->row.word[k] = (const half_word *)p->numbers[k][row % 2] + word % (4 * BLOCK);
+        ask_for_words(p, k, row + 1, &beside);
+        if (p->bf16) {
+            const int next = next_pruned(p, k), turn = p->turn;
+            const int64_t ahead = next > k ? s : s + columns;
+            if (p->keys[turn].n == 0) p->keys[turn] = keying_of(x, from, columns, p->key[turn], p->ranked[k].steps);
+            if (ahead < m && p->ranked[next].steps.shift)
+                beside.keys = keying_of((const uint16_t *)raw[next + 1] + ahead, (const uint16_t *)raw[0] + ahead, columns, p->key[1 - turn],
+                                        p->ranked[next].steps);
+            held &= ranks_by_keys(p->ranked + k, p->keys + turn, p->count, p->room, &beside, &found);
         }
-        ranks(p->room, p->columns, own->rank, (int64_t *)(p->room + p->columns));
+        do_rest(&beside);
+        p->words[k] = beside.words;
+        p->turn = 1 - p->turn, p->keys[p->turn] = beside.keys;
+        if (found) continue;
+        for (int64_t i = 0; i < columns; i += CHUNK) {
+            const int64_t size = least(CHUNK, columns - i);
+            load_double(p->row.raw[0], work->inputs[0].dtype, i, size, base);
+            load_double(p->row.raw[k + 1], work->inputs[k + 1].dtype, i, size, p->room + i);
+            for (int64_t j = 0; j < size; j++) p->room[i + j] -= base[j];
+        }
+        ranks(p->room, columns, p->ranked[k].rank, (int64_t *)(p->room + columns));
     }
     return held;
 }
@@ -270,12 +305,8 @@ static double odd_row(const struct work *work, const struct row *row, int64_t co
     return bad;
 }
 
-static void next_row(struct pruner *p, int t) {
-    for (int k = 0; k < t; k++) p->row.word[k] += p->columns;
-}
-
 /* One merged row, into `to` and from element `s` of it on. */
-static void merge_row(struct pruner *p, struct work *work, const struct thinning *thin, const struct pruning *pruned,
+static void merge_row(struct pruner *p, struct work *work, const struct pruning *pruned,
                       const struct combination *rule, const double *c, const double *w, int quickly, int64_t at, int dtype, char *to,
                       int64_t s) {
     double result[CHUNK];
@@ -287,13 +318,13 @@ static void merge_row(struct pruner *p, struct work *work, const struct thinning
         work->redone += chosen;
         for (int64_t i = 0; i < chosen; i += CHUNK) {
             const struct part part = {place + i, 0, least(CHUNK, chosen - i)};
-            prune(work, &p->row, thin, pruned, rule, c, w, &part, result);
+            prune(work, &p->row, p->thin, pruned, rule, c, w, &part, result);
             for (int64_t j = 0; j < part.m; j++) rounded[place[i + j]] = to_bf16((float)result[j]);
         }
     }
     for (int64_t i = done; i < p->columns; i += CHUNK) {
         const struct part part = {0, i, least(CHUNK, p->columns - i)};
-        prune(work, &p->row, thin, pruned, rule, c, w, &part, result);
+        prune(work, &p->row, p->thin, pruned, rule, c, w, &part, result);
         if (work->first > at + i) tell_double(work, at + i, part.m, result);
         store_double(result, dtype, s + i, part.m, to);
     }
@@ -305,21 +336,19 @@ int geomerge_pruned(struct work *work, int64_t n, int64_t first, int64_t columns
                     const struct combination *rule, const double *c, const double *w, char *room, int check, const struct place *out) {
     double bad = 0;
     const void *raw[MOST];
-    const int t = work->count - 1, bf16 = all_bf16(work), fine = pruned_in_range(work, out, pruned, rule, c, w);
+    const int fine = pruned_in_range(work, out, pruned, rule, c, w);
     const int64_t size = sizes[out->dtype];
-    struct pruner p = {0};
-    set_up(&p, t, first, columns, room);
+    struct pruner p;
+    set_up(&p, work, n / columns, first, columns, thin, room);
     int64_t begun = 0; /* from where on the output has not been written */
     for (int64_t at = 0; at < n; at += p.most) {
         const int64_t m = least(p.most, n - at);
         if (!fetch(work, at, m, raw)) return -1;
         char *batch = out->memory ? out->memory + begun * size : room_for(work, out, begun);
         for (int64_t s = 0; s < m; s += columns) {
-            if (s % p.few == 0) draw_words(&p, t, at + s, least(p.few, m - s), thin);
-            const int held = rank_row(&p, work, raw, s, at, thin, bf16);
+            const int held = rank_row(&p, raw, s, m, (at + s) / columns);
             if (check && !held) bad += odd_row(work, &p.row, columns);
-            merge_row(&p, work, thin, pruned, rule, c, w, held && fine && work->first <= at + s, at + s, out->dtype, batch, at + s - begun);
-            next_row(&p, t);
+            merge_row(&p, work, pruned, rule, c, w, held && fine && work->first <= at + s, at + s, out->dtype, batch, at + s - begun);
         }
         const int64_t stop = at + m;
         if (!out->memory && (stop == n || stop + p.most - begun > BATCH)) {
@@ -343,15 +372,14 @@ int geomerge_pruned_norms(struct work *work, int64_t rows, int64_t first, int64_
     double base[CHUNK], d[MOST][CHUNK], share[CHUNK], kept[CHUNK], bad = 0;
     double lanes[2 * MOST][CHUNK];
     const void *raw[MOST];
-    const int t = work->count - 1, bf16 = all_bf16(work);
-    struct pruner p = {0};
-    set_up(&p, t, first, columns, room);
+    const int t = work->count - 1;
+    struct pruner p;
+    set_up(&p, work, rows, first, columns, thin, room);
     for (int64_t at = 0; at < rows * columns; at += p.most) {
         const int64_t size = least(p.most, rows * columns - at);
         if (!fetch(work, at, size, raw)) return -1;
         for (int64_t s = 0; s < size; s += columns) {
-            if (s % p.few == 0) draw_words(&p, t, at + s, least(p.few, size - s), thin);
-            if (!rank_row(&p, work, raw, s, at, thin, bf16) && check) bad += odd_row(work, &p.row, columns);
+            if (!rank_row(&p, raw, s, size, (at + s) / columns) && check) bad += odd_row(work, &p.row, columns);
             memset(lanes, 0, 2 * (size_t)t * sizeof *lanes);
             for (int64_t i = 0; i < columns; i += CHUNK) {
                 const struct part part = {0, i, least(CHUNK, columns - i)};
@@ -363,7 +391,6 @@ int geomerge_pruned_norms(struct work *work, int64_t rows, int64_t first, int64_
                 }
             }
             for (int k = 0; k < 2 * t; k++) sums[k * rows + (at + s) / columns] = halved(lanes[k]);
-            next_row(&p, t);
         }
     }
     return bad == 0;

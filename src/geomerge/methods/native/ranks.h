@@ -108,15 +108,15 @@ enum {
     TOGETHER = 32, /* elements whose keys are looked up together */
     PARTS = 4,     /* of a row, which are counted in step */
     SMALLEST = 127 - 60, /* rows with differences below 2^-60 are left to float64: a biased exponent */
+    REACH = 11,          /* from a row's first step on, where sizes alone may tell that float32 holds its differences */
 };
 
 /* Which steps a row has: 2^(23 - shift) of them to a power of two, the first being number `begin`; none where shift is 0. */
 struct steps { int shift, begin; };
 
-/* A row's ranks and keys, TOGETHER more of each than the row has elements, and the steps of the row before. */
+/* A row's ranks, TOGETHER more than it has elements, and the steps of the row before. */
 struct ranked {
     uint16_t *rank;
-    uint8_t *key;
     struct steps steps;
 };
 
@@ -154,29 +154,98 @@ static struct steps steps_for(const uint16_t *x, const uint16_t *base, int64_t n
     return (struct steps){shift, (int)((mean + (wide ? 127 - 9 : 127 - 5)) * (float)(1 << (23 - shift)))};
 }
 
-/* The keys of n differences. Whether float32 holds each (which is when adding it back gives either number, for what it loses of
- * the larger one shows there), and none is so small that arithmetic with it may be lost. */
-static int keyed(uint8_t *restrict key, const uint16_t *x, const uint16_t *base, int64_t n, struct steps steps) {
+/* Keys that are being made: of n differences, of which the first `at` have theirs. */
+struct keying {
+    const uint16_t *x, *base;
+    uint8_t *key; /* for TOGETHER more */
+    int64_t n, at;
+    struct steps steps;
+#ifdef __AVX512BW__
+    __m512i smallest, largest; /* lanes of the numbers' sizes and of the differences', in their upper 16 bits */
+#endif
+};
+
+static struct keying keying_of(const uint16_t *x, const uint16_t *base, int64_t n, uint8_t *key, struct steps steps) {
+    struct keying keys = {x, base, key, n, 0, steps};
+#ifdef __AVX512BW__
+    keys.smallest = _mm512_set1_epi16(0x7FFF), keys.largest = _mm512_setzero_si512();
+#endif
+    return keys;
+}
+
+/* The keys of the next TOGETHER differences, or of what is left where these are not `whole`. */
+FUSED more_keys(const int whole, struct keying *keys) {
+    const int64_t left = keys->n - keys->at;
+    const uint16_t *x = keys->x + keys->at, *base = keys->base + keys->at;
+    uint8_t *key = keys->key + keys->at;
+    const struct steps steps = keys->steps;
+    keys->at += TOGETHER;
+#ifdef __AVX512BW__
+    const __m512i upper_half = _mm512_set1_epi32(~0xFFFF), size = _mm512_set1_epi16(0x7FFF), even = _mm512_set1_epi16(~1);
+    const __m512i one = _mm512_set1_epi16(1), begin = _mm512_set1_epi16((short)(2 * steps.begin)), equal = _mm512_set1_epi16(0x7F00);
+    const __m512i beyond = _mm512_set1_epi16((short)((1 << (steps.shift - 16)) - 1));
+    const __m128i by = _mm_cvtsi32_si128(steps.shift - 17);
+    const __mmask32 inside = whole ? ~(__mmask32)0 : left < TOGETHER ? ((__mmask32)1 << left) - 1 : ~(__mmask32)0;
+    const __m512i own = _mm512_mask_loadu_epi16(equal, inside, x), other = _mm512_mask_loadu_epi16(equal, inside, base);
+    /* numbers in lower and in upper halves of lanes: the differences' sizes, and what follows these sixteen bits */
+    const __m512 low = (__m512)_mm512_slli_epi32(own, 16) - (__m512)_mm512_slli_epi32(other, 16);
+    const __m512 high = (__m512)_mm512_and_si512(own, upper_half) - (__m512)_mm512_and_si512(other, upper_half);
+    const __m512i d = _mm512_and_si512(_mm512_mask_blend_epi16(0xAAAAAAAA, _mm512_srli_epi32((__m512i)low, 16), (__m512i)high), size);
+    const __m512i more = _mm512_mask_blend_epi16(0xAAAAAAAA, (__m512i)low, _mm512_slli_epi32((__m512i)high, 16));
+    const __m512i rest = _mm512_or_si512(more, _mm512_and_si512(d, beyond));
+    __m512i at = _mm512_subs_epu16(_mm512_and_si512(_mm512_srl_epi16(d, by), even), begin);
+    at = _mm512_mask_add_epi16(at, _mm512_test_epi16_mask(rest, rest), at, one);
+    at = _mm512_max_epu16(at, _mm512_min_epu16(d, one));
+    _mm256_storeu_si256((__m256i *)key, _mm512_cvtusepi16_epi8(at));
+    keys->smallest = _mm512_min_epu16(keys->smallest, _mm512_min_epu16(_mm512_and_si512(own, size), _mm512_and_si512(other, size)));
+    keys->largest = _mm512_max_epu16(keys->largest, d);
+#else
     const int beyond = (1 << steps.shift) - 1;
-    ints lost = {0};
-    for (int64_t i = 0; i < n; i += LANES(float)) {
-        const struct pair two = pair_from(x + i, base + i, n - i);
-        const floats d = two.x - two.base;
-        const ints bits = (ints)size_of(d), zero = bits == 0, odd = (bits & beyond) != 0; /* -1 where true */
+    for (int64_t i = 0; i < TOGETHER && (whole || i < left); i += LANES(float)) {
+        const struct pair two = pair_from(x + i, base + i, left - i);
+        const ints bits = (ints)size_of(two.x - two.base), zero = bits == 0, odd = (bits & beyond) != 0; /* -1 where true */
         const ints at = clamped_int(((bits >> steps.shift) - steps.begin) * 2 - odd, 1, KEYS - 1);
         const keys_of_lanes narrow = __builtin_convertvector(at & ~zero, keys_of_lanes);
-        lost |= (ints)((two.x - d) - two.base) | (ints)((d + two.base) - two.x);
-        lost |= (bits < SMALLEST << 23) & ~zero;
         memcpy(key + i, &narrow, sizeof narrow);
     }
-    memset(key + n, 0, TOGETHER);
+#endif
+}
+
+static void all_keys(struct keying *keys) {
+    while (keys->at + TOGETHER <= keys->n) more_keys(1, keys);
+    while (keys->at < keys->n) more_keys(0, keys);
+    memset(keys->key + keys->n, 0, TOGETHER);
+}
+
+/* Whether float32 holds each difference (which is when adding it back gives either number, for what it loses of the larger one shows
+ * there), and none is so small that arithmetic with it may be lost. Most often sizes tell that: a difference is a multiple of the smaller
+ * number's last bit, 2^-7 of its power of two, so that below 2^17 of this it has 24 bits at most. */
+static int are_held(const struct keying *keys) {
+#ifdef __AVX512BW__
+    const int most = ((keys->steps.begin >> (23 - keys->steps.shift)) + REACH) << 7, few = most - (16 << 7);
+    if (few >= (SMALLEST + 7) << 7 && most < 0x7F80 && !_mm512_cmplt_epu16_mask(keys->smallest, _mm512_set1_epi16((short)few)) &&
+        !_mm512_cmpgt_epu16_mask(keys->largest, _mm512_set1_epi16((short)most)))
+        return 1;
+#endif
+    ints lost = {0};
+    for (int64_t i = 0; i < keys->n; i += LANES(float)) {
+        const struct pair two = pair_from(keys->x + i, keys->base + i, keys->n - i);
+        const floats d = two.x - two.base;
+        const ints bits = (ints)size_of(d);
+        lost |= (ints)((two.x - d) - two.base) | (ints)((d + two.base) - two.x);
+        lost |= (bits < SMALLEST << 23) & (bits != 0);
+    }
     return !lanes_in(lost != 0);
 }
 
-/* Adds what a table has for each of n keys, and for those up to the next multiple of TOGETHER. */
-static inline void add_looked_up(const uint16_t *restrict table, const uint8_t *restrict key, uint16_t *restrict sum, int64_t n) {
+/* The sums of what a table has for keys and of the numbers that lie PARTS apart: n of them, and those up to the next multiple of TOGETHER. */
+static inline void add_looked_up(const uint16_t *restrict table, const uint8_t *restrict key, const uint16_t *restrict apart,
+                                 uint16_t *restrict sum, int64_t n) {
 #ifdef __AVX512BW__
     __m512i part[KEYS / 32];
+    uint16_t lane[32];
+    EACH(32) lane[i] = (uint16_t)(PARTS * i);
+    const __m512i lanes = _mm512_loadu_si512(lane);
     EACH(KEYS / 32) part[i] = _mm512_loadu_si512(table + 32 * i);
     for (int64_t i = 0; i < n; i += TOGETHER) {
         const __m512i at = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(key + i)));
@@ -184,10 +253,13 @@ static inline void add_looked_up(const uint16_t *restrict table, const uint8_t *
         const __m512i a = _mm512_permutex2var_epi16(part[0], at, part[1]), b = _mm512_permutex2var_epi16(part[2], at, part[3]);
         const __m512i c = _mm512_permutex2var_epi16(part[4], at, part[5]), d = _mm512_permutex2var_epi16(part[6], at, part[7]);
         const __m512i found = _mm512_mask_blend_epi16(last, _mm512_mask_blend_epi16(second, a, b), _mm512_mask_blend_epi16(second, c, d));
-        _mm512_storeu_si512(sum + i, _mm512_add_epi16(_mm512_loadu_si512(sum + i), found));
+        const uint16_t *from = apart + PARTS * i;
+        const __m512i low = _mm512_permutex2var_epi16(_mm512_loadu_si512(from), lanes, _mm512_loadu_si512(from + 32));
+        const __m512i high = _mm512_permutex2var_epi16(_mm512_loadu_si512(from + 64), lanes, _mm512_loadu_si512(from + 96));
+        _mm512_storeu_si512(sum + i, _mm512_add_epi16(_mm512_inserti64x4(low, _mm512_castsi512_si256(high), 1), found));
     }
 #else
-    EACH(n) sum[i] = (uint16_t)(sum[i] + table[key[i]]);
+    EACH(n) sum[i] = (uint16_t)(apart[PARTS * i] + table[key[i]]);
 #endif
 }
 
@@ -211,48 +283,80 @@ static void odd_places(uint16_t *to, const uint8_t *key, int64_t n) {
 /* Puts those of odd keys in order, which have ranks as if they were equal: each is compared with all that may have its key, as many as a
  * register holds at once. `first` has the ranks from which on each key's are, and `even` how many of those before have even keys. Whether
  * that took few comparisons; `room` is for three numbers of four bytes of each. */
-static int order_odd(const struct ranked *row, const uint16_t *x, const uint16_t *base, int64_t n, int64_t odd, const uint16_t *first,
+static int order_odd(const struct keying *keys, uint16_t *rank, int64_t odd, const uint16_t *first,
                      const uint16_t *even, void *room) {
+    const uint8_t *key = keys->key;
     int32_t *size = room;
     uint16_t *place = (uint16_t *)(size + odd + LANES(float)), *given = place + odd + LANES(float);
-    int64_t left = 4 * n;
+    int64_t left = 4 * keys->n;
     ints lane;
     for (int i = 0; i < LANES(float); i++) lane[i] = i, size[odd + i] = INT32_MAX;
-    odd_places(given, row->key, n);
+    odd_places(given, key, keys->n);
     EACH(odd) { /* by their keys */
-        const int64_t from = given[i], at = row->rank[from] - even[row->key[from]];
-        const float d = fabsf(from_bf16(x[from]) - from_bf16(base[from]));
+        const int64_t from = given[i], at = rank[from] - even[key[from]];
+        const float d = fabsf(from_bf16(keys->x[from]) - from_bf16(keys->base[from]));
         memcpy(size + at, &d, sizeof d);
         place[at] = (uint16_t)from;
     }
     for (int64_t at = 0; at < odd; at += LANES(float)) {
         const int64_t end = least(at + LANES(float), odd);
-        const int low = row->key[place[at]], high = row->key[place[end - 1]];
+        const int low = key[place[at]], high = key[place[end - 1]];
         const int64_t begin = first[low] - even[low], after = first[high + 1] - even[high + 1];
         ints own, before = {0};
         memcpy(&own, size + at, sizeof own);
         for (int64_t i = begin; i < at; i++) before -= own >= size[i];
         for (int64_t i = at; i < after; i++) before -= own > size[i];
         for (int64_t i = at; i < end; i++) before -= (own == size[i]) & (lane > (int32_t)(i - at));
-        for (int64_t i = at; i < end; i++) row->rank[place[i]] = (uint16_t)(even[row->key[place[i]]] + begin + before[i - at]);
+        for (int64_t i = at; i < end; i++) rank[place[i]] = (uint16_t)(even[key[place[i]]] + begin + before[i - at]);
         left -= after - begin;
         if (left < 0) return 0;
     }
     return 1;
 }
 
-/* How many of the same key come before each in its part of the row; and in all. The parts in step, since a key's count waits for the one
- * before: of a small task vector many are the same. */
-static void count_keys(uint16_t *restrict rank, const uint8_t *restrict key, int64_t part, int64_t n, uint16_t (*restrict count)[KEYS]) {
-    EACH(part) for (int p = 0; p < PARTS; p++) rank[p * part + i] = count[p][key[p * part + i]]++;
-    for (int64_t i = PARTS * part; i < n; i++) rank[i] = count[PARTS - 1][key[i]]++;
+/* What is done while keys are counted, which leaves the units for vectors idle: the next task vector's keys (none where `at` is n), and
+ * blocks of the next row's words, `left` of them. */
+struct beside {
+    struct keying keys;
+    struct stream words;
+    uint64_t *to;
+    int64_t left;
+};
+
+FUSED do_some(const int whole, struct beside *beside) {
+    if (beside->keys.at + (whole ? TOGETHER - 1 : 0) < beside->keys.n) more_keys(whole, &beside->keys);
+    if (beside->left) next_block(&beside->words, beside->to), beside->to += BLOCK, beside->left--;
 }
 
-/* The ranks of n elements with keys; 0 where it would take longer than to sort. */
-static int count_ranks(const struct ranked *row, const uint16_t *x, const uint16_t *base, int64_t n, void *room) {
-    const int64_t part = n / (PARTS * TOGETHER) * TOGETHER;
-    uint16_t count[PARTS][KEYS] = {{0}}, first[KEYS + 32], even[KEYS + 32], start[KEYS];
-    count_keys(row->rank, row->key, part, n, count);
+static void do_rest(struct beside *beside) {
+    while (beside->left || beside->keys.at < beside->keys.n) do_some(0, beside);
+    if (beside->keys.n) memset(beside->keys.key + beside->keys.n, 0, TOGETHER);
+}
+
+/* How many of the same key come before each in its part of the row, those of a place in the parts side by side; and in all. The parts in
+ * step, since a key's count waits for the one before: of a small task vector many are the same. */
+static void count_keys(uint16_t *restrict before, const uint8_t *restrict key, int64_t part, uint16_t (*restrict count)[KEYS],
+                       struct beside *beside) {
+    struct beside own = *beside;
+    for (int64_t i = 0; i < part; i += TOGETHER / PARTS) {
+        do_some(1, &own);
+        for (int64_t j = i; j < i + TOGETHER / PARTS; j++) {
+            uint64_t four = 0; /* stored at once: a store for each takes longer than all else */
+            for (int p = 0; p < PARTS; p++) four |= (uint64_t)count[p][key[p * part + j]]++ << 16 * p;
+            memcpy(before + PARTS * j, &four, sizeof four);
+        }
+    }
+    *beside = own;
+}
+
+/* The ranks of elements with keys; 0 where it would take longer than to sort. */
+static int count_ranks(uint16_t *rank, const struct keying *keys, uint16_t (*count)[KEYS], void *room, struct beside *beside) {
+    const int64_t n = keys->n, part = n / (PARTS * TOGETHER) * TOGETHER;
+    const uint8_t *key = keys->key;
+    uint16_t first[KEYS + 32], even[KEYS + 32], start[KEYS];
+    memset(count, 0, PARTS * sizeof *count);
+    count_keys(room, key, part, count, beside);
+    for (int64_t i = PARTS * part; i < n; i++) rank[i] = count[PARTS - 1][key[i]]++;
     EACH(KEYS) {
         first[i] = (uint16_t)(count[0][i] + count[1][i] + count[2][i] + count[3][i]);
         even[i] = i % 2 ? 0 : first[i];
@@ -264,21 +368,25 @@ static int count_ranks(const struct ranked *row, const uint16_t *x, const uint16
     sum_up(first, KEYS + 32);
     memcpy(start, first, sizeof start);
     for (int p = 0; p < PARTS; p++) { /* and how many in the parts before, and of the keys before */
-        const int64_t end = p + 1 < PARTS ? (p + 1) * part : n;
-        add_looked_up(start, row->key + p * part, row->rank + p * part, end - p * part);
-        EACH(KEYS) start[i] = (uint16_t)(start[i] + count[p][i]);
+        add_looked_up(start, key + p * part, (const uint16_t *)room + p, rank + p * part, part);
+        if (p + 1 < PARTS) EACH(KEYS) start[i] = (uint16_t)(start[i] + count[p][i]);
     }
-    return order_odd(row, x, base, n, odd, first, even, room);
+    for (int64_t i = PARTS * part; i < n; i++) rank[i] = (uint16_t)(rank[i] + start[key[i]]);
+    return order_odd(keys, rank, odd, first, even, room);
 }
 
-/* The ranks of n elements by keys, from the steps of the row before where they will do. Whether float32 holds the differences; whether
- * there are ranks now. */
-static int ranks_by_keys(struct ranked *row, const uint16_t *x, const uint16_t *base, int64_t n, void *room, int *found) {
-    int own = !row->steps.shift, held;
+/* The ranks of a row, whose keys are made (by the steps of the row before), or begun (`at` is 0). Whether float32 holds the differences;
+ * whether there are ranks now. */
+static int ranks_by_keys(struct ranked *row, struct keying *keys, uint16_t (*count)[KEYS], void *room, struct beside *beside, int *found) {
+    int own = 0, held;
     do {
-        if (own) row->steps = steps_for(x, base, n);
-        held = keyed(row->key, x, base, n, row->steps);
-        *found = held && count_ranks(row, x, base, n, room);
+        if (own || !keys->steps.shift) {
+            row->steps = steps_for(keys->x, keys->base, keys->n), own = 1;
+            *keys = keying_of(keys->x, keys->base, keys->n, keys->key, row->steps);
+        }
+        if (keys->at < keys->n) all_keys(keys);
+        held = are_held(keys);
+        *found = held && count_ranks(row->rank, keys, count, room, beside);
     } while (held && !*found && !own++);
     if (!*found) row->steps.shift = 0;
     return held;
