@@ -382,9 +382,8 @@ def pruned_norms(
 
 def pruning_room(inputs: Inputs, columns: int) -> ctypes.c_void_p:
     """Where there is room for what the rows need, as `set_up` in pruned.h lays it out."""
-    width = columns + 32
-    of_each = 2 * 8 * (columns // 4 + 24) + 2 * width
-    return ctypes.c_void_p(call.address(2048 + 2 * width + 64 + 8 * (5 * columns + 32) + (inputs.count - 1) * of_each, "scratch"))
+    of_all, of_each = 4096 + 42 * columns, 1024 + 6 * columns
+    return ctypes.c_void_p(call.address(of_all + (inputs.count - 1) * of_each, "scratch"))
 
 
 class _Rows(ctypes.Structure):

@@ -45,6 +45,8 @@ const char geomerge_source[] = GEOMERGE_SOURCE;
 #include "sort.h"
 #include "random.h"
 #include "task_vectors.h"
+#include "keys.h"
+#include "beside.h"
 #include "ranks.h"
 #include "pruned.h"
 #include "program.h"

@@ -183,10 +183,13 @@ static inline ints clamped_int(ints x, int32_t low, int32_t high) {
 #endif
 }
 
-static inline ints rounded_bf16(floats x) {
+/* Rounded to bfloat16 in the upper halves of lanes, of which the lower ones are left over; and in the lower ones. */
+static inline ints rounded_upper(floats x) {
     const ints bits = (ints)x;
-    return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16 & 0xFFFF;
+    return bits + 0x7FFF + (bits >> 16 & 1);
 }
+
+static inline ints rounded_bf16(floats x) { return rounded_upper(x) >> 16 & 0xFFFF; }
 
 /* Numbers of 16 bits that have room of 32. */
 static inline void halves(ints x, uint16_t *out) {
@@ -224,6 +227,44 @@ static inline uint32_t lanes_in(ints mask) {
 }
 
 #define PACK 32 /* elements that are looked at, or chosen, together */
+#define PACKED (PACK / LANES(float)) /* registers with so many float32 */
+
+/* PACK numbers of 16 bits in registers of float32, or of 32 bits, in the order that takes least: where a register holds half of them, those
+ * in the lower halves of its lanes and those in the upper ones. And which of them a lane has. */
+static inline void packed_bf16(const uint16_t *x, floats *to) {
+#ifdef __AVX512BW__
+    const __m512i both = _mm512_loadu_si512(x);
+    to[0] = (floats)_mm512_slli_epi32(both, 16), to[1] = (floats)_mm512_and_si512(both, _mm512_set1_epi32(~0xFFFF));
+#else
+    for (int r = 0; r < PACKED; r++) to[r] = widened_float(x + r * LANES(float));
+#endif
+}
+
+static inline void packed_numbers(const uint16_t *x, floats *to) {
+#ifdef __AVX512BW__
+    const __m512i both = _mm512_loadu_si512(x);
+    to[0] = (floats)_mm512_cvtepi32_ps(_mm512_and_si512(both, _mm512_set1_epi32(0xFFFF)));
+    to[1] = (floats)_mm512_cvtepi32_ps(_mm512_srli_epi32(both, 16));
+#else
+    for (int r = 0; r < PACKED; r++) to[r] = numbers_of(x + r * LANES(float));
+#endif
+}
+
+static inline void unpacked_uppers(const ints *x, uint16_t *to) { /* of the lanes, their upper halves */
+#ifdef __AVX512BW__
+    _mm512_storeu_si512(to, _mm512_mask_blend_epi16(0xAAAAAAAA, _mm512_srli_epi32((__m512i)x[0], 16), (__m512i)x[1]));
+#else
+    for (int r = 0; r < PACKED; r++) halves(x[r] >> 16 & 0xFFFF, to + r * LANES(float));
+#endif
+}
+
+static inline int packed_place(int r, int lane) {
+#ifdef __AVX512BW__
+    return 2 * lane + r;
+#else
+    return r * LANES(float) + lane;
+#endif
+}
 
 /* 0 when all are finite, else NaN or more. */
 #define DAMAGE(T)                                             \

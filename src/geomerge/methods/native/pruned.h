@@ -91,17 +91,21 @@ FUSED thin_quickly(const int rescale, const struct row *row, int k, const struct
     const uint16_t *base = (const uint16_t *)row->raw[0] + at, *x = (const uint16_t *)row->raw[k + 1] + at, *rank = row->rank[k] + at;
     const half_word *word = row->word[k] + at;
     const floats start = all((float)p->start), step = all((float)p->step), minus = all(-0x1p16f);
-    for (int64_t i = 0; i < m; i += LANES(float)) {
-        const floats share = plus_product_float(start, numbers_of(rank + i), step);
-        const floats above = plus_product_float(numbers_of(word + i), share, minus), whole = widened_float(x + i) - widened_float(base + i);
-        const ints kept = above <= all(-1 - 0x1p-6f);
-        d[i / LANES(float)] = where(kept, rescale ? whole / share : whole);
-        unsure[i / LANES(float)] |= lanes_in(above < all(0x1p-6f)) ^ lanes_in(kept);
+    for (int64_t i = 0; i < m; i += PACK) {
+        floats own[PACKED], from[PACKED], ranks[PACKED], words[PACKED];
+        packed_bf16(x + i, own), packed_bf16(base + i, from), packed_numbers(rank + i, ranks), packed_numbers(word + i, words);
+        for (int r = 0; r < PACKED; r++) {
+            const floats share = plus_product_float(start, ranks[r], step), above = plus_product_float(words[r], share, minus);
+            const floats whole = own[r] - from[r];
+            const ints kept = above <= all(-1 - 0x1p-6f);
+            d[i / LANES(float) + r] = where(kept, rescale ? whole / share : whole);
+            unsure[i / LANES(float) + r] |= lanes_in(above < all(0x1p-6f)) ^ lanes_in(kept);
+        }
     }
 }
 
-/* As many elements as whole registers hold, in float32, rounded where that leaves no choice; the others are chosen: how many, and in
- * `place` where they lie. A probability is wrong by 2^-23 of it, what a survivor is divided by it by 2^-22, so with the coefficients',
+/* Whole packs of a row in float32, rounded where that leaves no choice; the other elements are chosen: how many, and in `place` where they
+ * lie. A probability is wrong by 2^-23 of it, what a survivor is divided by it by 2^-22, so with the coefficients',
  * weights' and factor's rounding and sums of four the combined vector is by less than 2^-19 of the sum of the sizes, and their signs are
  * decided beyond that; the result by that and twice its last rounding. A word decides for certain unless it is the limit's first half.
  * What is unsure shows in signs of differences, and is looked at when a chunk is done: what comes next does not wait for it. */
@@ -123,34 +127,39 @@ FUSED prune_quickly(const int t, const int elect, const int alike, const struct 
             if (pruned[k].rescale) thin_quickly(1, row, k, pruned + k, at, m, thinned[k], doubted);
             else thin_quickly(0, row, k, pruned + k, at, m, thinned[k], doubted);
         }
-        for (int64_t i = 0; i < m; i += LANES(float)) {
-            const floats base = widened_float((const uint16_t *)row->raw[0] + at + i);
-            floats d[4], merged, sizes;
-            ints unsure = {0};
-            for (int k = 0; k < t; k++) d[k] = elect && alike ? thinned[k][i / LANES(float)] : thinned[k][i / LANES(float)] * c[k];
-            merged = d[0], sizes = size_of(d[0]);
-            for (int k = 1; k < t; k++) merged += d[k], sizes += size_of(d[k]);
-            if (elect) {
-                const ints elected = (ints)merged & sign;
-                floats total = {0}, agreed = {0};
-                unsure = (ints)size_of(merged) - (ints)(sizes * little);
-                for (int k = 0; k < t; k++) {
-                    const floats agreeing = (floats)((ints)d[k] ^ elected);
-                    total += where(agreeing > 0, agreeing), agreed += where(agreeing > 0, alike ? one : w[k]);
+        for (int64_t i = 0; i < m / LANES(float); i += PACKED) {
+            floats base[PACKED];
+            ints rounded[PACKED];
+            packed_bf16((const uint16_t *)row->raw[0] + at + i * LANES(float), base);
+            for (int r = 0; r < PACKED; r++) {
+                floats d[4], merged, sizes;
+                ints unsure = {0};
+                for (int k = 0; k < t; k++) d[k] = elect && alike ? thinned[k][i + r] : thinned[k][i + r] * c[k];
+                merged = d[0], sizes = size_of(d[0]);
+                for (int k = 1; k < t; k++) merged += d[k], sizes += size_of(d[k]);
+                if (elect) {
+                    const ints elected = (ints)merged & sign;
+                    floats total = {0}, agreed = {0};
+                    unsure = (ints)size_of(merged) - (ints)(sizes * little);
+                    for (int k = 0; k < t; k++) {
+                        const floats agreeing = (floats)((ints)d[k] ^ elected);
+                        total += where(agreeing > 0, agreeing), agreed += where(agreeing > 0, alike ? one : w[k]);
+                    }
+                    if (rule->normalize) total /= (floats)clamped_int((ints)agreed, floor_bits, INT32_MAX);
+                    sizes = size_of(total * factor), merged = (floats)((ints)(total * factor) ^ elected);
                 }
-                if (rule->normalize) total /= (floats)clamped_int((ints)agreed, floor_bits, INT32_MAX);
-                sizes = size_of(total * factor), merged = (floats)((ints)(total * factor) ^ elected);
+                const floats result = base[r] + merged;
+                const floats wrong = plus_product_float(sizes * all(0x1p-19f), size_of(result), all(0x1p-22f));
+                const ints high = rounded_upper(result + wrong), differ = (rounded_upper(result - wrong) ^ high) >> 16 & 0xFFFF;
+                rounded[r] = high;
+                unsure |= ((ints)base[r] == sign) | -differ | (largest - (ints)size_of(result));
+                doubted[i + r] |= lanes_in(unsure);
             }
-            const floats result = base + merged;
-            const floats wrong = plus_product_float(sizes * all(0x1p-19f), size_of(result), all(0x1p-22f));
-            const ints low = rounded_bf16(result - wrong), high = rounded_bf16(result + wrong);
-            unsure |= ((ints)base == sign) | -(low ^ high) | (largest - (ints)size_of(result));
-            halves(low, out + at + i);
-            doubted[i / LANES(float)] |= lanes_in(unsure);
+            unpacked_uppers(rounded, out + at + i * LANES(float));
         }
-        for (int64_t i = 0; i < m; i += LANES(float))
-            for (uint32_t some = doubted[i / LANES(float)]; some; some &= some - 1)
-                place[number++] = (uint16_t)(at + i + __builtin_ctz(some));
+        for (int i = 0; i < m / LANES(float); i++)
+            for (uint32_t some = doubted[i]; some; some &= some - 1)
+                place[number++] = (uint16_t)(at + i / PACKED * PACK + packed_place(i % PACKED, __builtin_ctz(some)));
     }
     *chosen = number;
 }
@@ -200,7 +209,7 @@ struct pruner {
     struct stream words[MOST];
     uint64_t *numbers[MOST][2]; /* with the words of even and of odd rows */
     int64_t drawn[MOST];        /* blocks of numbers */
-    double *room;               /* for sorting a row: 5 for each element, and TOGETHER more */
+    double *room;               /* for sorting a row: 5 for each element, and PACK more */
     uint16_t (*count)[KEYS];
     uint8_t *key[2];            /* of this task vector and of the next in turn */
     int turn;
@@ -209,25 +218,28 @@ struct pruner {
     struct row row;
 };
 
-/* Numbers for the words of a row, which need not begin with one. */
-static inline int64_t numbers_for(int64_t columns) { return columns / 4 + 3 * BLOCK; }
+/* The next `size` bytes of a room, and what fills up to a register. */
+static inline char *part_of(char **room, int64_t size) {
+    char *own = *room;
+    *room += (size + REGISTER - 1) / REGISTER * REGISTER;
+    return own;
+}
 
 /* For rows of `columns` <= WINDOW elements; `room` as `native.pruning_room` gives it. */
 static void set_up(struct pruner *p, const struct work *work, int64_t rows, int64_t first, int64_t columns, const struct thinning *thin,
                    char *room) {
-    const int64_t width = columns + TOGETHER;
+    const int64_t width = columns + PACK;
     const int t = work->count - 1;
-    *p = (struct pruner){.work = work, .thin = thin, .first = first, .columns = columns, .rows = rows, .most = WINDOW / columns * columns};
-    p->bf16 = all_bf16(work);
+    *p = (struct pruner){.work = work, .thin = thin, .first = first, .columns = columns, .rows = rows};
+    p->most = WINDOW / columns * columns, p->bf16 = all_bf16(work);
+    room += -(intptr_t)room & (REGISTER - 1);
     /* counts and keys side by side: processors take accesses 4,096 bytes apart for ones of the same place at first */
-    p->count = (uint16_t (*)[KEYS])room;
-    p->key[0] = (uint8_t *)(p->count + PARTS), p->key[1] = p->key[0] + width;
-    p->room = (double *)(room + PARTS * sizeof *p->count + (2 * width + 63) / 64 * 64);
-    uint64_t *numbers = (uint64_t *)(p->room + 5 * columns + TOGETHER);
-    for (int k = 0; k < t; k++)
-        for (int odd = 0; odd < 2; odd++, numbers += numbers_for(columns)) p->numbers[k][odd] = numbers;
+    p->count = (uint16_t (*)[KEYS])part_of(&room, PARTS * sizeof *p->count);
+    for (int i = 0; i < 2; i++) p->key[i] = (uint8_t *)part_of(&room, width);
+    p->room = (double *)part_of(&room, 8 * (5 * columns + PACK));
     for (int k = 0; k < t; k++) {
-        p->row.rank[k] = p->ranked[k].rank = (uint16_t *)numbers + k * width;
+        for (int odd = 0; odd < 2; odd++) p->numbers[k][odd] = (uint64_t *)part_of(&room, 8 * (columns / 4 + 3 * BLOCK));
+        p->row.rank[k] = p->ranked[k].rank = (uint16_t *)part_of(&room, 2 * width);
         if (thin[k].width) p->words[k] = stream_of(thin[k].state, thin[k].step);
     }
 }
@@ -239,12 +251,12 @@ static inline int64_t first_word(const struct pruner *p, int64_t row) { return p
 static void ask_for_words(struct pruner *p, int k, int64_t row, struct beside *beside) {
     const int64_t word = first_word(p, row), begin = word / (4 * BLOCK), end = (word + p->columns - 1) / (4 * BLOCK) + 1;
     uint64_t *to = p->numbers[k][row % 2];
-    beside->left = row < p->rows ? end - p->drawn[k] : 0;
+    beside->blocks = row < p->rows ? end - p->drawn[k] : 0;
     if (row && begin < p->drawn[k]) {
         memcpy(to, p->numbers[k][1 - row % 2] + (begin - first_word(p, row - 1) / (4 * BLOCK)) * BLOCK, BLOCK * sizeof *to);
         to += BLOCK;
     }
-    p->drawn[k] += beside->left;
+    p->drawn[k] += beside->blocks;
     beside->words = p->words[k], beside->to = to;
 }
 
@@ -267,7 +279,7 @@ static int rank_row(struct pruner *p, const void *const *raw, int64_t s, int64_t
     for (int k = 0; k < work->count; k++) p->row.raw[k] = (const char *)raw[k] + s * sizes[work->inputs[k].dtype];
     for (int k = 0; k + 1 < work->count; k++) {
         const uint16_t *x = p->row.raw[k + 1], *from = p->row.raw[0];
-        struct beside beside = {.left = 0};
+        struct beside beside = {.blocks = 0};
         int found = 0;
         held &= p->thin[k].width != 0;
         if (!p->thin[k].width) continue;
@@ -306,14 +318,13 @@ static double odd_row(const struct work *work, const struct row *row, int64_t co
 }
 
 /* One merged row, into `to` and from element `s` of it on. */
-static void merge_row(struct pruner *p, struct work *work, const struct pruning *pruned,
-                      const struct combination *rule, const double *c, const double *w, int quickly, int64_t at, int dtype, char *to,
-                      int64_t s) {
+static void merge_row(struct pruner *p, struct work *work, const struct pruning *pruned, const struct combination *rule, const double *c,
+                      const double *w, int quickly, int64_t at, int dtype, char *to, int64_t s) {
     double result[CHUNK];
     uint16_t place[WINDOW], *rounded = (uint16_t *)to + s;
     int64_t done = 0, chosen = 0;
     if (quickly) {
-        done = p->columns / LANES(float) * LANES(float);
+        done = p->columns / PACK * PACK;
         prune_row(work->count - 1, &p->row, pruned, rule, c, w, done, rounded, place, &chosen);
         work->redone += chosen;
         for (int64_t i = 0; i < chosen; i += CHUNK) {
@@ -336,8 +347,8 @@ int geomerge_pruned(struct work *work, int64_t n, int64_t first, int64_t columns
                     const struct combination *rule, const double *c, const double *w, char *room, int check, const struct place *out) {
     double bad = 0;
     const void *raw[MOST];
-    const int fine = pruned_in_range(work, out, pruned, rule, c, w);
     const int64_t size = sizes[out->dtype];
+    const int fine = pruned_in_range(work, out, pruned, rule, c, w);
     struct pruner p;
     set_up(&p, work, n / columns, first, columns, thin, room);
     int64_t begun = 0; /* from where on the output has not been written */

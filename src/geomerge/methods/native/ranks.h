@@ -101,144 +101,13 @@ static void ranks(const double *restrict d, int64_t n, uint16_t *restrict rank, 
     for (int64_t k = 0; k < n; k++) rank[room[k] & INDEX] = (uint16_t)k;
 }
 
-/* Magnitudes of differences of bfloat16 numbers in steps, by the powers of two: an even key is for a number alone (most have no more bits
- * than that), the odd one after it for those up to the next; the first and last odd one are for what lies beyond as well, and 0 is for zeros. */
-enum {
-    KEYS = 256,
-    TOGETHER = 32, /* elements whose keys are looked up together */
-    PARTS = 4,     /* of a row, which are counted in step */
-    SMALLEST = 127 - 60, /* rows with differences below 2^-60 are left to float64: a biased exponent */
-    REACH = 11,          /* from a row's first step on, where sizes alone may tell that float32 holds its differences */
-};
-
-/* Which steps a row has: 2^(23 - shift) of them to a power of two, the first being number `begin`; none where shift is 0. */
-struct steps { int shift, begin; };
-
-/* A row's ranks, TOGETHER more than it has elements, and the steps of the row before. */
+/* A row's ranks, PACK more than it has elements, and the steps of the row before. */
 struct ranked {
     uint16_t *rank;
     struct steps steps;
 };
 
-typedef uint8_t keys_of_lanes __attribute__((vector_size(REGISTER / 4)));
-
-/* As many numbers of both as a register holds, of which `left` are left; 0 beyond. */
-struct pair { floats x, base; };
-
-static inline struct pair pair_from(const uint16_t *x, const uint16_t *base, int64_t left) {
-    uint16_t padded[2][LANES(float)] = {{0}};
-    if (left < LANES(float)) {
-        memcpy(padded[0], x, (size_t)left * 2), memcpy(padded[1], base, (size_t)left * 2);
-        x = padded[0], base = padded[1];
-    }
-    return (struct pair){widened_float(x), widened_float(base)};
-}
-
-/* Steps for n differences, from some all over that are not 0: 16 to a power of two, of which there are then eight, five of them below the
- * mean exponent; 8, and nine of 16 below it, where exponents differ as much as those of a heavy tail (a normal one's do by 1.6). */
-static struct steps steps_for(const uint16_t *x, const uint16_t *base, int64_t n) {
-    const int64_t apart = n < 512 ? LANES(float) : n / 256 * LANES(float);
-    floats sums = {0}, squares = {0};
-    float number = 0, mean = 0, square = 0;
-    ints numbers = {0};
-    for (int64_t i = 0; i < n; i += apart) {
-        const struct pair two = pair_from(x + i, base + i, n - i);
-        const ints bits = (ints)size_of(two.x - two.base), some = bits > 0;
-        const floats exponent = where(some, __builtin_convertvector(bits, floats) * all(0x1p-23f) - all(127));
-        sums += exponent, squares += exponent * exponent, numbers -= some;
-    }
-    for (int i = 0; i < LANES(float); i++) mean += sums[i], square += squares[i], number += (float)numbers[i];
-    if (number == 0) return (struct steps){19, 0};
-    mean /= number;
-    const int wide = square / number - mean * mean > 2.2f * 2.2f, shift = wide ? 20 : 19;
-    return (struct steps){shift, (int)((mean + (wide ? 127 - 9 : 127 - 5)) * (float)(1 << (23 - shift)))};
-}
-
-/* Keys that are being made: of n differences, of which the first `at` have theirs. */
-struct keying {
-    const uint16_t *x, *base;
-    uint8_t *key; /* for TOGETHER more */
-    int64_t n, at;
-    struct steps steps;
-#ifdef __AVX512BW__
-    __m512i smallest, largest; /* lanes of the numbers' sizes and of the differences', in their upper 16 bits */
-#endif
-};
-
-static struct keying keying_of(const uint16_t *x, const uint16_t *base, int64_t n, uint8_t *key, struct steps steps) {
-    struct keying keys = {x, base, key, n, 0, steps};
-#ifdef __AVX512BW__
-    keys.smallest = _mm512_set1_epi16(0x7FFF), keys.largest = _mm512_setzero_si512();
-#endif
-    return keys;
-}
-
-/* The keys of the next TOGETHER differences, or of what is left where these are not `whole`. */
-FUSED more_keys(const int whole, struct keying *keys) {
-    const int64_t left = keys->n - keys->at;
-    const uint16_t *x = keys->x + keys->at, *base = keys->base + keys->at;
-    uint8_t *key = keys->key + keys->at;
-    const struct steps steps = keys->steps;
-    keys->at += TOGETHER;
-#ifdef __AVX512BW__
-    const __m512i upper_half = _mm512_set1_epi32(~0xFFFF), size = _mm512_set1_epi16(0x7FFF), even = _mm512_set1_epi16(~1);
-    const __m512i one = _mm512_set1_epi16(1), begin = _mm512_set1_epi16((short)(2 * steps.begin)), equal = _mm512_set1_epi16(0x7F00);
-    const __m512i beyond = _mm512_set1_epi16((short)((1 << (steps.shift - 16)) - 1));
-    const __m128i by = _mm_cvtsi32_si128(steps.shift - 17);
-    const __mmask32 inside = whole ? ~(__mmask32)0 : left < TOGETHER ? ((__mmask32)1 << left) - 1 : ~(__mmask32)0;
-    const __m512i own = _mm512_mask_loadu_epi16(equal, inside, x), other = _mm512_mask_loadu_epi16(equal, inside, base);
-    /* numbers in lower and in upper halves of lanes: the differences' sizes, and what follows these sixteen bits */
-    const __m512 low = (__m512)_mm512_slli_epi32(own, 16) - (__m512)_mm512_slli_epi32(other, 16);
-    const __m512 high = (__m512)_mm512_and_si512(own, upper_half) - (__m512)_mm512_and_si512(other, upper_half);
-    const __m512i d = _mm512_and_si512(_mm512_mask_blend_epi16(0xAAAAAAAA, _mm512_srli_epi32((__m512i)low, 16), (__m512i)high), size);
-    const __m512i more = _mm512_mask_blend_epi16(0xAAAAAAAA, (__m512i)low, _mm512_slli_epi32((__m512i)high, 16));
-    const __m512i rest = _mm512_or_si512(more, _mm512_and_si512(d, beyond));
-    __m512i at = _mm512_subs_epu16(_mm512_and_si512(_mm512_srl_epi16(d, by), even), begin);
-    at = _mm512_mask_add_epi16(at, _mm512_test_epi16_mask(rest, rest), at, one);
-    at = _mm512_max_epu16(at, _mm512_min_epu16(d, one));
-    _mm256_storeu_si256((__m256i *)key, _mm512_cvtusepi16_epi8(at));
-    keys->smallest = _mm512_min_epu16(keys->smallest, _mm512_min_epu16(_mm512_and_si512(own, size), _mm512_and_si512(other, size)));
-    keys->largest = _mm512_max_epu16(keys->largest, d);
-#else
-    const int beyond = (1 << steps.shift) - 1;
-    for (int64_t i = 0; i < TOGETHER && (whole || i < left); i += LANES(float)) {
-        const struct pair two = pair_from(x + i, base + i, left - i);
-        const ints bits = (ints)size_of(two.x - two.base), zero = bits == 0, odd = (bits & beyond) != 0; /* -1 where true */
-        const ints at = clamped_int(((bits >> steps.shift) - steps.begin) * 2 - odd, 1, KEYS - 1);
-        const keys_of_lanes narrow = __builtin_convertvector(at & ~zero, keys_of_lanes);
-        memcpy(key + i, &narrow, sizeof narrow);
-    }
-#endif
-}
-
-static void all_keys(struct keying *keys) {
-    while (keys->at + TOGETHER <= keys->n) more_keys(1, keys);
-    while (keys->at < keys->n) more_keys(0, keys);
-    memset(keys->key + keys->n, 0, TOGETHER);
-}
-
-/* Whether float32 holds each difference (which is when adding it back gives either number, for what it loses of the larger one shows
- * there), and none is so small that arithmetic with it may be lost. Most often sizes tell that: a difference is a multiple of the smaller
- * number's last bit, 2^-7 of its power of two, so that below 2^17 of this it has 24 bits at most. */
-static int are_held(const struct keying *keys) {
-#ifdef __AVX512BW__
-    const int most = ((keys->steps.begin >> (23 - keys->steps.shift)) + REACH) << 7, few = most - (16 << 7);
-    if (few >= (SMALLEST + 7) << 7 && most < 0x7F80 && !_mm512_cmplt_epu16_mask(keys->smallest, _mm512_set1_epi16((short)few)) &&
-        !_mm512_cmpgt_epu16_mask(keys->largest, _mm512_set1_epi16((short)most)))
-        return 1;
-#endif
-    ints lost = {0};
-    for (int64_t i = 0; i < keys->n; i += LANES(float)) {
-        const struct pair two = pair_from(keys->x + i, keys->base + i, keys->n - i);
-        const floats d = two.x - two.base;
-        const ints bits = (ints)size_of(d);
-        lost |= (ints)((two.x - d) - two.base) | (ints)((d + two.base) - two.x);
-        lost |= (bits < SMALLEST << 23) & (bits != 0);
-    }
-    return !lanes_in(lost != 0);
-}
-
-/* The sums of what a table has for keys and of the numbers that lie PARTS apart: n of them, and those up to the next multiple of TOGETHER. */
+/* The sums of what a table has for keys and of the numbers that lie PARTS apart: n of them, and those up to the next multiple of PACK. */
 static inline void add_looked_up(const uint16_t *restrict table, const uint8_t *restrict key, const uint16_t *restrict apart,
                                  uint16_t *restrict sum, int64_t n) {
 #ifdef __AVX512BW__
@@ -247,7 +116,7 @@ static inline void add_looked_up(const uint16_t *restrict table, const uint8_t *
     EACH(32) lane[i] = (uint16_t)(PARTS * i);
     const __m512i lanes = _mm512_loadu_si512(lane);
     EACH(KEYS / 32) part[i] = _mm512_loadu_si512(table + 32 * i);
-    for (int64_t i = 0; i < n; i += TOGETHER) {
+    for (int64_t i = 0; i < n; i += PACK) {
         const __m512i at = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(key + i)));
         const __mmask32 second = _mm512_test_epi16_mask(at, _mm512_set1_epi16(64)), last = _mm512_test_epi16_mask(at, _mm512_set1_epi16(128));
         const __m512i a = _mm512_permutex2var_epi16(part[0], at, part[1]), b = _mm512_permutex2var_epi16(part[2], at, part[3]);
@@ -263,7 +132,7 @@ static inline void add_looked_up(const uint16_t *restrict table, const uint8_t *
 #endif
 }
 
-/* The places of those of n keys that are odd, in order, of which `to` has TOGETHER more than that. */
+/* The places of those of n keys that are odd, in order, of which `to` has PACK more than that. */
 static void odd_places(uint16_t *to, const uint8_t *key, int64_t n) {
 #ifdef __AVX512VBMI2__
     uint16_t lanes[32];
@@ -314,44 +183,26 @@ static int order_odd(const struct keying *keys, uint16_t *rank, int64_t odd, con
     return 1;
 }
 
-/* What is done while keys are counted, which leaves the units for vectors idle: the next task vector's keys (none where `at` is n), and
- * blocks of the next row's words, `left` of them. */
-struct beside {
-    struct keying keys;
-    struct stream words;
-    uint64_t *to;
-    int64_t left;
-};
-
-FUSED do_some(const int whole, struct beside *beside) {
-    if (beside->keys.at + (whole ? TOGETHER - 1 : 0) < beside->keys.n) more_keys(whole, &beside->keys);
-    if (beside->left) next_block(&beside->words, beside->to), beside->to += BLOCK, beside->left--;
-}
-
-static void do_rest(struct beside *beside) {
-    while (beside->left || beside->keys.at < beside->keys.n) do_some(0, beside);
-    if (beside->keys.n) memset(beside->keys.key + beside->keys.n, 0, TOGETHER);
-}
-
 /* How many of the same key come before each in its part of the row, those of a place in the parts side by side; and in all. The parts in
  * step, since a key's count waits for the one before: of a small task vector many are the same. */
 static void count_keys(uint16_t *restrict before, const uint8_t *restrict key, int64_t part, uint16_t (*restrict count)[KEYS],
                        struct beside *beside) {
     struct beside own = *beside;
-    for (int64_t i = 0; i < part; i += TOGETHER / PARTS) {
-        do_some(1, &own);
-        for (int64_t j = i; j < i + TOGETHER / PARTS; j++) {
+    for (int64_t i = 0; i < part; i += PACK / PARTS)
+#pragma GCC unroll 8
+        for (int j = 0; j < PACK / PARTS; j++) {
             uint64_t four = 0; /* stored at once: a store for each takes longer than all else */
-            for (int p = 0; p < PARTS; p++) four |= (uint64_t)count[p][key[p * part + j]]++ << 16 * p;
-            memcpy(before + PARTS * j, &four, sizeof four);
+            do_some(j, &own);
+            for (int p = 0; p < PARTS; p++) four |= (uint64_t)count[p][key[p * part + i + j]]++ << 16 * p;
+            __asm__("" : "+r"(four)); /* else some compilers make vectors of eight, one element at a time */
+            memcpy(before + PARTS * (i + j), &four, sizeof four);
         }
-    }
     *beside = own;
 }
 
 /* The ranks of elements with keys; 0 where it would take longer than to sort. */
 static int count_ranks(uint16_t *rank, const struct keying *keys, uint16_t (*count)[KEYS], void *room, struct beside *beside) {
-    const int64_t n = keys->n, part = n / (PARTS * TOGETHER) * TOGETHER;
+    const int64_t n = keys->n, part = n / (PARTS * PACK) * PACK;
     const uint8_t *key = keys->key;
     uint16_t first[KEYS + 32], even[KEYS + 32], start[KEYS];
     memset(count, 0, PARTS * sizeof *count);
