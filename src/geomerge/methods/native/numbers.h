@@ -226,15 +226,37 @@ static inline uint32_t lanes_in(ints mask) {
 #endif
 }
 
+/* Bits of the lanes of a that are less than those of b, and of those that equal them. */
+static inline uint32_t less(floats a, floats b) {
+#ifdef __AVX512BW__
+    return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LT_OQ);
+#else
+    return lanes_in(a < b);
+#endif
+}
+
+static inline uint32_t equal(ints a, ints b) {
+#ifdef __AVX512BW__
+    return _mm512_cmpeq_epi32_mask((__m512i)a, (__m512i)b);
+#else
+    return lanes_in(a == b);
+#endif
+}
+
 #define PACK 32 /* elements that are looked at, or chosen, together */
 #define PACKED (PACK / LANES(float)) /* registers with so many float32 */
 
 /* PACK numbers of 16 bits in registers of float32, or of 32 bits, in the order that takes least: where a register holds half of them, those
- * in the lower halves of its lanes and those in the upper ones. And which of them a lane has. */
+ * in the lower halves of its lanes and those in the upper ones. */
+#ifdef __AVX512BW__
+static inline void packed_halves(__m512i both, floats *to) {
+    to[0] = (floats)_mm512_slli_epi32(both, 16), to[1] = (floats)_mm512_and_si512(both, _mm512_set1_epi32(~0xFFFF));
+}
+#endif
+
 static inline void packed_bf16(const uint16_t *x, floats *to) {
 #ifdef __AVX512BW__
-    const __m512i both = _mm512_loadu_si512(x);
-    to[0] = (floats)_mm512_slli_epi32(both, 16), to[1] = (floats)_mm512_and_si512(both, _mm512_set1_epi32(~0xFFFF));
+    packed_halves(_mm512_loadu_si512(x), to);
 #else
     for (int r = 0; r < PACKED; r++) to[r] = widened_float(x + r * LANES(float));
 #endif
@@ -258,11 +280,14 @@ static inline void unpacked_uppers(const ints *x, uint16_t *to) { /* of the lane
 #endif
 }
 
-static inline int packed_place(int r, int lane) {
+/* Bits for the elements of a pack, from those for the lanes of its registers. */
+static inline uint32_t packed_mask(const uint32_t *lanes) {
 #ifdef __AVX512BW__
-    return 2 * lane + r;
+    return _pdep_u32(lanes[0], 0x55555555) | _pdep_u32(lanes[1], 0xAAAAAAAA);
 #else
-    return r * LANES(float) + lane;
+    uint32_t all = 0;
+    for (int r = 0; r < PACKED; r++) all |= lanes[r] << r * LANES(float);
+    return all;
 #endif
 }
 

@@ -84,22 +84,55 @@ static void prune(const struct work *work, const struct row *row, const struct t
     combine_double(rule, work->count - 1, c, w, m, base, d, result, 0);
 }
 
+/* A pruning in numbers of float32 and of 16 bits: an element of rank r survives for certain if its word is less than
+ * from + (r * by * times >> 16), which is less than its limit by at least 1, and not if it is more than that and MARGIN. */
+struct quick_pruning {
+    float start, step;
+    int32_t rescale;
+    uint16_t from, by, times;
+};
+
+#define MARGIN 4
+
+/* Whether there is such for rows of n elements. */
+static int quick_pruning(struct quick_pruning *quick, const struct pruning *p, int64_t n) {
+    const int64_t by = n > 1 ? 0xFFFF / (n - 1) : 1;
+    const double times = p->step * 0x1p32 / (double)by;
+    *quick = (struct quick_pruning){(float)p->start, (float)p->step, p->rescale, (uint16_t)(p->start * 0x1p16 - 1), (uint16_t)by, (uint16_t)times};
+    return p->start >= 0x1p-10 && p->start <= 1 && p->step >= 0 && times < 0x1p16;
+}
+
 /* What is left of the next m elements of task vector k, in float32; bits of those of which a word does not decide that for certain are
- * added in `unsure`. (Two loops with little to wait for each take less time than one.) */
-FUSED thin_quickly(const int rescale, const struct row *row, int k, const struct pruning *p, int64_t at, int64_t m, floats *restrict d,
+ * added in `unsure`, a number for each pack. (Two loops with little to wait for each take less time than one.) */
+FUSED thin_quickly(const int rescale, const struct row *row, int k, const struct quick_pruning *p, int64_t at, int64_t m, floats *restrict d,
                    uint32_t *restrict unsure) {
     const uint16_t *base = (const uint16_t *)row->raw[0] + at, *x = (const uint16_t *)row->raw[k + 1] + at, *rank = row->rank[k] + at;
     const half_word *word = row->word[k] + at;
-    const floats start = all((float)p->start), step = all((float)p->step), minus = all(-0x1p16f);
+    const floats start = all(p->start), step = all(p->step);
     for (int64_t i = 0; i < m; i += PACK) {
-        floats own[PACKED], from[PACKED], ranks[PACKED], words[PACKED];
-        packed_bf16(x + i, own), packed_bf16(base + i, from), packed_numbers(rank + i, ranks), packed_numbers(word + i, words);
+        floats own[PACKED], from[PACKED], ranks[PACKED];
+        packed_numbers(rank + i, ranks);
+#ifdef __AVX512BW__
+        const __m512i from_bits = _mm512_loadu_si512(base + i), words = _mm512_loadu_si512(word + i), by = _mm512_set1_epi16((short)p->by);
+        const __m512i more = _mm512_mulhi_epu16(_mm512_mullo_epi16(_mm512_loadu_si512(rank + i), by), _mm512_set1_epi16((short)p->times));
+        const __m512i least = _mm512_adds_epu16(more, _mm512_set1_epi16((short)p->from)); /* at most 0xFFFF */
+        const __mmask32 kept = _mm512_cmplt_epu16_mask(words, least);
+        const __mmask32 not_out = _mm512_cmple_epu16_mask(words, _mm512_adds_epu16(least, _mm512_set1_epi16(MARGIN)));
+        packed_halves(_mm512_mask_loadu_epi16(from_bits, kept, x + i), own), packed_halves(from_bits, from);
+        unsure[i / PACK] |= not_out & ~kept;
+#else
+        floats words[PACKED];
+        packed_bf16(x + i, own), packed_bf16(base + i, from), packed_numbers(word + i, words);
         for (int r = 0; r < PACKED; r++) {
-            const floats share = plus_product_float(start, ranks[r], step), above = plus_product_float(words[r], share, minus);
-            const floats whole = own[r] - from[r];
+            const floats above = plus_product_float(words[r], plus_product_float(start, ranks[r], step), all(-0x1p16f));
             const ints kept = above <= all(-1 - 0x1p-6f);
-            d[i / LANES(float) + r] = where(kept, rescale ? whole / share : whole);
-            unsure[i / LANES(float) + r] |= lanes_in(above < all(0x1p-6f)) ^ lanes_in(kept);
+            unsure[i / PACK] |= (less(above, all(0x1p-6f)) ^ lanes_in(kept)) << r * LANES(float);
+            own[r] = (floats)((kept & (ints)own[r]) | (~kept & (ints)from[r]));
+        }
+#endif
+        for (int r = 0; r < PACKED; r++) {
+            const floats share = plus_product_float(start, ranks[r], step), whole = own[r] - from[r];
+            d[i / LANES(float) + r] = rescale ? whole / share : whole;
         }
     }
 }
@@ -107,14 +140,15 @@ FUSED thin_quickly(const int rescale, const struct row *row, int k, const struct
 /* Whole packs of a row in float32, rounded where that leaves no choice; the other elements are chosen: how many, and in `place` where they
  * lie. A probability is wrong by 2^-23 of it, what a survivor is divided by it by 2^-22, so with the coefficients',
  * weights' and factor's rounding and sums of four the combined vector is by less than 2^-19 of the sum of the sizes, and their signs are
- * decided beyond that; the result by that and twice its last rounding. A word decides for certain unless it is the limit's first half.
- * What is unsure shows in signs of differences, and is looked at when a chunk is done: what comes next does not wait for it. */
-FUSED prune_quickly(const int t, const int elect, const int alike, const struct row *row, const struct pruning *pruned,
+ * decided beyond that; the result by that and its last rounding, for which four of its last bits are more than enough. It rounds one way
+ * where it is farther than that from the middle between two numbers of bfloat16. What is unsure is looked at when a chunk is done: what
+ * comes next does not wait for it. */
+FUSED prune_quickly(const int t, const int elect, const int alike, const struct row *row, const struct quick_pruning *pruned,
                     const struct combination *rule, const double *coefficients, const double *weights, int64_t n, uint16_t *out,
                     uint16_t *place, int64_t *chosen) {
     const float floor = (float)rule->floor;
-    const floats one = all(1), little = all(0x1.001p-19f), factor = all((float)rule->factor);
-    const ints largest = (ints)all(0x1.fp127f), sign = (ints)all(-0.0f);
+    const floats one = all(1), little = all(0x1.001p-19f), factor = all((float)rule->factor), largest = all(0x1.fp127f);
+    const ints sign = (ints)all(-0.0f);
     floats c[4], w[4], thinned[4][CHUNK / LANES(float)];
     int32_t floor_bits;
     memcpy(&floor_bits, &floor, sizeof floor);
@@ -122,25 +156,29 @@ FUSED prune_quickly(const int t, const int elect, const int alike, const struct 
     int64_t number = 0;
     for (int64_t at = 0; at < n; at += CHUNK) {
         const int64_t m = least(CHUNK, n - at);
-        uint32_t doubted[CHUNK / LANES(float)] = {0};
+        uint32_t doubted[CHUNK / PACK] = {0};
         for (int k = 0; k < t; k++) {
             if (pruned[k].rescale) thin_quickly(1, row, k, pruned + k, at, m, thinned[k], doubted);
             else thin_quickly(0, row, k, pruned + k, at, m, thinned[k], doubted);
         }
-        for (int64_t i = 0; i < m / LANES(float); i += PACKED) {
+        for (int64_t i = 0; i < m; i += PACK) {
             floats base[PACKED];
             ints rounded[PACKED];
-            packed_bf16((const uint16_t *)row->raw[0] + at + i * LANES(float), base);
+            uint32_t unsure[PACKED];
+            packed_bf16((const uint16_t *)row->raw[0] + at + i, base);
             for (int r = 0; r < PACKED; r++) {
                 floats d[4], merged, sizes;
-                ints unsure = {0};
-                for (int k = 0; k < t; k++) d[k] = elect && alike ? thinned[k][i + r] : thinned[k][i + r] * c[k];
+                for (int k = 0; k < t; k++) {
+                    d[k] = thinned[k][i / LANES(float) + r];
+                    if (!elect || !alike) d[k] *= c[k];
+                }
                 merged = d[0], sizes = size_of(d[0]);
                 for (int k = 1; k < t; k++) merged += d[k], sizes += size_of(d[k]);
+                unsure[r] = equal((ints)base[r], sign);
                 if (elect) {
                     const ints elected = (ints)merged & sign;
                     floats total = {0}, agreed = {0};
-                    unsure = (ints)size_of(merged) - (ints)(sizes * little);
+                    unsure[r] |= less(size_of(merged), sizes * little);
                     for (int k = 0; k < t; k++) {
                         const floats agreeing = (floats)((ints)d[k] ^ elected);
                         total += where(agreeing > 0, agreeing), agreed += where(agreeing > 0, alike ? one : w[k]);
@@ -148,18 +186,17 @@ FUSED prune_quickly(const int t, const int elect, const int alike, const struct 
                     if (rule->normalize) total /= (floats)clamped_int((ints)agreed, floor_bits, INT32_MAX);
                     sizes = size_of(total * factor), merged = (floats)((ints)(total * factor) ^ elected);
                 }
-                const floats result = base[r] + merged;
-                const floats wrong = plus_product_float(sizes * all(0x1p-19f), size_of(result), all(0x1p-22f));
-                const ints high = rounded_upper(result + wrong), differ = (rounded_upper(result - wrong) ^ high) >> 16 & 0xFFFF;
-                rounded[r] = high;
-                unsure |= ((ints)base[r] == sign) | -differ | (largest - (ints)size_of(result));
-                doubted[i + r] |= lanes_in(unsure);
+                const floats result = base[r] + merged, power = (floats)((ints)result & 0x7F800000);
+                const ints beyond_half = ((ints)result & 0xFFFF) - 0x8000; /* in last bits, of which a power of two has 2^23 */
+                const floats apart = size_of(__builtin_convertvector(beyond_half, floats));
+                unsure[r] |= less((apart - all(4)) * power, sizes * all(16)) | less(largest, size_of(result));
+                rounded[r] = (ints)result + 0x8000;
             }
-            unpacked_uppers(rounded, out + at + i * LANES(float));
+            unpacked_uppers(rounded, out + at + i);
+            doubted[i / PACK] |= packed_mask(unsure);
         }
-        for (int i = 0; i < m / LANES(float); i++)
-            for (uint32_t some = doubted[i]; some; some &= some - 1)
-                place[number++] = (uint16_t)(at + i / PACKED * PACK + packed_place(i % PACKED, __builtin_ctz(some)));
+        for (int64_t i = 0; i < m; i += PACK)
+            for (uint32_t some = doubted[i / PACK]; some; some &= some - 1) place[number++] = (uint16_t)(at + i + __builtin_ctz(some));
     }
     *chosen = number;
 }
@@ -169,7 +206,7 @@ FUSED prune_quickly(const int t, const int elect, const int alike, const struct 
     else if (rule->elect) prune_quickly(t, 1, 0, row, pruned, rule, c, w, n, out, place, chosen);           \
     else prune_quickly(t, 0, 0, row, pruned, rule, c, w, n, out, place, chosen);
 
-static void prune_row(int t, const struct row *row, const struct pruning *pruned, const struct combination *rule, const double *c,
+static void prune_row(int t, const struct row *row, const struct quick_pruning *pruned, const struct combination *rule, const double *c,
                       const double *w, int64_t n, uint16_t *out, uint16_t *place, int64_t *chosen) {
     if (t == 1) { PRUNE_FOR(1) }
     else if (t == 2) { PRUNE_FOR(2) }
@@ -185,14 +222,14 @@ static int all_bf16(const struct work *work) {
 
 /* Whether float32 may be used: numbers are such that nothing is lost beyond what `prune_quickly` allows for. Differences are 2^-60 or
  * more (SMALLEST), and so are their weighted means, since coefficients are weights times a factor of 1 or more. */
-static int pruned_in_range(const struct work *work, const struct place *out, const struct pruning *pruned,
-                           const struct combination *rule, const double *c, const double *w) {
+static int pruned_in_range(const struct work *work, int64_t columns, const struct place *out, const struct pruning *pruned,
+                           const struct combination *rule, const double *c, const double *w, struct quick_pruning *quick) {
     const int t = work->count - 1;
     int fine = t <= 4 && all_bf16(work) && out->dtype == BF16 && (!rule->elect || !rule->normalize || rule->clamp);
     fine &= fabs(rule->factor) > 0x1p-30 && fabs(rule->factor) < 0x1p30;
-    for (int k = 0; k < t; k++) {
-        fine &= fabs(c[k]) > 0x1p-30 && fabs(c[k]) < 0x1p30 && fabs(w[k]) > 0x1p-30 && fabs(w[k]) < 0x1p30;
-        fine &= pruned[k].start >= 0x1p-10 && pruned[k].step >= 0;
+    for (int k = 0; k < t && fine; k++) {
+        fine = fabs(c[k]) > 0x1p-30 && fabs(c[k]) < 0x1p30 && fabs(w[k]) > 0x1p-30 && fabs(w[k]) < 0x1p30;
+        fine = fine && quick_pruning(quick + k, pruned + k, columns);
     }
     return fine;
 }
@@ -317,15 +354,15 @@ static double odd_row(const struct work *work, const struct row *row, int64_t co
     return bad;
 }
 
-/* One merged row, into `to` and from element `s` of it on. */
-static void merge_row(struct pruner *p, struct work *work, const struct pruning *pruned, const struct combination *rule, const double *c,
-                      const double *w, int quickly, int64_t at, int dtype, char *to, int64_t s) {
+/* One merged row, into `to` and from element `s` of it on; in float32 where there is a quick pruning. */
+static void merge_row(struct pruner *p, struct work *work, const struct pruning *pruned, const struct quick_pruning *quick,
+                      const struct combination *rule, const double *c, const double *w, int64_t at, int dtype, char *to, int64_t s) {
     double result[CHUNK];
     uint16_t place[WINDOW], *rounded = (uint16_t *)to + s;
     int64_t done = 0, chosen = 0;
-    if (quickly) {
+    if (quick) {
         done = p->columns / PACK * PACK;
-        prune_row(work->count - 1, &p->row, pruned, rule, c, w, done, rounded, place, &chosen);
+        prune_row(work->count - 1, &p->row, quick, rule, c, w, done, rounded, place, &chosen);
         work->redone += chosen;
         for (int64_t i = 0; i < chosen; i += CHUNK) {
             const struct part part = {place + i, 0, least(CHUNK, chosen - i)};
@@ -348,7 +385,8 @@ int geomerge_pruned(struct work *work, int64_t n, int64_t first, int64_t columns
     double bad = 0;
     const void *raw[MOST];
     const int64_t size = sizes[out->dtype];
-    const int fine = pruned_in_range(work, out, pruned, rule, c, w);
+    struct quick_pruning quick[4];
+    const int fine = pruned_in_range(work, columns, out, pruned, rule, c, w, quick);
     struct pruner p;
     set_up(&p, work, n / columns, first, columns, thin, room);
     int64_t begun = 0; /* from where on the output has not been written */
@@ -359,7 +397,7 @@ int geomerge_pruned(struct work *work, int64_t n, int64_t first, int64_t columns
         for (int64_t s = 0; s < m; s += columns) {
             const int held = rank_row(&p, raw, s, m, (at + s) / columns);
             if (check && !held) bad += odd_row(work, &p.row, columns);
-            merge_row(&p, work, pruned, rule, c, w, held && fine && work->first <= at + s, at + s, out->dtype, batch, at + s - begun);
+            merge_row(&p, work, pruned, held && fine && work->first <= at + s ? quick : 0, rule, c, w, at + s, out->dtype, batch, at + s - begun);
         }
         const int64_t stop = at + m;
         if (!out->memory && (stop == n || stop + p.most - begun > BATCH)) {
