@@ -170,8 +170,11 @@ def run() -> NoReturn:
 
     Taking down an interpreter that has torch loaded takes a quarter of a second, and there is nothing left to save. What is
     made while modules are loaded mostly stays, so that looking rarely for what does not saves a thirtieth of a short run.
+    NumPy's linear algebra library starts threads that look for work in vain, for a while on a core that a merge needs:
+    they are told to sleep at once.
     """
     gc.set_threshold(100_000)
+    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
     put_off("torch")
     code = main()
     for stream in (sys.stdout, sys.stderr):

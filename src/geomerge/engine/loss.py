@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-SAMPLE = 1 << 12
+SAMPLE = 1 << 10
 """Elements of a tile that are looked at: fewer than any tile has, so that the estimate does not depend on the tile's size."""
 
 

@@ -149,6 +149,28 @@ static void odd_places(uint16_t *to, const uint8_t *key, int64_t n) {
 #endif
 }
 
+/* Numbers, and one more for those of `lanes` that are greater than x; and for those after lane i that equal it. */
+#ifdef __AVX512BW__
+static inline ints plus_one(ints numbers, __mmask16 where) {
+    return (ints)_mm512_mask_add_epi32((__m512i)numbers, where, (__m512i)numbers, _mm512_set1_epi32(1));
+}
+
+static inline ints plus_greater(ints numbers, ints lanes, int32_t x) {
+    return plus_one(numbers, _mm512_cmpgt_epi32_mask((__m512i)lanes, _mm512_set1_epi32(x)));
+}
+
+static inline ints plus_equal(ints numbers, ints lanes, int32_t x, int i) {
+    return plus_one(numbers, _mm512_mask_cmpeq_epi32_mask((__mmask16)(0xFFFE << i), (__m512i)lanes, _mm512_set1_epi32(x)));
+}
+#else
+static inline ints plus_greater(ints numbers, ints lanes, int32_t x) { return numbers - (lanes > x); }
+
+static inline ints plus_equal(ints numbers, ints lanes, int32_t x, int i) {
+    for (int j = i + 1; j < LANES(float); j++) numbers[j] += lanes[j] == x;
+    return numbers;
+}
+#endif
+
 /* Puts those of odd keys in order, which have ranks as if they were equal: each is compared with all that may have its key, as many as a
  * register holds at once. `first` has the ranks from which on each key's are, and `even` how many of those before have even keys. Whether
  * that took few comparisons; `room` is for three numbers of four bytes of each. */
@@ -158,8 +180,7 @@ static int order_odd(const struct keying *keys, uint16_t *rank, int64_t odd, con
     int32_t *size = room;
     uint16_t *place = (uint16_t *)(size + odd + LANES(float)), *given = place + odd + LANES(float);
     int64_t left = 4 * keys->n;
-    ints lane;
-    for (int i = 0; i < LANES(float); i++) lane[i] = i, size[odd + i] = INT32_MAX;
+    for (int i = 0; i < LANES(float); i++) size[odd + i] = INT32_MAX, place[odd + i] = (uint16_t)keys->n;
     odd_places(given, key, keys->n);
     EACH(odd) { /* by their keys */
         const int64_t from = given[i], at = rank[from] - even[key[from]];
@@ -168,15 +189,15 @@ static int order_odd(const struct keying *keys, uint16_t *rank, int64_t odd, con
         place[at] = (uint16_t)from;
     }
     for (int64_t at = 0; at < odd; at += LANES(float)) {
-        const int64_t end = least(at + LANES(float), odd);
-        const int low = key[place[at]], high = key[place[end - 1]];
+        const int low = key[place[at]], high = key[place[least(at + LANES(float), odd) - 1]];
         const int64_t begin = first[low] - even[low], after = first[high + 1] - even[high + 1];
         ints own, before = {0};
         memcpy(&own, size + at, sizeof own);
-        for (int64_t i = begin; i < at; i++) before -= own >= size[i];
-        for (int64_t i = at; i < after; i++) before -= own > size[i];
-        for (int64_t i = at; i < end; i++) before -= (own == size[i]) & (lane > (int32_t)(i - at));
-        for (int64_t i = at; i < end; i++) rank[place[i]] = (uint16_t)(even[key[place[i]]] + begin + before[i - at]);
+        for (int64_t i = begin; i < after; i++) before = plus_greater(before, own, size[i]);
+        for (int i = 0; i < LANES(float); i++) before = plus_equal(before, own, size[at + i], i);
+        for (int i = 0; i < LANES(float); i++) rank[place[at + i]] = (uint16_t)(even[key[place[at + i]]] + begin + before[i]);
+        own -= 1; /* what comes after these is greater where it is equal */
+        memcpy(size + at, &own, sizeof own);
         left -= after - begin;
         if (left < 0) return 0;
     }
@@ -200,23 +221,52 @@ static void count_keys(uint16_t *restrict before, const uint8_t *restrict key, i
     *beside = own;
 }
 
+/* How many elements in all parts have keys before each; and even ones. */
+static void sum_keys(uint16_t (*restrict count)[KEYS], uint16_t *restrict first, uint16_t *restrict even) {
+#ifdef __AVX512BW__
+    const __m512i halves = _mm512_set1_epi32(0xFFFF), last = _mm512_set1_epi32(15);
+    __m512i reached = _mm512_setzero_si512(); /* all in the lower halves, even ones in the upper ones */
+    for (int k = 0; k < KEYS; k += 32) {
+        __m512i own = _mm512_loadu_si512(count[0] + k); /* an even key's number in the lower half, that of the odd one after it in the upper */
+        for (int p = 1; p < PARTS; p++) own = _mm512_add_epi16(own, _mm512_loadu_si512(count[p] + k));
+        const __m512i upper = _mm512_slli_epi32(own, 16), both = _mm512_add_epi32(_mm512_rol_epi32(own, 16), _mm512_and_si512(own, halves));
+        __m512i sums = _mm512_add_epi32(both, _mm512_bslli_epi128(both, 4)); /* in parts of four, ... */
+        sums = _mm512_add_epi32(sums, _mm512_bslli_epi128(sums, 8));
+        __m512i parts = _mm512_shuffle_epi32(sums, 0xFF); /* ... to which those of the parts before are added */
+        parts = _mm512_maskz_shuffle_i64x2(0xFC, parts, parts, 0x90);
+        parts = _mm512_add_epi32(parts, _mm512_maskz_shuffle_i64x2(0xFC, parts, parts, 0x90));
+        parts = _mm512_add_epi32(parts, _mm512_maskz_shuffle_i64x2(0xF0, parts, parts, 0x40));
+        sums = _mm512_add_epi32(sums, parts);
+        const __m512i before = _mm512_add_epi32(reached, _mm512_sub_epi32(sums, both));
+        const __m512i of_all = _mm512_and_si512(before, halves), of_even = _mm512_srli_epi32(before, 16);
+        _mm512_storeu_si512(first + k, _mm512_add_epi32(_mm512_or_si512(of_all, _mm512_slli_epi32(of_all, 16)), upper));
+        _mm512_storeu_si512(even + k, _mm512_add_epi32(_mm512_or_si512(of_even, _mm512_slli_epi32(of_even, 16)), upper));
+        reached = _mm512_add_epi32(reached, _mm512_permutexvar_epi32(last, sums));
+    }
+    const uint32_t whole = (uint32_t)_mm512_cvtsi512_si32(reached);
+    first[KEYS] = (uint16_t)whole, even[KEYS] = (uint16_t)(whole >> 16);
+#else
+    uint16_t of_all = 0, of_even = 0;
+    EACH(KEYS) {
+        const uint16_t own = (uint16_t)(count[0][i] + count[1][i] + count[2][i] + count[3][i]);
+        first[i] = of_all, even[i] = of_even;
+        of_all = (uint16_t)(of_all + own), of_even = (uint16_t)(of_even + (i % 2 ? 0 : own));
+    }
+    first[KEYS] = of_all, even[KEYS] = of_even;
+#endif
+}
+
 /* The ranks of elements with keys; 0 where it would take longer than to sort. */
 static int count_ranks(uint16_t *rank, const struct keying *keys, uint16_t (*count)[KEYS], void *room, struct beside *beside) {
     const int64_t n = keys->n, part = n / (PARTS * PACK) * PACK;
     const uint8_t *key = keys->key;
-    uint16_t first[KEYS + 32], even[KEYS + 32], start[KEYS];
+    uint16_t first[KEYS + 1], even[KEYS + 1], start[KEYS];
     memset(count, 0, PARTS * sizeof *count);
     count_keys(room, key, part, count, beside);
     for (int64_t i = PARTS * part; i < n; i++) rank[i] = count[PARTS - 1][key[i]]++;
-    EACH(KEYS) {
-        first[i] = (uint16_t)(count[0][i] + count[1][i] + count[2][i] + count[3][i]);
-        even[i] = i % 2 ? 0 : first[i];
-    }
-    EACH(32) first[KEYS + i] = even[KEYS + i] = 0;
-    sum_up(even, KEYS + 32);
+    sum_keys(count, first, even);
     const int64_t odd = n - even[KEYS];
     if (odd > n / 4) return 0;
-    sum_up(first, KEYS + 32);
     memcpy(start, first, sizeof start);
     for (int p = 0; p < PARTS; p++) { /* and how many in the parts before, and of the keys before */
         add_looked_up(start, key + p * part, (const uint16_t *)room + p, rank + p * part, part);
