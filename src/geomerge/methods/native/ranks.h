@@ -171,26 +171,30 @@ static inline ints plus_equal(ints numbers, ints lanes, int32_t x, int i) {
 }
 #endif
 
-/* Puts those of odd keys in order, which have ranks as if they were equal: each is compared with all that may have its key, as many as a
- * register holds at once. `first` has the ranks from which on each key's are, and `even` how many of those before have even keys. Whether
- * that took few comparisons; `room` is for three numbers of four bytes of each. */
+/* Puts those of odd keys in order, which have ranks as if they were equal: each is compared with all, or, where they are more than FEW, with
+ * those that may have its key; with as many as a register holds at once. `first` has the ranks from which on each key's are, and `even` how
+ * many of those before have even keys. Whether that took few comparisons; `room` is for three numbers of four bytes of each. */
 static int order_odd(const struct keying *keys, uint16_t *rank, int64_t odd, const uint16_t *first,
                      const uint16_t *even, void *room) {
+    enum { FEW = 64 };
     const uint8_t *key = keys->key;
     int32_t *size = room;
-    uint16_t *place = (uint16_t *)(size + odd + LANES(float)), *given = place + odd + LANES(float);
+    uint16_t *place = (uint16_t *)(size + odd + LANES(float)), *given = place + odd + PACK;
     int64_t left = 4 * keys->n;
-    for (int i = 0; i < LANES(float); i++) size[odd + i] = INT32_MAX, place[odd + i] = (uint16_t)keys->n;
-    odd_places(given, key, keys->n);
-    EACH(odd) { /* by their keys */
-        const int64_t from = given[i], at = rank[from] - even[key[from]];
+    odd_places(odd > FEW ? given : place, key, keys->n);
+    EACH(odd) {
+        const int64_t from = odd > FEW ? given[i] : place[i], at = odd > FEW ? rank[from] - even[key[from]] : i; /* in the order of keys */
         const float d = fabsf(from_bf16(keys->x[from]) - from_bf16(keys->base[from]));
         memcpy(size + at, &d, sizeof d);
         place[at] = (uint16_t)from;
     }
+    for (int i = 0; i < LANES(float); i++) size[odd + i] = INT32_MAX, place[odd + i] = (uint16_t)keys->n;
     for (int64_t at = 0; at < odd; at += LANES(float)) {
-        const int low = key[place[at]], high = key[place[least(at + LANES(float), odd) - 1]];
-        const int64_t begin = first[low] - even[low], after = first[high + 1] - even[high + 1];
+        int64_t begin = 0, after = odd;
+        if (odd > FEW) {
+            const int low = key[place[at]], high = key[place[least(at + LANES(float), odd) - 1]];
+            begin = first[low] - even[low], after = first[high + 1] - even[high + 1];
+        }
         ints own, before = {0};
         memcpy(&own, size + at, sizeof own);
         for (int64_t i = begin; i < after; i++) before = plus_greater(before, own, size[i]);
@@ -221,14 +225,14 @@ static void count_keys(uint16_t *restrict before, const uint8_t *restrict key, i
     *beside = own;
 }
 
-/* How many elements in all parts have keys before each; and even ones. */
+/* How many elements in all parts have keys before each, and even ones; `count` has from what rank on those of each part are. */
 static void sum_keys(uint16_t (*restrict count)[KEYS], uint16_t *restrict first, uint16_t *restrict even) {
 #ifdef __AVX512BW__
     const __m512i halves = _mm512_set1_epi32(0xFFFF), last = _mm512_set1_epi32(15);
     __m512i reached = _mm512_setzero_si512(); /* all in the lower halves, even ones in the upper ones */
     for (int k = 0; k < KEYS; k += 32) {
-        __m512i own = _mm512_loadu_si512(count[0] + k); /* an even key's number in the lower half, that of the odd one after it in the upper */
-        for (int p = 1; p < PARTS; p++) own = _mm512_add_epi16(own, _mm512_loadu_si512(count[p] + k));
+        __m512i each[PARTS], own = _mm512_setzero_si512(); /* an even key's number in lower halves, that of the odd one after it in upper ones */
+        for (int p = 0; p < PARTS; p++) each[p] = _mm512_loadu_si512(count[p] + k), own = _mm512_add_epi16(own, each[p]);
         const __m512i upper = _mm512_slli_epi32(own, 16), both = _mm512_add_epi32(_mm512_rol_epi32(own, 16), _mm512_and_si512(own, halves));
         __m512i sums = _mm512_add_epi32(both, _mm512_bslli_epi128(both, 4)); /* in parts of four, ... */
         sums = _mm512_add_epi32(sums, _mm512_bslli_epi128(sums, 8));
@@ -239,7 +243,9 @@ static void sum_keys(uint16_t (*restrict count)[KEYS], uint16_t *restrict first,
         sums = _mm512_add_epi32(sums, parts);
         const __m512i before = _mm512_add_epi32(reached, _mm512_sub_epi32(sums, both));
         const __m512i of_all = _mm512_and_si512(before, halves), of_even = _mm512_srli_epi32(before, 16);
-        _mm512_storeu_si512(first + k, _mm512_add_epi32(_mm512_or_si512(of_all, _mm512_slli_epi32(of_all, 16)), upper));
+        __m512i start = _mm512_add_epi32(_mm512_or_si512(of_all, _mm512_slli_epi32(of_all, 16)), upper);
+        _mm512_storeu_si512(first + k, start);
+        for (int p = 0; p < PARTS; p++) _mm512_storeu_si512(count[p] + k, start), start = _mm512_add_epi16(start, each[p]);
         _mm512_storeu_si512(even + k, _mm512_add_epi32(_mm512_or_si512(of_even, _mm512_slli_epi32(of_even, 16)), upper));
         reached = _mm512_add_epi32(reached, _mm512_permutexvar_epi32(last, sums));
     }
@@ -248,9 +254,12 @@ static void sum_keys(uint16_t (*restrict count)[KEYS], uint16_t *restrict first,
 #else
     uint16_t of_all = 0, of_even = 0;
     EACH(KEYS) {
-        const uint16_t own = (uint16_t)(count[0][i] + count[1][i] + count[2][i] + count[3][i]);
         first[i] = of_all, even[i] = of_even;
-        of_all = (uint16_t)(of_all + own), of_even = (uint16_t)(of_even + (i % 2 ? 0 : own));
+        for (int p = 0; p < PARTS; p++) {
+            const uint16_t own = count[p][i];
+            count[p][i] = of_all, of_all = (uint16_t)(of_all + own);
+        }
+        if (i % 2 == 0) of_even = (uint16_t)(of_even + of_all - first[i]);
     }
     first[KEYS] = of_all, even[KEYS] = of_even;
 #endif
@@ -260,19 +269,15 @@ static void sum_keys(uint16_t (*restrict count)[KEYS], uint16_t *restrict first,
 static int count_ranks(uint16_t *rank, const struct keying *keys, uint16_t (*count)[KEYS], void *room, struct beside *beside) {
     const int64_t n = keys->n, part = n / (PARTS * PACK) * PACK;
     const uint8_t *key = keys->key;
-    uint16_t first[KEYS + 1], even[KEYS + 1], start[KEYS];
+    uint16_t first[KEYS + 1], even[KEYS + 1];
     memset(count, 0, PARTS * sizeof *count);
     count_keys(room, key, part, count, beside);
     for (int64_t i = PARTS * part; i < n; i++) rank[i] = count[PARTS - 1][key[i]]++;
     sum_keys(count, first, even);
     const int64_t odd = n - even[KEYS];
     if (odd > n / 4) return 0;
-    memcpy(start, first, sizeof start);
-    for (int p = 0; p < PARTS; p++) { /* and how many in the parts before, and of the keys before */
-        add_looked_up(start, key + p * part, (const uint16_t *)room + p, rank + p * part, part);
-        if (p + 1 < PARTS) EACH(KEYS) start[i] = (uint16_t)(start[i] + count[p][i]);
-    }
-    for (int64_t i = PARTS * part; i < n; i++) rank[i] = (uint16_t)(rank[i] + start[key[i]]);
+    for (int p = 0; p < PARTS; p++) add_looked_up(count[p], key + p * part, (const uint16_t *)room + p, rank + p * part, part);
+    for (int64_t i = PARTS * part; i < n; i++) rank[i] = (uint16_t)(rank[i] + count[PARTS - 1][key[i]]);
     return order_odd(keys, rank, odd, first, even, room);
 }
 
