@@ -226,6 +226,23 @@ static inline uint32_t lanes_in(ints mask) {
 #endif
 }
 
+/* The larger of both, neither a NaN; a sum and another number where x is greater than 0. */
+static inline floats larger_float(floats a, floats b) {
+#ifdef __AVX512BW__
+    return (floats)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+    return (floats)(((ints)a & (a > b)) | ((ints)b & ~(a > b)));
+#endif
+}
+
+static inline floats plus_where_positive(floats sum, floats x, floats more) {
+#ifdef __AVX512BW__
+    return (floats)_mm512_mask_add_ps((__m512)sum, _mm512_cmp_ps_mask((__m512)x, _mm512_setzero_ps(), _CMP_GT_OQ), (__m512)sum, (__m512)more);
+#else
+    return sum + where(x > 0, more);
+#endif
+}
+
 /* Bits of the lanes of a that are less than those of b, and of those that equal them. */
 static inline uint32_t less(floats a, floats b) {
 #ifdef __AVX512BW__

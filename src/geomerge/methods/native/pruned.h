@@ -150,8 +150,6 @@ FUSED prune_quickly(const int t, const int elect, const int alike, const struct 
     const floats one = all(1), little = all(0x1.001p-19f), factor = all((float)rule->factor), largest = all(0x1.fp127f);
     const ints sign = (ints)all(-0.0f);
     floats c[4], w[4], thinned[4][CHUNK / LANES(float)];
-    int32_t floor_bits;
-    memcpy(&floor_bits, &floor, sizeof floor);
     for (int k = 0; k < t; k++) c[k] = all((float)coefficients[k]), w[k] = all((float)weights[k]);
     int64_t number = 0;
     for (int64_t at = 0; at < n; at += CHUNK) {
@@ -181,9 +179,10 @@ FUSED prune_quickly(const int t, const int elect, const int alike, const struct 
                     unsure[r] |= less(size_of(merged), sizes * little);
                     for (int k = 0; k < t; k++) {
                         const floats agreeing = (floats)((ints)d[k] ^ elected);
-                        total += where(agreeing > 0, agreeing), agreed += where(agreeing > 0, alike ? one : w[k]);
+                        total = plus_where_positive(total, agreeing, agreeing);
+                        agreed = plus_where_positive(agreed, agreeing, alike ? one : w[k]);
                     }
-                    if (rule->normalize) total /= (floats)clamped_int((ints)agreed, floor_bits, INT32_MAX);
+                    if (rule->normalize) total /= larger_float(agreed, all(floor));
                     sizes = size_of(total * factor), merged = (floats)((ints)(total * factor) ^ elected);
                 }
                 const floats result = base[r] + merged, power = (floats)((ints)result & 0x7F800000);
