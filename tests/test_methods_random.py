@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 import geomerge as gm
 import references as ref
 from geomerge.methods import tile
-from geomerge.methods.random import bernoulli, keep_, stream, words
+from geomerge.methods.random import bernoulli, keep_, numbers_at, stream, words
 from geomerge.methods.sparsify import MagPrune
 from geomerge.methods.tile import Scan, TensorSource
 from geomerge.testing import models
@@ -64,6 +64,17 @@ def test_any_tile_in_any_order() -> None:
     for t in [*scan.tiles(segment)][::-7]:
         for _ in range(2):
             assert np.array_equal(words(t, "dare/0"), whole[t.start : t.start + t.numel])
+
+
+@pytest.mark.parametrize("number", [0, 1, 2, 3, 1000, 2**20 + 7, 2**40, 10**12 + 1])
+def test_numbers_for_loops_are_those_of_the_generator(number: int) -> None:
+    """State and increment at a place, found without making a generator, are those that NumPy's has after as many numbers."""
+    scan = scan_of(name="tensor", seed=42)
+    generator = stream(42, "dare/0/tensor")
+    generator.advance(number)
+    inner = generator.state["state"]
+    low_state, high_state, low_step, high_step = numbers_at(next(scan.places(scan.segments[0])), "dare/0", number)
+    assert (low_state + (high_state << 64), low_step + (high_step << 64)) == (inner["state"], inner["inc"])
 
 
 def test_words_stay_what_they_are() -> None:

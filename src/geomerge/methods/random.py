@@ -7,8 +7,9 @@ the words of two elements or of four.
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,6 +25,41 @@ def stream(seed: int, label: str) -> np.random.PCG64DXSM:
     """The generator for one label, at element 0."""
     digest = hashlib.sha256(f"{seed}\0{label}".encode()).digest()
     return np.random.PCG64DXSM(int.from_bytes(digest[:16], "little"))
+
+
+Numbers = tuple[int, int, int, int]
+"""A generator's state and increment, low words of 64 bits first."""
+
+
+def numbers_at(place: Place, label: str, number: int) -> Numbers:
+    """The generator of a tensor's words, before so many numbers of 64 bits, for a compiled loop.
+
+    As `stream` and `advance` would have it, in a tenth of the time: an increment has the same factors at one place.
+    """
+    state, increment = _beginning(place.scan.seed, f"{label}/{place.scan.name}")
+    by, times = _steps(number)
+    return (*_words(state * by + increment * times), *_words(increment))
+
+
+@functools.lru_cache(maxsize=1024)
+def _beginning(seed: int, label: str) -> tuple[int, int]:
+    inner: Any = stream(seed, label).state["state"]
+    return inner["state"], inner["inc"]
+
+
+_MULTIPLIER = 0xDA942042E4DD58B5
+"""Each state is the one before times this, and the increment."""
+
+
+@functools.lru_cache(maxsize=16)
+def _steps(number: int) -> tuple[int, int]:
+    """What so many steps multiply a state by, mⁿ, and its increment, Σ mⁱ = (mⁿ − 1) / (m − 1)."""
+    by = pow(_MULTIPLIER, number, (_MULTIPLIER - 1) << 128)
+    return by, (by - 1) // (_MULTIPLIER - 1)
+
+
+def _words(x: int) -> tuple[int, int]:
+    return x & (1 << 64) - 1, x >> 64 & (1 << 64) - 1
 
 
 def words(tile: Tile | Place, label: str, width: int = 32) -> NDArray[np.uint32] | NDArray[np.uint16]:
@@ -67,15 +103,15 @@ def keep_(values: Tensor, tile: Tile, label: str, probability: float) -> Tensor:
     return values.mul_(torch.from_numpy(mask).view(values.shape).to(values.device))
 
 
-def drawing(place: Place, label: str, probability: float) -> tuple[np.random.PCG64DXSM, int, int]:
+def drawing(place: Place, label: str, probability: float) -> tuple[Numbers, int, int]:
     """For a compiled loop that draws as `keep_` does: the generator at a place, the bits of a word, and its limit."""
     width, limit = _resolution(probability)
     number, shift = divmod(place.start, 64 // width)
     assert shift == 0, "segments hold whole numbers of 64 bits"
-    return stream_at(place, label, number), width, limit
+    return numbers_at(place, label, number), width, limit
 
 
-def stream_at(place: Place | Tile, label: str, number: int) -> np.random.PCG64DXSM:
+def stream_at(place: Tile, label: str, number: int) -> np.random.PCG64DXSM:
     """The generator of a tensor's words, before so many numbers of 64 bits."""
     generator = stream(place.scan.seed, f"{label}/{place.scan.name}")
     generator.advance(number)

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from geomerge.methods import native
-from geomerge.methods.native import Pruning, Thinning, numbers_of
+from geomerge.methods.native import Pruning, Thinning
 from geomerge.methods.order import largest, largest_of_all
-from geomerge.methods.random import FINER, bernoulli, drawing, keep_, stream_at
+from geomerge.methods.random import FINER, bernoulli, drawing, keep_, numbers_at
 from geomerge.methods.selection import Selection
 from geomerge.methods.tile import BLOCK, Place, Scan, Segment, Tile, added_up
 from geomerge.methods.walk import Walk
@@ -345,8 +345,8 @@ class MagPrune:
         pruning.start, pruning.step = self.line(k, max(place.scan.columns or 1, 1))
         pruning.rescale = self.rescale == "inverse"
         label = f"della/{k}"
-        pruning.finer[:] = numbers_of(stream_at(place, FINER + label, 0))
-        thinning.draw(stream_at(place, label, place.start // 4), 16)
+        pruning.finer[:] = numbers_at(place, FINER + label, 0)
+        thinning.draw(numbers_at(place, label, place.start // 4), 16)
 
     def keep_(self, delta: Tensor, k: int, tile: Tile, stats: None) -> Tensor:
         if self.density[k] >= 1:

@@ -203,18 +203,14 @@ class Thinning(ctypes.Structure):
         ("limit", ctypes.c_uint32),
     )
 
-    def draw(self, generator: np.random.PCG64DXSM, width: int, limit: int = 0) -> None:
-        """Each element draws a word of so many bits, and those below `limit` survive (unless a `Pruning` says which)."""
-        numbers = numbers_of(generator)
+    def draw(self, numbers: tuple[int, int, int, int], width: int, limit: int = 0) -> None:
+        """Each element draws a word of so many bits, and those below `limit` survive (unless a `Pruning` says which).
+
+        Args:
+            numbers: State and increment of the generator (`geomerge.methods.random.numbers_at`).
+        """
         self.state[:], self.step[:] = numbers[:2], numbers[2:]
         self.width, self.limit = width, limit
-
-
-def numbers_of(generator: np.random.PCG64DXSM) -> tuple[int, int, int, int]:
-    """A generator's state and increment, low words first."""
-    inner: Any = generator.state["state"]
-    low = 2**64 - 1
-    return inner["state"] & low, inner["state"] >> 64, inner["inc"] & low, inner["inc"] >> 64
 
 
 class _Combination(ctypes.Structure):
