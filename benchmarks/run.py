@@ -322,7 +322,7 @@ def main() -> None:
         "--only", choices=["engine", "ratios", "peer", "memory", "many", "accuracy", "geometry", "all"], default="all"
     )
     parser.add_argument("--sizes", nargs="*", default=["0.5B", "1.5B"])
-    parser.add_argument("--methods", nargs="*", default=["linear", "slerp", "ties", *PROCESS], help="of the ratios")
+    parser.add_argument("--methods", nargs="*", help="of the engine's rows, the ratios and those beside mergekit")
     args = parser.parse_args()
     bench = Bench(args.runs, args.peer if args.peer.exists() else None)
     for size in args.sizes:
@@ -333,17 +333,22 @@ def main() -> None:
     def wanted(part: str) -> bool:
         return args.only in (part, "all")
 
+    def asked(method: str) -> bool:
+        return args.methods is None or method in args.methods
+
     if wanted("engine"):
         bench.floor()
         for size in args.sizes:
-            for method in ("linear", "slerp", "ties", "dare_ties", "task_arithmetic"):
+            for method in filter(asked, ("linear", "slerp", "ties", "dare_ties", "task_arithmetic")):
                 bench.engine(method, size)
         bench.runs = min(args.runs, 3)
-        for method in ("model_stock", "karcher", "passthrough", *(m for m in PROCESS if m != "dare_ties")):
+        for method in filter(
+            asked, ("model_stock", "karcher", "passthrough", *(m for m in PROCESS if m != "dare_ties"))
+        ):
             bench.engine(method, args.sizes[0])
     bench.runs = args.runs
     if args.only == "ratios":
-        bench.ratios(args.sizes[0], args.methods)
+        bench.ratios(args.sizes[0], list(filter(asked, ("linear", "slerp", "ties", *PROCESS))))
     if wanted("geometry"):
         bench.search()
         for size in args.sizes:
@@ -379,7 +384,7 @@ def main() -> None:
             ("linear", "0.5B", 3),
             *((method, "0.5B", 1) for method in PEERS),
         ):
-            if size in args.sizes:
+            if size in args.sizes and asked(method):
                 bench.against_peer(method, size, runs)
     bench.clear()
 

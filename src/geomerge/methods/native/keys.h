@@ -60,7 +60,7 @@ struct keying {
 };
 
 static struct keying keying_of(const uint16_t *x, const uint16_t *base, int64_t n, uint8_t *key, struct steps steps) {
-    struct keying keys = {x, base, key, n, 0, steps};
+    struct keying keys = {.x = x, .base = base, .key = key, .n = n, .steps = steps};
 #ifdef __AVX512BW__
     keys.smallest = _mm512_set1_epi16(0x7FFF), keys.largest = _mm512_setzero_si512();
 #endif

@@ -183,13 +183,10 @@ static inline ints clamped_int(ints x, int32_t low, int32_t high) {
 #endif
 }
 
-/* Rounded to bfloat16 in the upper halves of lanes, of which the lower ones are left over; and in the lower ones. */
-static inline ints rounded_upper(floats x) {
+static inline ints rounded_bf16(floats x) {
     const ints bits = (ints)x;
-    return bits + 0x7FFF + (bits >> 16 & 1);
+    return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16 & 0xFFFF;
 }
-
-static inline ints rounded_bf16(floats x) { return rounded_upper(x) >> 16 & 0xFFFF; }
 
 /* Numbers of 16 bits that have room of 32. */
 static inline void halves(ints x, uint16_t *out) {

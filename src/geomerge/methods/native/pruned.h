@@ -274,7 +274,7 @@ static void set_up(struct pruner *p, const struct work *work, int64_t rows, int6
     for (int i = 0; i < 2; i++) p->key[i] = (uint8_t *)part_of(&room, width);
     p->room = (double *)part_of(&room, 8 * (5 * columns + PACK));
     for (int k = 0; k < t; k++) {
-        for (int odd = 0; odd < 2; odd++) p->numbers[k][odd] = (uint64_t *)part_of(&room, 8 * (columns / 4 + 3 * BLOCK));
+        for (int odd = 0; odd < 2; odd++) p->numbers[k][odd] = (uint64_t *)part_of(&room, 8 * (columns / 4 + 3 * DRAWN));
         p->row.rank[k] = p->ranked[k].rank = (uint16_t *)part_of(&room, 2 * width);
         if (thin[k].width) p->words[k] = stream_of(thin[k].state, thin[k].step);
     }
@@ -285,12 +285,12 @@ static inline int64_t first_word(const struct pruner *p, int64_t row) { return p
 
 /* Has what is left of task vector k's words for a row drawn: `beside` is told where to. The last block of the row before may have some. */
 static void ask_for_words(struct pruner *p, int k, int64_t row, struct beside *beside) {
-    const int64_t word = first_word(p, row), begin = word / (4 * BLOCK), end = (word + p->columns - 1) / (4 * BLOCK) + 1;
+    const int64_t word = first_word(p, row), begin = word / (4 * DRAWN), end = (word + p->columns - 1) / (4 * DRAWN) + 1;
     uint64_t *to = p->numbers[k][row % 2];
     beside->blocks = row < p->rows ? end - p->drawn[k] : 0;
     if (row && begin < p->drawn[k]) {
-        memcpy(to, p->numbers[k][1 - row % 2] + (begin - first_word(p, row - 1) / (4 * BLOCK)) * BLOCK, BLOCK * sizeof *to);
-        to += BLOCK;
+        memcpy(to, p->numbers[k][1 - row % 2] + (begin - first_word(p, row - 1) / (4 * DRAWN)) * DRAWN, DRAWN * sizeof *to);
+        to += DRAWN;
     }
     p->drawn[k] += beside->blocks;
     beside->words = p->words[k], beside->to = to;
@@ -320,7 +320,7 @@ static int rank_row(struct pruner *p, const void *const *raw, int64_t s, int64_t
         held &= p->thin[k].width != 0;
         if (!p->thin[k].width) continue;
         if (row == 0) ask_for_words(p, k, 0, &beside), do_rest(&beside), p->words[k] = beside.words;
-        p->row.word[k] = (const half_word *)p->numbers[k][row % 2] + word % (4 * BLOCK);
+        p->row.word[k] = (const half_word *)p->numbers[k][row % 2] + word % (4 * DRAWN);
         ask_for_words(p, k, row + 1, &beside);
         if (p->bf16) {
             const int next = next_pruned(p, k), turn = p->turn;

@@ -5,7 +5,7 @@
 /* Of the states. */
 #define MULTIPLIER 0xda942042e4dd58b5ULL
 
-#define BLOCK 8 /* numbers that are drawn together */
+#define DRAWN 8 /* numbers that are drawn together */
 
 typedef unsigned __int128 word_128;
 
@@ -21,7 +21,7 @@ static inline uint64_t output_of(word_128 state) {
 }
 
 #ifdef __AVX512DQ__
-/* BLOCK states, of which each is the one after that of the lane before. */
+/* DRAWN states, of which each is the one after that of the lane before. */
 struct states { __m512i low, high; };
 
 static inline struct states times(struct states a, struct states b) {
@@ -51,55 +51,55 @@ static inline struct states everywhere(word_128 x) {
     return (struct states){_mm512_set1_epi64((int64_t)(uint64_t)x), _mm512_set1_epi64((int64_t)(uint64_t)(x >> 64))};
 }
 
-/* What j steps multiply a state by, and its increment, which they add: for j from 0 to BLOCK, low words, then high ones. */
-static uint64_t steps_by[2][BLOCK + 1], steps_add[2][BLOCK + 1];
+/* What j steps multiply a state by, and its increment, which they add: for j from 0 to DRAWN, low words, then high ones. */
+static uint64_t steps_by[2][DRAWN + 1], steps_add[2][DRAWN + 1];
 
 __attribute__((constructor)) static void fill_steps(void) {
     word_128 by = 1, add = 0;
-    for (int j = 0; j <= BLOCK; j++) {
+    for (int j = 0; j <= DRAWN; j++) {
         steps_by[0][j] = (uint64_t)by, steps_by[1][j] = (uint64_t)(by >> 64);
         steps_add[0][j] = (uint64_t)add, steps_add[1][j] = (uint64_t)(add >> 64);
         add = add * MULTIPLIER + 1, by *= MULTIPLIER;
     }
 }
 
-static inline struct states by_lanes(uint64_t (*words)[BLOCK + 1]) {
+static inline struct states by_lanes(uint64_t (*words)[DRAWN + 1]) {
     return (struct states){_mm512_loadu_si512(words[0]), _mm512_loadu_si512(words[1])};
 }
 
-/* A generator's next BLOCK numbers' states, and what is added to each for that of the block after. */
+/* A generator's next DRAWN numbers' states, and what is added to each for that of the block after. */
 struct stream { struct states now, more; };
 
 static inline struct stream stream_of(const uint64_t *state, const uint64_t *step) {
     const struct states each = by_lanes(steps_by), sums = by_lanes(steps_add);
     return (struct stream){plus(times(everywhere(joined(state)), each), times(everywhere(joined(step)), sums)),
-                           everywhere(joined(step) * ((word_128)steps_add[1][BLOCK] << 64 | steps_add[0][BLOCK]))};
+                           everywhere(joined(step) * ((word_128)steps_add[1][DRAWN] << 64 | steps_add[0][DRAWN]))};
 }
 
 static inline void go_on(struct stream *s) {
-    const struct states by = everywhere((word_128)steps_by[1][BLOCK] << 64 | steps_by[0][BLOCK]);
+    const struct states by = everywhere((word_128)steps_by[1][DRAWN] << 64 | steps_by[0][DRAWN]);
     s->now = plus(times(s->now, by), s->more);
 }
 
-/* The next BLOCK numbers. */
+/* The next DRAWN numbers. */
 static inline __attribute__((always_inline)) void next_block(struct stream *s, uint64_t *numbers) {
     _mm512_storeu_si512(numbers, outputs_of(s->now));
     go_on(s);
 }
 
-/* The next numbers of t <= 4 generators, which go on after them; for each there is room for a multiple of BLOCK. */
+/* The next numbers of t <= 4 generators, which go on after them; for each there is room for a multiple of DRAWN. */
 FUSED numbers_of_generators(const int t, uint64_t **state, uint64_t **step, int64_t need, uint64_t (*numbers)[CHUNK / 2]) {
     struct stream each[4];
     for (int k = 0; k < t; k++) each[k] = stream_of(state[k], step[k]);
-    for (int64_t i = 0; i < need; i += BLOCK)
+    for (int64_t i = 0; i < need; i += DRAWN)
         for (int k = 0; k < t; k++) {
             _mm512_storeu_si512(numbers[k] + i, outputs_of(each[k].now));
-            if (i + BLOCK <= need) go_on(each + k);
+            if (i + DRAWN <= need) go_on(each + k);
         }
     for (int k = 0; k < t; k++) {
-        uint64_t low[BLOCK], high[BLOCK];
+        uint64_t low[DRAWN], high[DRAWN];
         _mm512_storeu_si512(low, each[k].now.low), _mm512_storeu_si512(high, each[k].now.high);
-        state[k][0] = low[need % BLOCK], state[k][1] = high[need % BLOCK];
+        state[k][0] = low[need % DRAWN], state[k][1] = high[need % DRAWN];
     }
 }
 #else
@@ -116,7 +116,7 @@ static inline uint64_t next_number(struct stream *s) {
 }
 
 static inline void next_block(struct stream *s, uint64_t *numbers) {
-    for (int i = 0; i < BLOCK; i++) numbers[i] = next_number(s);
+    for (int i = 0; i < DRAWN; i++) numbers[i] = next_number(s);
 }
 
 /* The next numbers of t <= 4 generators, which go on after them. */
