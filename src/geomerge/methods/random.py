@@ -34,7 +34,7 @@ Numbers = tuple[int, int, int, int]
 def numbers_at(place: Place, label: str, number: int) -> Numbers:
     """The generator of a tensor's words, before so many numbers of 64 bits, for a compiled loop.
 
-    As `stream` and `advance` would have it, in a tenth of the time: an increment has the same factors at one place.
+    The state that `stream` has after `advance`, without making a generator each time.
     """
     state, increment = _beginning(place.scan.seed, f"{label}/{place.scan.name}")
     by, times = _steps(number)
