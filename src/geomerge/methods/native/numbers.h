@@ -173,9 +173,7 @@ static inline floats where(ints mask, floats x) { return (floats)(mask & (ints)x
 static inline floats size_of(floats x) { return (floats)((ints)x & 0x7FFFFFFF); }
 
 static inline ints clamped_int(ints x, int32_t low, int32_t high) {
-#ifdef __AVX512BW__
-    return (ints)_mm512_max_epi32(_mm512_min_epi32((__m512i)x, _mm512_set1_epi32(high)), _mm512_set1_epi32(low));
-#elif defined __AVX2__ && defined __FMA__
+#if defined __AVX2__ && defined __FMA__ && !defined __AVX512BW__
     return (ints)_mm256_max_epi32(_mm256_min_epi32((__m256i)x, _mm256_set1_epi32(high)), _mm256_set1_epi32(low));
 #else
     for (int i = 0; i < LANES(float); i++) x[i] = x[i] < low ? low : x[i] > high ? high : x[i];
@@ -199,9 +197,7 @@ static inline void halves(ints x, uint16_t *out) {
 
 /* Numbers of 16 bits as float32. */
 static inline floats numbers_of(const uint16_t *x) {
-#ifdef __AVX512BW__
-    return (floats)_mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)x)));
-#elif defined __AVX2__ && defined __FMA__
+#if defined __AVX2__ && defined __FMA__ && !defined __AVX512BW__
     return (floats)_mm256_cvtepi32_ps(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)x)));
 #else
     floats wide;
