@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, Protocol
 
 import numpy as np
@@ -282,7 +283,7 @@ class Threads:
                 for index, node in large:
                     done([(index, self.work.make(node, lambda f, segments: _map(pool, f, segments)))])
                 futures = [pool.submit(self._in_turn, tiny, done)] if tiny else []
-                futures += [pool.submit(self._bundle, bundle, done) for bundle in bundles(small)]
+                futures += [pool.submit(self._bundle, bundle, done) for bundle in _from_both_ends(list(bundles(small)))]
                 # Last, because who waits for room should keep nobody waiting.
                 futures += [pool.submit(self._heavy, item, weight[item[0]], room, done) for item in heavy]
                 _gather(futures)
@@ -360,6 +361,15 @@ def bundles(nodes: Iterable[tuple[int, Node]]) -> Iterator[list[tuple[int, Node]
             bundle, size = [], 0
     if bundle:
         yield bundle
+
+
+def _from_both_ends(items: Sequence[Any]) -> Iterator[Any]:
+    """The first, the last, the second, the last but one, and so on."""
+    half = (len(items) + 1) // 2
+    for first, last in zip_longest(items[:half], reversed(items[half:])):
+        yield first
+        if last is not None:
+            yield last
 
 
 def _map(pool: ThreadPoolExecutor, work: Callable[[Segment], Any], segments: Iterable[Segment]) -> list[Any]:

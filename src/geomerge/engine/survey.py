@@ -57,7 +57,7 @@ def surveyed(
     keep_freed_memory()
     with torch_alone(), _workers(threads or cores()) if forks else _threads(threads or cores()) as crew:
         for stage in range(len(plan.stages)):
-            plan = _stage(plan, stage, make(plan), crew, advance)
+            plan = _stage(plan, stage, make(plan), crew, advance, threads or cores())
             plan = _lifted(plan, stage, make, crew, advance)
     return plan
 
@@ -90,7 +90,7 @@ def _workers(count: int) -> Iterator[Crew]:
     yield crew
 
 
-def _stage(plan: Plan, stage: int, builder: Builder, crew: Crew, advance: Callable[[int], None]) -> Plan:
+def _stage(plan: Plan, stage: int, builder: Builder, crew: Crew, advance: Callable[[int], None], threads: int) -> Plan:
     """Survey one stage's nodes; the earlier ones know what they have to."""
     groups: dict[Any, list[int]] = {}
     for index, node in enumerate(plan.nodes):
@@ -108,6 +108,7 @@ def _stage(plan: Plan, stage: int, builder: Builder, crew: Crew, advance: Callab
             sum(node.numel for node in mine),
             len(mine[0].operands) - 1,
             _counted(plan, mine, crew, method.surveys, advance),
+            threads,
         )
         known = method.survey(walk)
         for index, node in zip(members, mine, strict=True):

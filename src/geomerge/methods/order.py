@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -99,8 +99,9 @@ def largest(
         )
         budget = dict.fromkeys(wanted, 4 * _COLLECT)
         segments = _collect(scan, magnitudes, brackets, budget, _COLLECT // 2 // len(scan.segments), look)
-        for i in wanted:
-            found[i] = choose([s[i] for s in segments], counts[i]) or by_counting(scan.over, magnitudes, i, counts[i])
+        chosen = scan.side_by_side(lambda i: choose([s[i] for s in segments], counts[i]), wanted)
+        for i, selection in zip(wanted, chosen, strict=True):
+            found[i] = selection or by_counting(scan.over, magnitudes, i, counts[i])
     return found
 
 
@@ -206,15 +207,14 @@ def _select(
     samples = walk.over(sample)
     floor = -math.inf if signed else 0.0
     together = {i: [pieces for each in samples for pieces in each.get(i, ())] for i in wanted}
-    brackets = {i: bounds for i, (bounds, _) in _bounds(together, wanted, n, floor).items()}
+    brackets = {i: bounds for i, (bounds, _) in _bounds(together, wanted, n, floor, walk.side_by_side).items()}
     del samples, together
     budget = dict.fromkeys(wanted, 16 * _COLLECT)
     most = _COLLECT // 2 // (len(walk.names) + n // SEGMENT)
     parts = walk.over(lambda scan: _collect(scan, values, brackets, budget, most, look(scan)))
-    for i, k in wanted.items():
-        selection = choose([s[i] for scan in parts for s in scan], k)
-        if selection is None:
-            selection = by_counting(walk.over_segments, values, i, k, signed=signed)
+    chosen = walk.side_by_side(lambda i: choose([s[i] for scan in parts for s in scan], wanted[i]), wanted)
+    for (i, k), seen in zip(wanted.items(), chosen, strict=True):
+        selection = seen or by_counting(walk.over_segments, values, i, k, signed=signed)
         equal = iter(selection.equal)
         found[i] = (selection.threshold, selection.keep, [[next(equal) for _ in scan] for scan in parts])
     return found
@@ -252,16 +252,21 @@ def _sample(
 
 
 def _bounds(
-    samples: dict[int, list[Floats]], counts: dict[int, int], n: int, floor: float
+    samples: dict[int, list[Floats]],
+    counts: dict[int, int],
+    n: int,
+    floor: float,
+    run: Callable[[Callable[[list[int]], Any], Iterable[list[int]]], Iterable[Any]],
 ) -> dict[int, tuple[native.Bounds, float]]:
     """`bounds_of` for each selection; what several have in common is sorted once."""
     alike: dict[tuple[int, ...], list[int]] = {}
     for i, pieces in samples.items():
         alike.setdefault(tuple(map(id, pieces)), []).append(i)
+    found = run(lambda of: bounds_of(samples[of[0]], [counts[i] for i in of], n, floor), alike.values())
     return {
         i: bounds
-        for chosen in alike.values()
-        for i, bounds in zip(chosen, bounds_of(samples[chosen[0]], [counts[i] for i in chosen], n, floor), strict=True)
+        for of, all_of in zip(alike.values(), found, strict=True)
+        for i, bounds in zip(of, all_of, strict=True)
     }
 
 
@@ -285,7 +290,7 @@ def _brackets(
     n = scan.numel
     size = min(max(_SAMPLE, int((n / 3) ** (2 / 3))), _MOST)  # costs about as much as what is collected by it
     while True:
-        found = _bounds(_sample(scan, magnitudes, counts, size, look), counts, n, 0.0)
+        found = _bounds(_sample(scan, magnitudes, counts, size, look), counts, n, 0.0, scan.side_by_side)
         share = max(share for _, share in found.values())
         if (share < _WIDE and share * n <= 2 * _COLLECT) or size >= min(n, _MOST):
             return {i: bounds for i, (bounds, _) in found.items()}

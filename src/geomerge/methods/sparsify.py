@@ -6,11 +6,12 @@ tile of one expert's task vector in place. A published method is a chain of such
 
 from __future__ import annotations
 
+import abc
 import ctypes
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -54,10 +55,10 @@ class Sparsifier(Protocol):
         """For each expert the factor that makes the thinned task vector unbiased."""
 
 
-@runtime_checkable
-class Thins(Protocol):
+class Thins(abc.ABC):
     """A step that compiled loops know."""
 
+    @abc.abstractmethod
     def thin(self, into: Thinning, k: int, place: Place, stats: Any) -> None:
         """Say what `keep_` drops at a place; `into` is the same for all places of a segment."""
 
@@ -124,7 +125,7 @@ def kept(density: float, n: int) -> int:
 
 
 @dataclass(frozen=True)
-class Everything:
+class Everything(Thins):
     """No sparsification."""
 
     rescale: Rescale = "none"
@@ -144,7 +145,7 @@ class Everything:
 
 
 @dataclass(frozen=True)
-class Magnitude:
+class Magnitude(Thins):
     """The largest magnitudes of each tensor, or of the whole model.
 
     Attributes:
@@ -199,7 +200,7 @@ def magnitudes(tile: Tile) -> list[Tensor]:
 
 
 @dataclass(frozen=True)
-class Random:
+class Random(Thins):
     """Each element survives with probability `density`, independently (DARE)."""
 
     density: Sequence[float]
@@ -257,7 +258,7 @@ class _Ends:
 
 
 @dataclass(frozen=True)
-class Outliers(_Ends):
+class Outliers(_Ends, Thins):
     """Both ends of each tensor."""
 
     rows: bool = False

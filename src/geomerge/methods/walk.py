@@ -7,6 +7,7 @@ concluded from them does not depend on that.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
@@ -29,6 +31,7 @@ class Walk:
         numel: Elements of all of them.
         experts: The number of inputs of each after the base.
         run: Maps a function over the scans, such as a thread pool's ``map``.
+        threads: How many may work on what belongs to no scan.
     """
 
     def __init__(
@@ -38,9 +41,10 @@ class Walk:
         numel: int,
         experts: int,
         run: Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]] = map,
+        threads: int = 1,
     ) -> None:
         self._scans = scans
-        self._run = run
+        self._run, self._threads = run, threads
         self.names = tuple(names)
         self.numel = numel
         self.experts = experts
@@ -55,11 +59,16 @@ class Walk:
         def then(opened: Callable[[], Scan]) -> Callable[[], Scan]:
             return lambda: transform(opened())
 
-        return Walk([then(opened) for opened in self._scans], self.names, numel, self.experts, self._run)
+        return Walk([then(opened) for opened in self._scans], self.names, numel, self.experts, self._run, self._threads)
 
     def over_segments(self, work: Callable[[Iterator[Tile]], Result]) -> list[Result]:
         """Run `work` on the tiles of every segment of every tensor; the results in order."""
         return [result for each in self.over(lambda scan: scan.over(work)) for result in each]
+
+    def side_by_side(self, work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+        """Run `work` on what was gathered from all tensors; the results in order."""
+        with ThreadPoolExecutor(self._threads) as pool:
+            return list(pool.map(work, items))
 
 
 def whole(scan: Scan, *, based: bool) -> Tensor:

@@ -8,6 +8,7 @@
 static struct mapping {
     char *volatile begin;
     int64_t size;
+    int file;
     volatile sig_atomic_t lost; /* whether some of it could not be read */
 } mappings[MAPPINGS];
 
@@ -32,7 +33,7 @@ static void read_zeros(int number, siginfo_t *info, void *context) {
     }
 }
 
-/* Maps the first `size` bytes of a file, for reading: which mapping it is, -1 where that cannot be. Of this and `geomerge_unmap` one call
+/* Maps the first `size` bytes of a file, which stays open, for reading: which mapping it is, -1 where that cannot be. Of this and `geomerge_unmap` one call
  * at a time. */
 int geomerge_map(int file, int64_t size) {
     static int watching = 0;
@@ -51,13 +52,19 @@ int geomerge_map(int file, int64_t size) {
         watching = 1;
     }
     madvise(found, (size_t)size, MADV_SEQUENTIAL);
-    mappings[i].size = size, mappings[i].lost = 0, mappings[i].begin = found;
+    mappings[i].size = size, mappings[i].file = file, mappings[i].lost = 0, mappings[i].begin = found;
     return i;
 }
 
 void *geomerge_mapped(int i) { return mappings[i].begin; }
 
-int geomerge_lost(int i) { return mappings[i].lost; }
+/* What has kept some of it from being read: errno, 0 when the file ended early, -1: nothing. */
+int geomerge_unread(int i) {
+    struct stat now;
+    if (fstat(mappings[i].file, &now)) return errno;
+    if (now.st_size < mappings[i].size) return 0; /* on the last page there are zeros then */
+    return mappings[i].lost ? EIO : -1;
+}
 
 void geomerge_unmap(int i) {
     char *begin = mappings[i].begin;
