@@ -60,11 +60,14 @@ def merge(
     from geomerge.cli.plan import planned
     from geomerge.cli.progress import watch
     from geomerge.engine.run import run_plan
-    from geomerge.engine.shards import parse_shard, run_shard
     from geomerge.errors import UsageError
 
     size = parse_size(shard_size)
-    piece = None if shard is None else parse_shard(shard)
+    piece = None
+    if shard is not None:
+        from geomerge.engine.shards import parse_shard, run_shard
+
+        piece = parse_shard(shard)
     if shard is not None and executor is not None:
         raise UsageError("a shard is made by one machine: give either --shard or --executor")
     try:
@@ -228,7 +231,7 @@ def show_report(
 ) -> None:
     """Tell the user what a run did."""
     from geomerge.cli.console import amount, clean, count, duration, heading, show, show_facts
-    from geomerge.cli.plan_page import rounding
+    from geomerge.cli.loss import rounding
     from geomerge.methods import native
 
     speed = f"{amount(report.nbytes)} in {duration(report.seconds)}"

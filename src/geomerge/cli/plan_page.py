@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from geomerge.anatomy.components import inner_name
 from geomerge.checkpoint.dtypes import recipe_name
 from geomerge.cli.console import amount, bullets, clean, count, duration, facts, heading, show, table, write_lines
+from geomerge.cli.loss import dtypes, rounded, rounding
 from geomerge.cli.patterns import Group, folded, grouped, split
 from geomerge.engine.curves import curves
 from geomerge.engine.plan import REST
@@ -20,30 +21,11 @@ if TYPE_CHECKING:
     from geomerge.engine.plan import InputModel, Node, Operand, Plan
     from geomerge.methods.base import Method
 
-WORTH_SAYING = 0.01
-"""A smaller rounding loss is not mentioned to people."""
-
 _COLUMNS = 9
 """Blocks that the table of coefficients shows."""
 
 _LINES = 60
 """The table's most lines; models whose tensors have no pattern could fill any number."""
-
-
-def rounding(plan: Plan, loss: float | None) -> str | None:
-    """The rounding loss in a sentence, or `None` when there is nothing to say."""
-    if loss is None or loss < WORTH_SAYING:
-        return None
-    dtypes = _rounded(plan.output_nodes())
-    if plan.stages[-1].rounding == "stochastic":
-        return (
-            f"stochastic rounding to {dtypes} adds noise of {loss * 100:.0f} % of the task vectors' norm, which averages out; "
-            "`dtype: float32` adds none"
-        )
-    return (
-        f"rounding to {dtypes} takes {loss * 100:.0f} % of the task vectors' norm: "
-        "`dtype: float32` or `rounding: stochastic` keep it"
-    )
 
 
 # -- text --------------------------------------------------------------------------------------------------------------
@@ -96,7 +78,7 @@ def show_tensors(plan: Plan) -> None:
 def _header(plan: Plan, expected: Estimate | None) -> list[tuple[str, str]]:
     outputs = list(plan.output_nodes())
     last = plan.stages[-1]
-    rows = [("output", f"{count(len(outputs), 'tensor')}, {amount(plan.nbytes)}, {_dtypes(outputs)}")]
+    rows = [("output", f"{count(len(outputs), 'tensor')}, {amount(plan.nbytes)}, {dtypes(outputs)}")]
     if expected is not None:
         rows += [
             ("time", f"{_about(expected.seconds)} when the models are in the page cache"),
@@ -105,7 +87,7 @@ def _header(plan: Plan, expected: Estimate | None) -> list[tuple[str, str]]:
         ]
         loss = expected.rounding_loss
         if loss is not None:
-            small = f"rounding to {_rounded(outputs)} takes {loss * 100:.1f} % of the task vectors' norm"
+            small = f"rounding to {rounded(outputs)} takes {loss * 100:.1f} % of the task vectors' norm"
             rows.append(("loss", rounding(plan, loss) or small))
     elif last.rounding != "nearest":
         rows.append(("rounding", last.rounding))
@@ -184,15 +166,6 @@ def _left_out(left_out: Iterable[Any]) -> list[str]:
         f"{count(len(names), 'tensor')}, {clean(rule)}: {clean(names[0])}{', ...' if len(names) > 1 else ''}"
         for rule, names in by_rule.items()
     ]
-
-
-def _dtypes(nodes: Iterable[Node]) -> str:
-    return ", ".join(dict.fromkeys(recipe_name(n.dtype) for n in nodes)) or "nothing"
-
-
-def _rounded(nodes: Iterable[Node]) -> str:
-    """The dtypes that merged tensors are rounded to; what codes cost is said elsewhere."""
-    return _dtypes(n for n in nodes if n.method is not None and not n.scales)
 
 
 @dataclass

@@ -20,7 +20,7 @@ from geomerge.diagnose.group import Group, group_of
 from geomerge.diagnose.thresholds import Thresholds
 from geomerge.engine.build import Builder
 from geomerge.engine.plan import Node, Plan
-from geomerge.methods.base import Method, Span
+from geomerge.methods.base import Method
 from geomerge.methods.gram import Gram
 from geomerge.methods.tile import elements
 
@@ -89,7 +89,7 @@ def check(plan: Plan, inputs: Sequence[Checkpoint], thresholds: Thresholds | Non
     Returns:
         `None` when the plan is no interpolation of two models on the sphere: the guardrails are about nothing else.
     """
-    nodes = [n for n in plan.output_nodes() if _interpolates(n)]
+    nodes = [n for n in plan.output_nodes() if n.interpolates]
     if not nodes:
         return None
     limits = thresholds or Thresholds()
@@ -116,7 +116,7 @@ def make_global(plan: Plan, t: float) -> Plan:
         plan: A plan of a SLERP.
         t: The coefficient.
     """
-    nodes = tuple(_with(n, t) if n.stage == len(plan.stages) - 1 and _interpolates(n) else n for n in plan.nodes)
+    nodes = tuple(_with(n, t) if n.stage == len(plan.stages) - 1 and n.interpolates else n for n in plan.nodes)
     return replace(plan, nodes=nodes, _hash=[])
 
 
@@ -124,18 +124,6 @@ def _with(node: Node, t: float) -> Node:
     assert node.method is not None
     changed: Method = replace(node.method, t=t)  # type: ignore[call-arg]
     return replace(node, method=changed)
-
-
-def _interpolates(node: Node) -> bool:
-    """Whether a node is SLERP of two inputs' tensors."""
-    method = node.method
-    return (
-        isinstance(method, Span)
-        and method.needs_gram
-        and len(node.operands) == 2
-        and isinstance(getattr(method, "t", None), float | int)
-        and all(operand.input >= 0 for operand in node.operands)
-    )
 
 
 def _t(node: Node) -> float:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from geomerge.checkpoint.checkpoint import Checkpoint
-from geomerge.diagnose.guard import Guard, check, make_global
 from geomerge.engine.plan import Plan
 from geomerge.engine.planner import make_plan
 from geomerge.recipe.values import AlignSpec, Pipeline
+
+if TYPE_CHECKING:
+    from geomerge.diagnose.guard import Guard
 
 
 def guarded_plan(
@@ -27,8 +29,12 @@ def guarded_plan(
     """
     policy = pipeline.output.guardrails or "warn"
     plan, opened = make_plan(pipeline, models=models, allow_pickle=allow_pickle)
+    if policy == "off" or not any(node.interpolates for node in plan.output_nodes()):
+        return plan, opened
+    from geomerge.diagnose.guard import check, make_global
+
     try:
-        guard = None if policy == "off" else check(plan, opened)
+        guard = check(plan, opened)
         if guard is None:
             return plan, opened
         if policy == "enforce" and guard.aligns and pipeline.output.align is None:

@@ -19,7 +19,7 @@ import numpy as np
 from geomerge.checkpoint.dtypes import DTYPES
 from geomerge.errors import UsageError
 from geomerge.methods import registry
-from geomerge.methods.base import Method
+from geomerge.methods.base import Method, Span
 from geomerge.methods.chain import Step
 from geomerge.tokens.rows import IntArray, RowPlan
 from geomerge.version import __version__
@@ -112,6 +112,17 @@ class Node:
     @property
     def nbytes(self) -> int:
         return self.numel * DTYPES[self.dtype].itemsize
+
+    @property
+    def interpolates(self) -> bool:
+        """Whether it is SLERP of two inputs' tensors."""
+        return (
+            isinstance(self.method, Span)
+            and self.method.needs_gram
+            and len(self.operands) == 2
+            and isinstance(getattr(self.method, "t", None), float | int)
+            and all(operand.input >= 0 for operand in self.operands)
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,6 +39,7 @@ from geomerge.engine.run import (
     Progress,
     Report,
     carry_out,
+    close_all,
     codes_of,
     file_identities,
     layout_of,
@@ -189,8 +190,7 @@ def run_shard(
                 files.close()
             return _report(plan, output.partial, begun, mine, len(record.finished), facts)
     finally:
-        for checkpoint in opened:
-            checkpoint.close()
+        close_all(opened)
 
 
 def finalize(out: Path | str, *, force: bool = False, durable: bool = False) -> Report:

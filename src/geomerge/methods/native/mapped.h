@@ -66,6 +66,9 @@ int geomerge_unread(int i) {
     return mappings[i].lost ? EIO : -1;
 }
 
+/* Takes out what was read of it: the longer part of `geomerge_unmap`, which several threads may do at once for a mapping each. */
+void geomerge_let_go(int i) { madvise(mappings[i].begin, (size_t)mappings[i].size, MADV_DONTNEED); }
+
 void geomerge_unmap(int i) {
     char *begin = mappings[i].begin;
     mappings[i].begin = 0; /* from here on others may get these addresses */

@@ -43,5 +43,6 @@ def mapped(file: int, size: int) -> Mapping | None:
 
 
 def _unmap(number: int) -> None:
+    call.loaded().geomerge_let_go(number)
     with _lock:
         call.loaded().geomerge_unmap(number)
