@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from checkpoint_samples import model, write
 from geomerge.checkpoint import JOURNAL, OutputDirectory, disk_error, plan_layout
+from geomerge.checkpoint.output_place import MARKS
 from geomerge.errors import DamagedCheckpoint, RunError, UsageError
 
 LAYOUT = plan_layout([("a", "F32", (2,)), ("b", "F32", (3,))])
@@ -118,6 +119,22 @@ def test_force_replaces_models_only(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="not a model directory"):
         OutputDirectory(tmp_path / "thesis", force=True)
     assert (tmp_path / "thesis" / "chapter1.tex").exists()
+
+
+@pytest.mark.parametrize("kind", MARKS)
+def test_force_replaces_its_own_kind_only(tmp_path: Path, kind: str) -> None:
+    """A merge does not take an adapter's place, nor that of months of a continual merge; nor these a model's."""
+    for name in ("out", "again"):
+        write(model(tmp_path / name) / MARKS[kind], b"{}")
+    with pytest.raises(UsageError, match=f"is {kind}, which is not replaced by a model"):
+        OutputDirectory(tmp_path / "out", force=True)
+    with pytest.raises(UsageError, match=f"is a model, which is not replaced by {kind}"):
+        OutputDirectory(model(tmp_path / "m"), force=True, kind=kind)
+    with OutputDirectory(tmp_path / "again", force=True, kind=kind) as output:
+        output.create(LAYOUT)
+        output.finish()
+    assert not (tmp_path / "again" / MARKS[kind]).exists()
+    assert (tmp_path / "out" / MARKS[kind]).exists()
 
 
 @pytest.mark.parametrize("stranger", [".git/HEAD", "main.py", "src/thesis.txt", "optimizer.pt", "part/notes.docx"])

@@ -16,6 +16,7 @@ from geomerge.adapter.low_rank import Factors
 from geomerge.checkpoint.dtypes import from_torch
 from geomerge.checkpoint.hub import is_hub_id
 from geomerge.checkpoint.lora import CONFIG_NAME, PREFIX, WEIGHTS_NAME
+from geomerge.checkpoint.output_place import ADAPTER
 from geomerge.checkpoint.writer import OutputDirectory, disk_error
 from geomerge.version import __version__
 
@@ -117,7 +118,7 @@ def write(
     from_torch(dtype)
     made = tensors(content, dtype)
     nbytes = sum(value.nbytes for value in made.values())
-    with OutputDirectory(out, force, inputs=inputs) as output:
+    with OutputDirectory(out, force, inputs=inputs, kind=ADAPTER) as output:
         try:
             path = output.partial / WEIGHTS_NAME
             try:

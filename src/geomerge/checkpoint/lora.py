@@ -22,11 +22,12 @@ from geomerge.checkpoint.dtypes import DTYPES
 from geomerge.checkpoint.folder import check_contained
 from geomerge.checkpoint.header import TensorInfo, read_header
 from geomerge.checkpoint.hub import Located, locate
+from geomerge.checkpoint.output_place import ADAPTER, MARKS
 from geomerge.checkpoint.reader import open_checkpoint
 from geomerge.checkpoint.strict_json import read_json
 from geomerge.errors import DamagedCheckpoint, ModelError
 
-CONFIG_NAME = "adapter_config.json"
+CONFIG_NAME = MARKS[ADAPTER]
 WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 """What PEFT puts before a module's path."""

@@ -10,6 +10,12 @@ from geomerge.checkpoint.side_files import side_files
 from geomerge.checkpoint.strict_json import read_json
 from geomerge.errors import ModelError, RunError, UsageError
 
+MODEL, ADAPTER, COMPRESSED, STATE = "a model", "an adapter", "compressed experts", "the state of a continual merge"
+"""Kinds of outputs. None is replaced by one of another kind."""
+
+MARKS = {STATE: "continual/state.json", COMPRESSED: "compressed.json", ADAPTER: "adapter_config.json"}
+"""The file by which a directory is known to be more than a model, or something else."""
+
 _REPLACE = "choose another output, or replace it with --force"
 
 
@@ -20,6 +26,7 @@ def check_place(
     *,
     force: bool,
     hint: str = _REPLACE,
+    kind: str = MODEL,
 ) -> None:
     """Refuse a bad place for an output.
 
@@ -27,15 +34,16 @@ def check_place(
         out: The output, symbolic links resolved.
         partial: Where it is written first.
         inputs: The models' directories and files.
-        force: An existing model directory may be replaced.
+        force: An existing output of the same kind may be replaced.
         hint: What to do when there is one that may not.
+        kind: What the output will be.
 
     Raises:
         UsageError: Saying what stands in the way.
         RunError: The place cannot be looked at.
     """
     try:
-        _check(out, partial, inputs, force=force, hint=hint)
+        _check(out, partial, inputs, force=force, hint=hint, kind=kind)
     except OSError as error:
         raise RunError(
             f"the output's place cannot be read: {error.strerror}", where=error.filename or str(out)
@@ -49,7 +57,7 @@ def check_free(out: Path | str, *, force: bool = False, hint: str = _REPLACE) ->
     check_place(place, partial, (), force=force, hint=hint)
 
 
-def _check(out: Path, partial: Path, inputs: Iterable[Path], *, force: bool, hint: str) -> None:
+def _check(out: Path, partial: Path, inputs: Iterable[Path], *, force: bool, hint: str, kind: str) -> None:
     where = str(out)
     if not out.name or os.path.ismount(out):
         raise UsageError("cannot be replaced by a rename", where=where, hint="choose a directory inside it")
@@ -74,6 +82,12 @@ def _check(out: Path, partial: Path, inputs: Iterable[Path], *, force: bool, hin
     if not _is_model(out):
         raise UsageError(
             "is not a model directory (it has no config.json and no *.safetensors), so it is not replaced",
+            where=where,
+            hint="choose another output, or remove it yourself",
+        )
+    if _kind_of(out) != kind:
+        raise UsageError(
+            f"is {_kind_of(out)}, which is not replaced by {kind}",
             where=where,
             hint="choose another output, or remove it yourself",
         )
@@ -127,9 +141,13 @@ def _side_files(folder: Path) -> frozenset[Path]:
         return frozenset()
 
 
-def replaceable(out: Path) -> bool:
-    """Whether a non-empty directory is a model, and nothing else, that ``--force`` may replace."""
-    return _is_model(out) and not _strangers(out)
+def replaceable(out: Path, kind: str) -> bool:
+    """Whether a non-empty directory is of that kind, with nothing else in it, so that ``--force`` may replace it."""
+    return _is_model(out) and _kind_of(out) == kind and not _strangers(out)
+
+
+def _kind_of(out: Path) -> str:
+    return next((kind for kind, mark in MARKS.items() if (out / mark).is_file()), MODEL)
 
 
 def _is_model(out: Path) -> bool:

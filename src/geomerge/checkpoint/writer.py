@@ -20,7 +20,7 @@ from typing import Any, Self
 from geomerge.checkpoint.folder import check_name
 from geomerge.checkpoint.layout import Layout, LayoutFile, Place, parse_size, plan_layout
 from geomerge.checkpoint.output_lock import LOCK, sign_lock, take_lock
-from geomerge.checkpoint.output_place import check_place, replaceable
+from geomerge.checkpoint.output_place import MODEL, check_place, replaceable
 from geomerge.errors import GeomergeError, RunError, UsageError
 
 __all__ = [
@@ -55,11 +55,12 @@ class OutputDirectory:
 
     Args:
         out: The output's path. Missing parents are made; an existing empty directory is fine.
-        force: Replace an existing model directory at the end, and start anew instead of resuming.
+        force: Replace an existing output of the same kind at the end, and start anew instead of resuming.
         resume: Continue in an existing ``OUT.partial``, keeping its files. Without a journal in it there is nothing to
             continue and the run starts anew.
         inputs: The models' directories and files; the output must not lie in one of them, nor they in it.
         durable: Flush the files and the directory to the disk before `finish` returns.
+        kind: What the output will be: see `geomerge.checkpoint.output_place`.
 
     Raises:
         UsageError: The output exists, or its place is not a good one, or another run is writing it (its pid is named).
@@ -82,6 +83,7 @@ class OutputDirectory:
         *,
         inputs: Iterable[Path] = (),
         durable: bool = False,
+        kind: str = MODEL,
     ) -> None:
         try:
             self.out = Path(out).resolve()
@@ -90,13 +92,14 @@ class OutputDirectory:
         self.partial = self.out.with_name(self.out.name + ".partial") if self.out.name else self.out
         self.force = force
         self.durable = durable
+        self._kind = kind
         self.descriptors: list[int] = []
         inputs = tuple(inputs)
-        check_place(self.out, self.partial, inputs, force=force)
+        check_place(self.out, self.partial, inputs, force=force, kind=kind)
         self._lock, self._before = take_lock(self.partial, self.out)
         try:
             # Another run may have finished between the first look and the lock.
-            check_place(self.out, self.partial, inputs, force=force)
+            check_place(self.out, self.partial, inputs, force=force, kind=kind)
             self.resumed = self._settle(resume=resume)
         except BaseException:
             if [p.name for p in self.partial.glob("*")] == [LOCK]:  # nothing of anybody's is in it
@@ -249,7 +252,7 @@ class OutputDirectory:
         moved = False
         try:
             self.journal.unlink(missing_ok=True)
-            if self.force and replaceable(self.out):
+            if self.force and replaceable(self.out, self._kind):
                 self.out.rename(aside)
                 moved = True
             # A rename onto an empty directory replaces it; onto anything else it fails.

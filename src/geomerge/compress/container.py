@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from geomerge.checkpoint.output_place import COMPRESSED, MARKS
 from geomerge.checkpoint.strict_json import read_json
 from geomerge.errors import DamagedCheckpoint, UsageError, did_you_mean
 
-FILE = "compressed.json"
+FILE = MARKS[COMPRESSED]
 FORMAT = 1
 
 

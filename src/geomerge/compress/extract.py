@@ -87,7 +87,7 @@ def extract(
             layout = plan_layout(
                 [(n.name, n.dtype, n.shape) for n in nodes], DEFAULT_SHARD_SIZE, {"geomerge": __version__}
             )
-            with OutputDirectory(out, force, False, inputs=[place, Path(plan.inputs[0].path)]) as output:
+            with OutputDirectory(out, force, inputs=[place, Path(plan.inputs[0].path)]) as output:
                 try:
                     output.create(layout)
                     lock = threading.Lock()

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from geomerge.checkpoint.dtypes import DTYPES, parse_dtype, to_torch
 from geomerge.checkpoint.layout import plan_layout
+from geomerge.checkpoint.output_place import COMPRESSED
 from geomerge.checkpoint.writer import OutputDirectory
 from geomerge.compress.container import FILE, Contents, mask, vector
 from geomerge.engine.build import Builder
@@ -110,7 +111,7 @@ def compress(
             entries += [(mask(k + 1, node.name), "U8", (-(-node.numel // 8),)) for k in range(len(experts))]
         layout = plan_layout(entries, metadata={"geomerge": __version__})
         places = [Path(i.path) for i in plan.inputs if i.path]
-        with OutputDirectory(out, force, False, inputs=places) as output:
+        with OutputDirectory(out, force, inputs=places, kind=COMPRESSED) as output:
             try:
                 output.create(layout)
                 lock, found = threading.Lock(), dict[int, Facts]()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from geomerge.checkpoint.checkpoint import Checkpoint
+from geomerge.checkpoint.output_place import MARKS, STATE
 from geomerge.checkpoint.reader import open_checkpoint
 from geomerge.checkpoint.strict_json import read_json
 from geomerge.continual.rules import RULES, Rule
@@ -23,8 +24,8 @@ from geomerge.engine.plan import InputModel
 from geomerge.errors import DamagedCheckpoint, GeomergeError, UsageError
 from geomerge.version import __version__
 
-FOLDER = "continual"
-FILE = f"{FOLDER}/state.json"
+FILE = MARKS[STATE]
+FOLDER = FILE.partition("/")[0]
 FORMAT = 1
 """The version of ``state.json``. A state of another version is refused, not guessed at."""
 

@@ -14,6 +14,7 @@ from geomerge import anatomy
 from geomerge.checkpoint.card import combine_licences
 from geomerge.checkpoint.checkpoint import Checkpoint
 from geomerge.checkpoint.layout import plan_layout
+from geomerge.checkpoint.output_place import STATE
 from geomerge.checkpoint.reader import open_checkpoint
 from geomerge.checkpoint.writer import OutputDirectory
 from geomerge.continual.rules import RULES, Rule, norm
@@ -118,7 +119,8 @@ def continue_merge(
         now = known or State(rule, Known.of(origin, path=True))
         if base is not None:
             now = replace(now, base=Known.of(origin, path=True))
-        with OutputDirectory(place, force=True, inputs=[Path(i.path) for i in plan.inputs if i.path]) as output:
+        places = [Path(i.path) for i in plan.inputs if i.path]
+        with OutputDirectory(place, force=True, inputs=places, kind=STATE) as output:
             if State.read(place) != known:  # between the reading and the lock
                 output.abandon()
                 raise UsageError(
