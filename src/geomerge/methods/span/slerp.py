@@ -56,7 +56,7 @@ parameters:
 dtype: bfloat16
 """
 
-    t: float = parameter(within=(0, 1), extrapolates=True, doc="0 gives the base, 1 the other model")
+    t: float = parameter(within=(0, 1), extrapolates=True, doc="0 gives the base (of adapters: the first), 1 the other")
     epsilon: float = parameter(1e-6, within=(0, 0.1), doc="ω is clipped to [ε, π − ε]")
     lerp_threshold: float | None = parameter(
         None, within=(0, 1), doc="interpolate linearly where |cos ω| exceeds this (mergekit: 0.9995)"
