@@ -104,10 +104,10 @@ def test_existing_output_is_refused(tmp_path: Path) -> None:
 def test_force_replaces_a_model_at_the_end(tmp_path: Path) -> None:
     """The old model stays until the new one is complete, then nothing of it is left."""
     out = model(tmp_path / "out")
-    write(out / "old.txt", b"")
+    write(out / "merges.txt", b"")
     with OutputDirectory(out, force=True) as output:
         output.create(LAYOUT)
-        assert (out / "old.txt").exists()
+        assert (out / "merges.txt").exists()
         output.finish()
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     assert [p.name for p in out.iterdir()] == ["model.safetensors"]
@@ -137,7 +137,13 @@ def test_force_replaces_its_own_kind_only(tmp_path: Path, kind: str) -> None:
     assert (tmp_path / "out" / MARKS[kind]).exists()
 
 
-@pytest.mark.parametrize("stranger", [".git/HEAD", "main.py", "src/thesis.txt", "optimizer.pt", "part/notes.docx"])
+@pytest.mark.parametrize(
+    "stranger",
+    [
+        *(".git/HEAD", "main.py", "src/thesis.txt", "optimizer.pt", "part/notes.docx", "part/notes.md"),
+        *("notes.md", "recipe.yml", "scores.json", "report.html", "data.jsonl", "activations.safetensors", "out.gguf"),
+    ],
+)
 def test_force_replaces_a_model_and_nothing_beside_it(tmp_path: Path, stranger: str) -> None:
     """What only happens to have a config.json is not deleted; a model's own parts, tokenizer, card and code are its own."""
     out = tmp_path / "out"

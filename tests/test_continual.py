@@ -191,7 +191,8 @@ def test_opcm_of_a_copy_and_of_strangers(tmp_path: Path) -> None:
     w = torch.from_numpy(np.random.default_rng(0).standard_normal((4, 6)))
     upper, lower = torch.zeros(8, 12, dtype=torch.float64), torch.zeros(8, 12, dtype=torch.float64)
     upper[:4, :6], lower[4:, 6:] = w, w.flip(1)
-    for name, tensor in (("0", torch.zeros_like(upper)), ("1", upper), ("2", upper), ("3", lower)):
+    copy = upper * (1 + 2**-52)  # not to the last bit: a state takes each expert once
+    for name, tensor in (("0", torch.zeros_like(upper)), ("1", upper), ("2", copy), ("3", lower)):
         write(tmp_path / name, {"fc.weight": tensor})
     continue_merge(tmp_path / "copy", [tmp_path / "1", tmp_path / "2"], base=tmp_path / "0")
     assert torch.allclose(tiny.read(tmp_path / "copy")["fc.weight"], upper, atol=1e-14)
@@ -202,10 +203,10 @@ def test_opcm_of_a_copy_and_of_strangers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", RULES)
 def test_experts_equal_to_the_base(tmp_path: Path, method: str) -> None:
-    """Zero task vectors: the base, bit for bit, without NaN; and a real expert after them is taken in."""
+    """A zero task vector: the base, bit for bit, without NaN; and a real expert after it is taken in."""
     base, _ = family(tmp_path, 1, dtype=torch.float32)
     shutil.copytree(tmp_path / "0", tmp_path / "same")
-    continue_merge(tmp_path / "state", [tmp_path / "same"] * 2, base=tmp_path / "0", method=method)
+    continue_merge(tmp_path / "state", [tmp_path / "same"], base=tmp_path / "0", method=method)
     assert tiny.same(tiny.read(tmp_path / "state"), base)
     continue_merge(tmp_path / "state", experts(tmp_path, 1))
     found = tiny.read(tmp_path / "state")
@@ -421,6 +422,8 @@ def test_bad_calls_are_refused(tmp_path: Path) -> None:
         continue_merge(state, experts(tmp_path, 1), base=tmp_path / "0", parameters={"density": 0.3})
     with pytest.raises(UsageError, match="inside the input"):
         continue_merge(tmp_path / "1" / "state", experts(tmp_path, 1), base=tmp_path / "0")
+    with pytest.raises(UsageError, match="is given twice"):
+        continue_merge(state, [*experts(tmp_path, 2), tmp_path / "1"], base=tmp_path / "0")
     assert not state.exists()
     continue_merge(state, experts(tmp_path, 1), base=tmp_path / "0", parameters={"alpha": 0.4})
     before = tiny.digests(state)

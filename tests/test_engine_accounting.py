@@ -61,6 +61,21 @@ def test_unmatched_tensors_can_be_copied() -> None:
     assert torch.equal(merged["model.only_b"], torch.arange(4))
 
 
+def test_blocks_are_not_copied_behind_the_last(tmp_path: Path) -> None:
+    """The configuration comes from the first model, and does not know of them: what loads the output would drop them."""
+    for name, blocks in (("a", 1), ("b", 2)):
+        config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": blocks}
+        weights = {f"model.layers.{i}.mlp.up_proj.weight": torch.ones(2, 3) for i in range(blocks)}
+        tiny.save(tmp_path / name, weights, config=config)
+    models = f"models: [{{model: {tmp_path}/a}}, {{model: {tmp_path}/b}}]\nparameters: {{weight: 1}}\n"
+    for more in ("", "unmatched: copy\n"):
+        with pytest.raises(gm.IncompatibleModels, match=r"(?s)a has no model\.layers\.1\.mlp.*b has more blocks than"):
+            gm.plan(f"merge_method: linear\n{models}{more}")
+    swapped = models.replace("/a}", "/x}").replace("/b}", "/a}").replace("/x}", "/b}")
+    plan = gm.plan(f"merge_method: linear\n{swapped}unmatched: copy\n")
+    assert plan.config["num_hidden_layers"] == len(list(plan.output_nodes())) == 2
+
+
 def test_integers_and_truth_values_are_copied() -> None:
     """They come from the first model bit for bit, whatever `dtype` says."""
     more = {"model__ids": torch.tensor([[1, 2**53 + 1]]), "model__flags": torch.tensor([True, False])}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from pathlib import Path
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePath
 
 from geomerge.checkpoint.side_files import side_files
 from geomerge.checkpoint.strict_json import read_json
@@ -104,17 +105,17 @@ def _check(out: Path, partial: Path, inputs: Iterable[Path], *, force: bool, hin
 
 
 _SHOWN = 5
-_SUFFIXES = frozenset(
-    {
-        *(".safetensors", ".json", ".jsonl", ".bin", ".pt", ".pth", ".gguf", ".model", ".msgpack", ".h5", ".onnx"),
-        *(".txt", ".md", ".jinja", ".tiktoken", ".yml", ".yaml", ".html", ".svg", ".png", ".jpg", ".gitattributes"),
-    }
+_NAMES = (
+    *("config.json", "model_index.json", "scheduler_config.json", "README.md", ".gitattributes"),
+    *("geomerge.json", "geomerge.yml", "mergekit_config.yml", *(PurePath(mark).name for mark in MARKS.values())),
+    *("*model*.safetensors", "consolidated*.safetensors", "*.safetensors.index.json", "params.json"),
+    *("pytorch_model*.bin", "pytorch_model.bin.index.json", "adapter_model.bin", "tf_model.h5", "flax_model.msgpack"),
 )
-_TRAINING = frozenset({"optimizer.pt", "optimizer.bin", "scheduler.pt", "rng_state.pth", "scaler.pt"})
+"""What a model's directory holds beside its side files. Whatever else is there may be somebody's work."""
 
 
 def _strangers(folder: Path, above: frozenset[Path] = frozenset()) -> list[str]:
-    """What lies in a model's directory that no model has: other kinds of files, a training's state, other directories.
+    """What lies in a model's directory that no model has: notes, scores, recipes, a training's state, other directories.
 
     A part of a model has a directory of its own, in which there is a configuration or weights; `above` are side files of
     the whole.
@@ -127,7 +128,7 @@ def _strangers(folder: Path, above: frozenset[Path] = frozenset()) -> list[str]:
         if path.is_dir() and not path.is_symlink():
             part = any(p in own or p.suffix in (".json", ".safetensors", ".bin") for p in path.iterdir() if p.is_file())
             found += [f"{path.name}/{s}" for s in _strangers(path, own)] if part else [f"{path.name}/"]
-        elif path.name in _TRAINING or (path.suffix or path.name) not in _SUFFIXES:
+        elif not any(fnmatchcase(path.name, pattern) for pattern in _NAMES):
             found.append(path.name)
     return found
 

@@ -117,7 +117,12 @@ def planned(
 
 
 def _is_saved(path: Path) -> bool:
-    """Whether a file is a plan and not a recipe; what cannot be read is left to the recipe's reader to complain about."""
+    """Whether a file is a plan and not a recipe; what cannot be read is left to the recipe's reader to complain about.
+
+    What comes through a pipe can be read once only: it is a recipe.
+    """
+    if not path.is_file():
+        return False
     try:
         with path.open("rb") as file:
             start = file.read(1024)

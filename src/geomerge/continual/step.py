@@ -115,7 +115,7 @@ def continue_merge(
             _check_base(origin, known, place)
             before = known.open_sum(place)
             _check_sum(before, merged, place)
-            _check_new(added, known, place)
+        _check_new(added, known, place)
         now = known or State(rule, Known.of(origin, path=True))
         if base is not None:
             now = replace(now, base=Known.of(origin, path=True))
@@ -197,15 +197,18 @@ def _check_base(base: InputModel, known: State, place: Path) -> None:
         )
 
 
-def _check_new(added: Sequence[InputModel], known: State, place: Path) -> None:
-    taken = {each.fingerprint: each.model for each in known.experts}
+def _check_new(added: Sequence[InputModel], known: State | None, place: Path) -> None:
+    taken = (
+        {} if known is None else {each.fingerprint: f"in this state already, as {each.model}" for each in known.experts}
+    )
     for model in added:
         if model.fingerprint in taken:
             raise UsageError(
-                f"{model.ref} is in this state already, as {taken[model.fingerprint]}",
+                f"{model.ref} is {taken[model.fingerprint]}",
                 where=str(place),
                 hint="a state takes each expert once, and nothing was changed",
             )
+        taken[model.fingerprint] = f"given twice, first as {model.ref}"
 
 
 def _check_sum(before: Checkpoint, merged: Sequence[Node], place: Path) -> None:

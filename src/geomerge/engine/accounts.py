@@ -49,6 +49,7 @@ class Accounts:
         self.parts: dict[str, Part] = {}
         self.missing: list[str] = []
         self.components = components
+        self._deeper: Model | None = None
         owners = [] if components is None else [m for m in components.owners.values() if m is not None]
         self._used: dict[int, set[str]] = {id(m): set() for m in (*self.members, *owners)}
 
@@ -112,6 +113,9 @@ class Accounts:
                 elif part.module in self.slots.block_maps:
                     # Copying has no place to offer: the slices may take this block to several places.
                     self.missing.append(f"{model} alone has {name} of what a slice merges")
+                elif self._beyond(part):
+                    self._deeper = model
+                    self.missing.append(f"{self.donor} has no {model.own.get(name, name)}, which {model} has")
                 elif self.recipe.unmatched == "copy" and name not in self.parts:
                     made.append(len(self.planner.nodes))
                     self.planner.nodes.append(self._copy(name, model, name, f"copy: only in {model}"))
@@ -119,6 +123,10 @@ class Accounts:
                 else:
                     self.missing.append(f"{self.donor} has no {model.own.get(name, name)}, which {model} has")
         return made
+
+    def _beyond(self, part: Part) -> bool:
+        """Whether a block comes after the last one that the output's configuration, which is the donor's, knows of."""
+        return part.block is not None and 0 < self.donor.anatomy.depth.get(part.module, 0) <= part.block
 
     def _leave_components(self, components: Components) -> None:
         """The components that are taken from other models; all but its component of a model that only gives one."""
@@ -176,6 +184,15 @@ class Accounts:
         named = " and ".join(f"{name} ({model})" for name, model in types.items())
         return f"they are of different architectures, whose weights cannot be merged: {named}"
 
+    def _more_blocks(self) -> str | None:
+        """A hint for models of one architecture and different depths."""
+        if self._deeper is None:
+            return None
+        return (
+            f"{self._deeper} has more blocks than {self.donor}, whose configuration the output gets: say with `slices:` which "
+            "blocks to take, or let the deeper model come first and keep what it alone has by `unmatched: copy`"
+        )
+
     def refuse_missing(self) -> None:
         shown = "; ".join(self.missing[:4])
         more = f"; and {len(self.missing) - 4} more" if len(self.missing) > 4 else ""
@@ -185,5 +202,6 @@ class Accounts:
             where=str(self.recipe.where),
             hint=self._other_names()
             or self._other_architectures()
+            or self._more_blocks()
             or "are they of one architecture? `unmatched: copy` takes such tensors from the model that has them",
         )
