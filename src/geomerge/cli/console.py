@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
@@ -151,19 +152,45 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Seque
 def _table(
     columns: Sequence[str], cells: list[list[str]], widths: Sequence[int], numbers: Sequence[int], room: int
 ) -> Table:
-    from rich.cells import cell_len
     from rich.table import Table
 
     made = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0), header_style="bold")
     for i, column in enumerate(columns):
         made.add_column(column, justify="right" if i in numbers else "left", no_wrap=i in numbers, overflow="fold")
-    last = max(room - sum(widths[:-1]), _LAST)
-    made.columns[-1].max_width = last
+    limits = [width - _GAP for width in widths]
+    texts = [i for i in range(len(columns) - 1) if i not in numbers]
+
+    def excess(least: int) -> int:
+        return sum(limits) + _GAP * (len(limits) - 1) - room - max(limits[-1] - least, 0)
+
+    while excess(_LAST) > 0 and any(limits[i] > _LEAST for i in texts):
+        widest = max(texts, key=limits.__getitem__)
+        limits[widest] = max(limits[widest] - excess(_LAST), _LEAST)
+    limits[-1] = max(limits[-1] - max(excess(limits[-1]), 0), 1)
+    for shape, limit in zip(made.columns, limits, strict=True):
+        shape.min_width = shape.max_width = limit
     for row in cells:
-        # A call that has to be broken is broken before its arguments, not in one of its numbers.
-        broken = row[-1].replace("(", " (", 1) if " " not in row[-1] and cell_len(row[-1]) > last else row[-1]
-        made.add_row(*row[:-1], broken)
+        made.add_row(*(_broken(cell, limit) for cell, limit in zip(row, limits, strict=True)))
     return made
+
+
+def _broken(text: str, width: int) -> str:
+    """With line breaks where words that are too long are best broken: behind a dot or an underscore, before a bracket, and not
+    in a number."""
+    from rich.cells import cell_len
+
+    def folded(word: str) -> str:
+        lines = [""]
+        for piece in _BREAKS.split(word):
+            if lines[-1] and cell_len(lines[-1] + piece) > width:
+                lines.append("")
+            lines[-1] += piece
+        return "\n".join(lines)
+
+    return " ".join(word if cell_len(word) <= width else folded(word) for word in text.split(" "))
+
+
+_BREAKS = re.compile(r"(?<=[._/,])(?!\d)|(?=\()")
 
 
 def facts(rows: Iterable[tuple[str, RenderableType]]) -> Table:

@@ -34,7 +34,7 @@ def search(
     on samples that the search has not seen. Interrupted, it keeps what is known; --resume goes on.
     """
     from geomerge.checkpoint.output_place import check_free
-    from geomerge.cli.console import Stopped, write_json
+    from geomerge.cli.console import Stopped, count, write_json
     from geomerge.search import run
     from geomerge.search.study import load_study
 
@@ -58,10 +58,12 @@ def search(
         raise Stopped("no trial was finished") from None
     finally:
         signal.signal(signal.SIGTERM, before)
-    if merge is not None:
+    interrupted = found.stopped == "interrupted"
+    merged = None if interrupted else merge
+    if merged is not None:
         from geomerge.api import merge as write
 
-        write(folder / run.RECIPE, merge, allow_pickle=allow_pickle)
+        write(folder / run.RECIPE, merged, allow_pickle=allow_pickle)
     if report is not None:
         from geomerge.search.report import write_report
 
@@ -69,10 +71,19 @@ def search(
     if json:
         write_json(found.to_dict())
     else:
-        _show(found, folder, merge, report)
-    if found.stopped == "interrupted":
-        command = shlex.join(["geomerge", "search", str(study), "--out", str(folder), "--resume"])
-        raise Stopped(f"{len(found.trials)} trials are kept in {folder}", f"continue with: {command}")
+        _show(found, folder, merged, report)
+    if interrupted:
+        words = ["geomerge", "search", str(study), "--out", str(folder), "--resume"]
+        words += [
+            w
+            for name, path in (("--merge", merge), ("--report", report))
+            if path is not None
+            for w in (name, str(path))
+        ]
+        command = shlex.join(words)
+        raise Stopped(
+            f"what is known is kept in {folder} ({count(len(found.trials), 'trial')})", f"continue with: {command}"
+        )
 
 
 class _Lines:

@@ -116,7 +116,7 @@ class State:
             raise UsageError(
                 "is there and is not the state of a continual merge",
                 where=str(place),
-                hint="choose another directory for the state, or remove this one yourself",
+                hint="`continue` begins a state of its own: give it a new directory (and the base)",
             )
         data = read_json(path, what=FILE)
         if data.get("geomerge_continual") != FORMAT:

@@ -196,6 +196,9 @@ class _Flow:
             self.reasons.append("with more than two models the others share the coefficient, at their barycentre")
         if schedule is None and count > 2:
             t = 1 - 1 / count
+            self.reasons.append(
+                f"t = 1 − 1/{count}: with more than two models the others share it, so that all weigh the same"
+            )
         return Decision(
             mode=mode,
             schedule=schedule,
@@ -341,8 +344,8 @@ def _size(flow: _Flow, scope: Scope | None) -> Decision:
     if size == "<1B":
         answer("one coefficient")
         flow.reasons.append(
-            "below 1B parameters the paper's layer-adaptive merges lost to one coefficient everywhere; t from 0.5 to 0.65 is "
-            "robust"
+            "below 1B parameters the paper's layer-adaptive merges lost to one coefficient everywhere"
+            + ("; t from 0.5 to 0.65 is robust" if len(e.models) == 2 else "")
         )
         return flow.decide("align_then_merge" if scope else "global_slerp", scope=scope)
     if size == "1B":

@@ -195,11 +195,14 @@ def _check_depth(models: Sequence[Model], labels: Sequence[str]) -> None:
     first = dict(models[0].anatomy.depth)
     for model, label in zip(models[1:], labels[1:], strict=True):
         if dict(model.anatomy.depth) != first:
+            types = [str((each.config or {}).get("model_type")) for each in (models[0], model)]
+            kinds = [f"{kind} with " if types[0] != types[1] else "" for kind in types]
+            cut = "" if types[0] != types[1] else "; `slices:` in a recipe can cut blocks out"
             raise IncompatibleModels(
-                f"the models have different architectures: {labels[0]} has {_said_depth(first)}, {label} has "
-                f"{_said_depth(dict(model.anatomy.depth))}",
+                f"the models have different architectures: {labels[0]} has {kinds[0]}{_said_depth(first)}, {label} has "
+                f"{kinds[1]}{_said_depth(dict(model.anatomy.depth))}",
                 where=str(model),
-                hint="models can be merged when they share an architecture; `slices:` in a recipe can cut blocks out",
+                hint=f"models can be merged when they share an architecture{cut}",
             )
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from geomerge.checkpoint.checkpoint import Checkpoint
 from geomerge.engine.plan import Plan
 from geomerge.engine.planner import make_plan
-from geomerge.errors import IncompatibleModels, UsageError
+from geomerge.errors import UsageError
 from geomerge.recipe import loads
-from geomerge.tokens.compare import POLICIES
+from geomerge.tokens.compare import one_vocabulary
 
 
 def plan_experts(
@@ -35,12 +35,8 @@ def plan_experts(
         )
     models = [{"model": place, "parameters": {"weight": 1.0}} for place in places]
     recipe = {"merge_method": "task_arithmetic", "base_model": root, "models": models}
-    try:
+    with one_vocabulary():
         return make_plan(loads(json.dumps(recipe, ensure_ascii=False), ""), allow_pickle=allow_pickle)
-    except IncompatibleModels as error:
-        if error.hint == POLICIES:  # which is for recipes
-            error.hint = "give all of them one vocabulary first: `geomerge transplant` does it"
-        raise
 
 
 def _absolute(reference: str | Path) -> str:

@@ -32,6 +32,7 @@ from geomerge.errors import IncompatibleModels
 from geomerge.methods.native import in_memory
 from geomerge.recipe.references import parse_reference
 from geomerge.recipe.values import NOWHERE
+from geomerge.tokens.compare import ONE_VOCABULARY, one_vocabulary
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,7 +82,8 @@ class LiveMerge:
             RecipeError: The recipe cannot be carried out with these parents.
             IncompatibleModels: The module lacks a tensor of the merge, or has one that the merge lacks.
         """
-        plan, inputs = make_plan(recipe, models=self.parents)
+        with one_vocabulary():
+            plan, inputs = make_plan(recipe, models=self.parents)
         try:
             sink = ModuleSink(self.module, plan)
             known = surveyed(plan, lambda p: Builder(p, inputs), threads=self._threads)
@@ -123,7 +125,7 @@ class ModuleSink:
                 raise IncompatibleModels(
                     f"the module has {has} {node.name} {list(node.shape)}",
                     where=type(module).__name__,
-                    hint="load the module from one of the parents' directories",
+                    hint=ONE_VOCABULARY if plan.rows else "load the module from one of the parents' directories",
                 )
             target = state[name].detach()
             touched.add(target.data_ptr())

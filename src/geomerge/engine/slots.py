@@ -72,6 +72,12 @@ class Slots:
                 yield p, lineups[0], [p.name] * len(lineups[0].entrants), 0.0
         blocks: list[int] = []
         total = sum(self._length(lineup, stack) for lineup in lineups)
+        if not total:
+            raise RecipeError(
+                "the slices hold no block: the output would be a model without layers",
+                where=str(lineups[0].slice.where),
+                hint="ranges are half open: `layer_range: [0, 16]` is blocks 0 to 15",
+            )
         for lineup in lineups:
             template = self._template(lineup)
             by_block: dict[int, list[Part]] = {}

@@ -57,11 +57,13 @@ class RecipePlan:
                 f"a schedule sets the interpolation parameter t, which {recipe.method} does not have",
                 where=str(recipe.at("schedule")),
             )
+        planner.models.open_all(_named(recipe))
         self.components = Components(planner.models, recipe) if recipe.components else None
         models = self.components or planner.models
         if self.components is not None and recipe.align is not None:
             raise RecipeError("`align` and `components` exclude each other", where=str(recipe.at("align")))
-        models.open_all(_named(recipe))
+        if self.components is not None:
+            models.open_all(_named(recipe))  # under the template's names
         self.lineups = [
             [Lineup(recipe, m, s, models, self.used, self.schedule) for s in m.slices] for m in recipe.modules
         ]

@@ -297,18 +297,26 @@ def _unique(given: Sequence[tuple[str, ModelLike, Role]]) -> list[str]:
 
 def _identify(reference: str) -> tuple[str, int, Path]:
     """Hash, number of parameters and directory of a model on disk. Reads headers, samples of the weights, side files."""
+    from geomerge.checkpoint.folder import LoneAdapter
     from geomerge.checkpoint.reader import open_checkpoint
     from geomerge.recipe.references import parse_reference
     from geomerge.recipe.values import NOWHERE
 
-    named = parse_reference(reference, NOWHERE)
-    if named.lora is not None:
-        raise ModelError(
+    def adapter(model: str) -> ModelError:
+        return ModelError(
             "an adapter cannot be evaluated without being merged first",
             where=reference,
-            hint=f"merge it: a recipe with `merge_method: passthrough` and `models: [{{model: {reference}}}]`",
+            hint=f"merge it: a recipe with `merge_method: passthrough` and `models: [{{model: {model}}}]`",
         )
-    with open_checkpoint(named.path, named.revision, subfolder=named.subfolder) as checkpoint:
+
+    named = parse_reference(reference, NOWHERE)
+    if named.lora is not None:
+        raise adapter(reference)
+    try:
+        opened = open_checkpoint(named.path, named.revision, subfolder=named.subfolder)
+    except LoneAdapter:
+        raise adapter(f"BASE+{reference}") from None
+    with opened as checkpoint:
         if checkpoint.folder is None:
             raise ModelError(
                 "a single file of weights has no config", where=reference, hint="give the model's directory"

@@ -132,7 +132,7 @@ class MlpKind:
     """See `geomerge.lab.kinds.SuiteKind`."""
 
     name = "mlp"
-    title = "four small tasks on vectors, trained in seconds"
+    title = "small tasks on vectors, trained in seconds"
     kind = "mlp"
     sizes: tuple[str, ...] = tuple(SIZES)
     others: tuple[str, ...] = ()

@@ -101,8 +101,12 @@ class Reader:
         for name, (where, value) in node.entries.items():
             key = keys.get(name)
             if key is None:
+                what = f"{shape.title} has no key {name!r}"
                 hint = grammar.UNIMPLEMENTED.get(name)
-                self._unknown(f"{shape.title} has no key {name!r}", where, hint or did_you_mean(name, keys))
+                if "parameters" in keys and self.compat != "mergekit" and hint is None and _is_parameter(name):
+                    self.problems.append(refuse(where, what, "it is a parameter: put it under `parameters:`"))
+                else:
+                    self._unknown(what, where, hint or did_you_mean(name, keys))
             elif not empty(value):
                 try:
                     found[name] = getattr(self, f"read_{key.kind}")(value, key)
@@ -352,6 +356,13 @@ def _step(item: Node) -> tuple[str, Where, Node | None]:
         ((name, (where, value)),) = item.entries.items()
         return name, where, value
     raise refuse(item.where, "a step is a mapping with one key, its name", "as in '- scale: 0.7'")
+
+
+def _is_parameter(name: str) -> bool:
+    """Whether a method has a parameter of this name."""
+    from geomerge.methods import registry
+
+    return any(name in method.parameters() for method in registry.all_methods().values())
 
 
 def _beside(document: Table) -> tuple[str, ...]:

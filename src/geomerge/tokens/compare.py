@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from geomerge.errors import IncompatibleModels
@@ -12,6 +13,18 @@ POLICIES = (
     "Say which vocabulary the output gets: `tokenizer_source: base` keeps the base model's, `tokenizer_source: union` "
     "keeps every token of every model, `tokenizer_source: <model>` keeps that model's."
 )
+ONE_VOCABULARY = "give all of them one vocabulary first: `geomerge transplant` does it"
+
+
+@contextlib.contextmanager
+def one_vocabulary() -> Iterator[None]:
+    """Where no recipe can say which vocabulary the output gets, errors say what to do instead."""
+    try:
+        yield
+    except IncompatibleModels as error:
+        if error.hint == POLICIES:
+            error.hint = ONE_VOCABULARY
+        raise
 
 
 @dataclass(frozen=True, slots=True)
