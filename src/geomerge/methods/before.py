@@ -66,17 +66,17 @@ class _Sparse(Step):
 
     def bind(self, open_scan: Open, shape: Shape) -> Piece:
         step = self.sparsifier()
-        columns = (shape[-1] if len(shape) > 1 else max(_numel(shape), 1)) if step.rows else None
+        columns = max(shape[-1] if len(shape) > 1 else _numel(shape), 1) if step.rows else None
         scan = open_scan(columns=columns)
         stats, factors = measure(step, scan)
         if isinstance(stats, list):  # selections: the pieces will come in any order
             stats = _placed(scan, stats)
-        return _SparsePiece(step, stats, factors, max(columns or 1, 1))
+        return _SparsePiece(step, stats, factors, columns)
 
 
 class _SparsePiece(Piece):
-    def __init__(self, step: Sparsifier, stats: Any, factors: Sequence[float], rows: int) -> None:
-        self._step, self._stats, self._factors, self.rows = step, stats, factors, rows
+    def __init__(self, step: Sparsifier, stats: Any, factors: Sequence[float], columns: int | None) -> None:
+        self._step, self._stats, self._factors, self.columns = step, stats, factors, columns
 
     def thin_(self, tile: Tile) -> None:
         for k, (delta, factor) in enumerate(zip(tile.task_vectors(), self._factors, strict=True)):

@@ -73,10 +73,10 @@ class Piece:
     """A step bound to one tensor.
 
     Attributes:
-        rows: Elements that must be seen together: a row's, or 1.
+        columns: Elements of the rows that it must see whole, of which tiles are then made; `None`: tiles are flat.
     """
 
-    rows = 1
+    columns: int | None = None
 
     def begin(self) -> None:
         """See `Thinning.begin`."""
@@ -94,7 +94,7 @@ class Thinning:
 
     @property
     def rows(self) -> int:
-        return max(piece.rows for piece in self._pieces)
+        return max(piece.columns or 1 for piece in self._pieces)
 
     def begin(self) -> None:
         for piece in self._pieces:
@@ -104,7 +104,7 @@ class Thinning:
         models = stack[: self._experts + 1]  # statistics may come after them
         models[1:].sub_(models[0])
         for piece in self._pieces:
-            shaped = models if piece.rows == 1 else models.view(len(models), -1, piece.rows)
+            shaped = models if piece.columns is None else models.view(len(models), -1, piece.columns)
             piece.thin_(Tile(shaped, start, -1, scan, thinned=True))
 
 

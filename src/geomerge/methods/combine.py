@@ -8,16 +8,21 @@ elements these are is decided for each by its own numbers, so that it does not d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 
+from geomerge.methods import native
 from geomerge.methods.tile import Scan, Tile
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from geomerge.methods.selection import Selection
+    from geomerge.methods.walk import Walk
 
 
 _CANCELLED = {"BF16": 2.0**-11, "F16": 2.0**-9}
@@ -102,11 +107,12 @@ def disjoint_merge(
     normalize: bool,
     lambda_: float = 1.0,
     furthest: bool = False,
+    tie: float = 1.0,
 ) -> Tensor:
     """Elect a sign for each element and merge the task vectors that agree with it (TIES): θ₀ + λ·Σ{xₖ : agree}/Σ{wₖ : agree}.
 
-    With xₖ = wₖ fₖ δₖ the elected sign is that of Σ xₖ, + where it is exactly zero. Zeros agree with neither sign. Without
-    `normalize` nothing is divided by.
+    With xₖ = wₖ fₖ δₖ the elected sign is that of Σ xₖ. Zeros agree with neither sign. Without `normalize` nothing is divided
+    by, nor where the weights that agree cancel.
 
     Written without masks: multiplied by the elected sign, what agrees is positive and what does not is clamped to zero.
     (Masked selection costs twenty times an addition.)
@@ -118,6 +124,7 @@ def disjoint_merge(
         normalize: Divide by the weights that agree.
         lambda_: λ.
         furthest: Of what agrees take the largest instead of the sum (and divide by nothing).
+        tie: The sign where Σ xₖ is exactly zero; 0: nothing is merged there.
     """
     coefficients = [w * f for w, f in zip(weights, factors, strict=True)]
     alike = len(set(coefficients)) == len(set(weights)) == 1 and coefficients[0] > 0
@@ -130,7 +137,7 @@ def disjoint_merge(
         )
         scale = 1.0
     votes = added(signed.unbind(0))
-    elected = elected_sign(votes)
+    elected = elected_sign(votes, tie)
     agreeing = (signed * elected).clamp_(min=0.0)
     total = added(agreeing.unbind(0))
     disputed = np.empty(0, dtype=np.int64)
@@ -145,7 +152,7 @@ def disjoint_merge(
         if alike or min(weights) > 0:
             agreed.clamp_(min=0.5 if alike else min(weights) / 2)
         else:
-            agreed.add_(agreed.eq(0.0))
+            agreed.masked_fill_(agreed.abs() <= native.nothing(weights), 1.0)
         total.div_(agreed)
         scale = scale / weights[0] if alike else scale
     total.mul_(elected)
@@ -168,19 +175,53 @@ def disjoint_merge(
                     normalize=normalize,
                     lambda_=lambda_,
                     furthest=furthest,
+                    tie=tie,
                 )
 
             _again(result, found, exact, again)
     return result
 
 
-def elected_sign(total: Tensor) -> Tensor:
-    """The sign of each element, + where it is zero (adding the smallest normal number changes no other)."""
-    return total.add(_TINY[total.element_size()]).sign_()
+def elected_sign(total: Tensor, tie: float = 1.0) -> Tensor:
+    """The sign of each element, and where it is zero that of `tie`."""
+    if not tie:
+        return total.sign()
+    negative = total.lt(0.0 if tie > 0 else _LEAST[total.element_size()])
+    return negative.to(total.dtype).mul_(-2.0).add_(1.0)
 
 
-_TINY = {4: 2.0**-126, 8: 2.0**-1022}
-"""The smallest normal number, by a number's bytes."""
+_LEAST = {4: 2.0**-149, 8: 2.0**-1074}
+"""The smallest number above zero, by a number's bytes."""
+
+
+class Surveyed(NamedTuple):
+    """What a method that trims and elects knows of the whole model.
+
+    Attributes:
+        selections: The largest elements by tensor; `None` where all are kept.
+        majority: The sign that most elements elect, 1 or −1; 0 when there are as many of each.
+    """
+
+    selections: Mapping[str, list[Selection]] | None
+    majority: float = 1.0
+
+
+def majority(walk: Walk, voting: Callable[[Scan], Callable[[Tile], Tensor]]) -> float:
+    """The sign that most elements of a model have, 1 or −1; 0 when there are as many of each.
+
+    Args:
+        walk: The tensors.
+        voting: Gives what computes a tensor's votes for each tile; it can be recorded (`geomerge.methods.program`).
+    """
+
+    def signs(scan: Scan) -> float:
+        if not scan.numel:
+            return 0.0
+        votes = voting(scan)
+        return scan.sums(lambda tile: [votes(tile).sign_()], recorded=True)[0]
+
+    total = math.fsum(walk.over(signs))
+    return float((total > 0) - (total < 0))
 
 
 def added(parts: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from geomerge.methods.base import Elementwise, parameter, per_model
-from geomerge.methods.combine import added, elected_sign
+from geomerge.methods.combine import Surveyed, added, elected_sign, majority
 from geomerge.methods.elementwise.tall_mask import TallMask, tall_mask
 from geomerge.methods.properties import BASE, PERMUTATION, SCALE, SIGN
 from geomerge.methods.registry import register
@@ -119,21 +119,35 @@ dtype: bfloat16
 """
 
     density: float = parameter(0.2, within=(0, 1), above=0, doc="share of each task vector that is kept")
-    scope: str = parameter("global", choices=("global", "tensor"), doc="what density is a share of")
+    scope: str = parameter(
+        "global",
+        choices=("global", "tensor"),
+        doc="what density is a share of; and of what the majority's sign breaks ties",
+    )
 
     @property
     def surveys(self) -> int:
-        return int(self.scope == "global" and self.density < 1)
+        return 0 if self.scope == "tensor" else 2 if self.density < 1 else 1
 
     @property
     def surveyed_alike(self) -> float:
         return self.density
 
     def _trim(self, experts: int) -> Magnitude:
-        return Magnitude((self.density,) * experts, known=self.known)
+        return Magnitude((self.density,) * experts, known=None if self.known is None else self.known.selections)
 
-    def survey(self, walk: Walk) -> dict[str, list[Selection]]:
-        return self._trim(walk.experts).survey(walk)
+    def survey(self, walk: Walk) -> Surveyed:
+        step = self._trim(walk.experts)
+        found = Surveyed(step.survey(walk))
+        step = replace(step, known=found.selections)
+
+        def voting(scan: Scan) -> Callable[[Tile], Tensor]:
+            selections = step.measure(scan)
+            return lambda tile: added(
+                [step.keep_(delta, k, tile, selections) for k, delta in enumerate(tile.task_vectors())]
+            )
+
+        return found._replace(majority=majority(walk, voting))
 
     def measure(self, scan: Scan) -> tuple[list[Selection], list[int]]:
         return self._trim(scan.experts).measure(scan), []
@@ -145,6 +159,6 @@ dtype: bfloat16
         deltas = tile.task_vectors()
         step, (selections, kept) = self._trim(len(deltas)), stats
         trimmed = [step.keep_(delta.clone(), k, tile, selections) for k, delta in enumerate(deltas)]
-        sign = elected_sign(added(trimmed))
+        sign = elected_sign(added(trimmed), 1.0 if self.known is None else self.known.majority)
         total = added([delta.mul_(sign).clamp_(min=0.0) for delta in trimmed])
         return tile.base.add_(self.shared(tile, deltas, total.mul_(sign), kept), alpha=self.lambda_)

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 
 def unified(deltas: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    """The elected signs, + where the task vectors cancel exactly, and the largest magnitudes that agree with them.
+    """The elected signs, − where the task vectors cancel exactly, and the largest magnitudes that agree with them.
 
     Returns:
         Sign and magnitude, shaped as the task vectors, which stay as they are.
     """
-    sign = elected_sign(added(deltas))
+    sign = elected_sign(added(deltas), tie=-1.0)
     most = (deltas[0] * sign).clamp_(min=0.0)
     for delta in deltas[1:]:
         most = most.maximum(delta * sign)

@@ -44,7 +44,7 @@ class TaskVectors(Elementwise):
         """The first step."""
         raise NotImplementedError
 
-    def merging(self) -> dict[str, bool]:
+    def merging(self) -> dict[str, Any]:
         """How what agrees on the elected sign is merged: arguments of `disjoint_merge`."""
         return {"normalize": self.normalize}
 
@@ -59,7 +59,10 @@ class TaskVectors(Elementwise):
 
     @property
     def loops(self) -> bool:
-        return isinstance(self.sparsifier(), Thins | MagPrune) and not self.merging().get("furthest")
+        merging = self.merging()
+        return (
+            isinstance(self.sparsifier(), Thins | MagPrune) and not merging.get("furthest") and merging.get("tie") != 0
+        )
 
     def check(self, count: int, compat: str | None = None) -> None:
         if compat is None and self.normalize and not self.elect and abs(sum(self.weight)) < 1e-8:
@@ -107,6 +110,7 @@ class TaskVectors(Elementwise):
             weights=self.weight,
             normalize=options["normalize"],
             lambda_=self.lambda_,
+            tie=options.get("tie", 1.0),
         )
         limit = cancelled(scan)
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from geomerge.methods.base import parameter
+from geomerge.methods.combine import Surveyed, added, majority
 from geomerge.methods.elementwise.task_vectors import TaskVectors
 from geomerge.methods.properties import BASE, IDENTICAL, PERMUTATION, SCALE, SINGLE
 from geomerge.methods.registry import register
-from geomerge.methods.selection import Selection
-from geomerge.methods.sparsify import Everything, Magnitude, Sparsifier
+from geomerge.methods.sparsify import Everything, Magnitude, Sparsifier, measure
+from geomerge.methods.tile import Scan, Tile
 from geomerge.methods.walk import Walk
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @register
@@ -49,7 +53,8 @@ dtype: bfloat16
     scope: str = parameter(
         "tensor",
         choices=("tensor", "global"),
-        doc="what density is a share of: each tensor, or the whole model (as in the paper)",
+        doc="what density is a share of: each tensor, or the whole model (as in the paper, whose majority sign is then elected "
+        "where votes cancel; else +)",
     )
     top_k: str = parameter(
         "exact_k",
@@ -60,18 +65,38 @@ dtype: bfloat16
     def sparsifier(self) -> Sparsifier:
         if min(self.density) >= 1:
             return Everything()
-        return Magnitude(self.density, self.rescaling, top_k=self.top_k, known=self.known)
+        known = None if self.known is None else self.known.selections
+        return Magnitude(self.density, self.rescaling, top_k=self.top_k, known=known)
 
-    def merging(self) -> dict[str, bool]:
-        return {"normalize": self.normalize and self.merge_func == "mean", "furthest": self.merge_func == "max"}
+    def merging(self) -> dict[str, Any]:
+        return {
+            "normalize": self.normalize and self.merge_func == "mean",
+            "furthest": self.merge_func == "max",
+            "tie": 1.0 if self.known is None else self.known.majority,
+        }
 
     @property
     def surveys(self) -> int:
-        return int(self.scope == "global" and min(self.density) < 1)
+        return 0 if self.scope == "tensor" else 2 if min(self.density) < 1 else 1
 
     @property
     def surveyed_alike(self) -> Hashable:
-        return self.density, self.top_k
+        return self.density, self.top_k, self.weight, self.rescaling
 
-    def survey(self, walk: Walk) -> dict[str, list[Selection]]:
-        return Magnitude(self.density, top_k=self.top_k).survey(walk)
+    def survey(self, walk: Walk) -> Surveyed:
+        step = self.sparsifier()
+        found = Surveyed(step.survey(walk) if isinstance(step, Magnitude) else None)
+        if walk.experts < 2:
+            return found
+        step = replace(self, known=found).sparsifier()
+
+        def voting(scan: Scan) -> Callable[[Tile], Tensor]:
+            stats, factors = measure(step, scan)
+
+            def votes(tile: Tile) -> Tensor:
+                kept = [step.keep_(delta, k, tile, stats) for k, delta in enumerate(tile.task_vectors())]
+                return added([delta.mul_(w * f) for delta, w, f in zip(kept, self.weight, factors, strict=True)])
+
+            return votes
+
+        return found._replace(majority=majority(walk, voting))

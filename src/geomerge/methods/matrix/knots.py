@@ -9,6 +9,7 @@ import torch
 
 from geomerge.methods import registry
 from geomerge.methods.base import Matrix, parameter, per_model
+from geomerge.methods.combine import Surveyed
 from geomerge.methods.direct import merge_tensors
 from geomerge.methods.linalg import largest, one_thread
 from geomerge.methods.properties import BASE, PERMUTATION, SCALE, SIGN
@@ -98,7 +99,7 @@ dtype: bfloat16
         values = {"weight": self.weight, "density": self.density}
         ties = registry.get("ties").make(values, count=len(deltas))
         if self.known is not None:
-            ties = replace(ties, known={"coordinates": self.known})
+            ties = replace(ties, known=Surveyed({"coordinates": self.known}))
         origin = torch.zeros_like(coordinates[0])
         return torch.mm(basis, merge_tensors(ties, [origin, *coordinates], "coordinates"))
 

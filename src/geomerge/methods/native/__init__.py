@@ -222,6 +222,7 @@ class _Combination(ctypes.Structure):
         ("floor", ctypes.c_double),
         ("factor", ctypes.c_double),
         ("limit", ctypes.c_double),
+        ("minus", ctypes.c_int32),
     )
 
 
@@ -234,6 +235,8 @@ class Combination:
     weights: Sequence[float]
     normalize: bool
     lambda_: float
+    tie: float = 1.0
+    """What is elected where votes cancel, 1 or −1."""
 
     def packed(self, limit: float = 0.0) -> _Combination:
         """For the loops; `limit` as `geomerge.methods.combine.cancelled` gives it."""
@@ -242,9 +245,13 @@ class Combination:
         clamp = alike or min(weights) > 0
         scale = self.coefficients[0] if alike else 1.0
         scale = scale / weights[0] if alike and self.normalize else scale
-        return _Combination(
-            self.elect, alike, self.normalize, clamp, 0.5 if alike else min(weights) / 2, self.lambda_ * scale, limit
-        )
+        floor = 0.5 if alike else min(weights) / 2 if clamp else nothing(weights)
+        return _Combination(self.elect, alike, self.normalize, clamp, floor, self.lambda_ * scale, limit, self.tie < 0)
+
+
+def nothing(weights: Sequence[float]) -> float:
+    """Sums of some of these weights up to this are zero but for float32's rounding (0.1 + 0.2 − 0.3 is none)."""
+    return len(weights) * 2.0**-22 * sum(map(abs, weights))
 
 
 def whole(count: int) -> ctypes.Array[Thinning]:

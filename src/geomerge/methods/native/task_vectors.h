@@ -41,10 +41,11 @@ struct combination {
     int32_t elect;     /* disjoint merge, else a weighted sum */
     int32_t alike;     /* all coefficients are one positive number, and so are all weights */
     int32_t normalize; /* divide by the weights that agree */
-    int32_t clamp;     /* the divisor is at least `floor`; else where it is 0 it becomes 1 */
+    int32_t clamp;     /* the divisor is at least `floor`; else where it is no larger it becomes 1 */
     double floor;
     double factor;     /* of the merged task vector */
     double limit;      /* a sum this much smaller than its summands is made again in double */
+    int32_t minus;     /* where votes cancel the elected sign is -, else + */
 };
 
 /* Parts of the generators' numbers. */
@@ -106,7 +107,7 @@ typedef uint32_t word __attribute__((may_alias));
     }
 
 /* base + sum of c[k] d[k], or the disjoint merge, of m <= CHUNK elements; `doubt` says where float32 may be wrong. */
-#define COMBINE(T, abs, fma, TINY)                                                                    \
+#define COMBINE(T, abs, fma, LEAST)                                                                   \
     static void combine_##T(const struct combination *rule, int t, const double *c, const double *w, int64_t m, \
                             const T *restrict base, T (*restrict d)[CHUNK], T *restrict result,       \
                             uint8_t *restrict doubt) {                                                \
@@ -137,10 +138,8 @@ typedef uint32_t word __attribute__((may_alias));
             }                                                                                         \
         EACH(m) votes[i] = d[0][i];                                                                   \
         for (int k = 1; k < t; k++) EACH(m) votes[i] += d[k][i];                                      \
-        EACH(m) {                                                                                     \
-            T vote = votes[i] + (T)TINY;                                                              \
-            elected[i] = (T)((vote > 0) - (vote < 0));                                                \
-        }                                                                                             \
+        const T none = rule->minus ? (T)LEAST : (T)0;                                                 \
+        EACH(m) elected[i] = votes[i] < none ? (T)-1 : (T)1;                                          \
         for (int k = 0; k < t; k++) {                                                                 \
             T share = rule->alike ? (T)1 : (T)w[k];                                                   \
             EACH(m) {                                                                                 \
@@ -159,7 +158,7 @@ typedef uint32_t word __attribute__((may_alias));
         if (rule->normalize) {                                                                        \
             T floor = (T)rule->floor;                                                                 \
             if (rule->clamp) EACH(m) agreed[i] = agreed[i] < floor ? floor : agreed[i];               \
-            else EACH(m) agreed[i] += (T)(agreed[i] == 0);                                            \
+            else EACH(m) agreed[i] = abs(agreed[i]) <= floor ? (T)1 : agreed[i];                      \
             EACH(m) total[i] /= agreed[i];                                                            \
         }                                                                                             \
         T factor = (T)rule->factor;                                                                   \
@@ -171,7 +170,7 @@ typedef uint32_t word __attribute__((may_alias));
     }
 
 THIN(float, fabsf) THIN(double, fabs)
-COMBINE(float, fabsf, fmaf, 0x1p-126f) COMBINE(double, fabs, fma, 0x1p-1022)
+COMBINE(float, fabsf, fmaf, 0x1p-149f) COMBINE(double, fabs, fma, 0x1p-1074)
 
 /* The elements that float32 may have got wrong, again in double from the inputs themselves. */
 static void again(const struct combination *rule, int t, const double *c, const double *w, int64_t m, const uint8_t *doubt,
@@ -197,7 +196,7 @@ static void again(const struct combination *rule, int t, const double *c, const 
 FUSED fused(const int t, const int elect, const int alike, const int random, const struct combination *rule, const float *keep,
             const float *drop, const float *c, const float *w, const uint16_t *const *x, const float *masks, float *restrict result, int *doubt) {
     const floats limit = all((float)rule->limit), few = all((float)((t + 3) * 0x1p-23)), floor = all((float)rule->floor);
-    const floats factor = all((float)rule->factor), one = all(1), minus = all(-1), tiny = all(0x1p-126f);
+    const floats factor = all((float)rule->factor), one = all(1), minus = all(-1), none = all(rule->minus ? 0x1p-149f : 0.0f);
     const int normalize = rule->normalize, clamp = rule->clamp;
     ints any = {0};
     for (int i = 0; i < CHUNK; i += LANES(float)) {
@@ -220,8 +219,7 @@ FUSED fused(const int t, const int elect, const int alike, const int random, con
             for (int k = 0; !alike && k < t; k++) d[k] *= all(c[k]);
             floats votes = d[0], total = {0}, agreed = {0};
             for (int k = 1; k < t; k++) votes += d[k];
-            floats vote = votes + tiny;
-            floats elected = where(vote > 0, one) + where(vote < 0, minus);
+            floats elected = where(votes < none, minus) + where(~(votes < none), one);
             for (int k = 0; k < t; k++) {
                 floats agreeing = d[k] * elected;
                 agreeing = where(~(agreeing < 0), agreeing);
@@ -232,7 +230,7 @@ FUSED fused(const int t, const int elect, const int alike, const int random, con
             if (!alike) any |= size_of(votes) < total * few;
             if (normalize) {
                 if (clamp) agreed = where(agreed < floor, floor) + where(~(agreed < floor), agreed);
-                else agreed += where(agreed == 0, one);
+                else agreed = where(size_of(agreed) <= floor, one) + where(~(size_of(agreed) <= floor), agreed);
                 total /= agreed;
             }
             sum = plus_product_float(base, total * elected, factor);
