@@ -35,6 +35,7 @@ class Slots:
         self.untied = self._untied()
         self.alignment: Alignment | None = None
         self.block_maps: dict[str, list[int]] = {}
+        self._numbers: dict[str, int] = {}
         self.taken: set[tuple[int, str, int | str]] = set()
         self.covered: dict[str | None, list[Lineup]] = {}
 
@@ -71,7 +72,7 @@ class Slots:
             if p.position == "pre" or p.module != stack:
                 yield p, lineups[0], [p.name] * len(lineups[0].entrants), 0.0
         blocks: list[int] = []
-        total = sum(self._length(lineup, stack) for lineup in lineups)
+        total = self._numbers[stack] = sum(self._length(lineup, stack) for lineup in lineups)
         if not total:
             raise RecipeError(
                 "the slices hold no block: the output would be a model without layers",
@@ -118,6 +119,10 @@ class Slots:
     def _template(self, lineup: Lineup) -> Model:
         """The model whose names and order the output follows: the donor where it takes part."""
         return self.donor if any(e.model is self.donor for e in lineup.entrants) else self._leader(lineup).model
+
+    def blocks(self, module: str) -> int:
+        """How many blocks a module of the output has."""
+        return self._numbers.get(module, self.donor.anatomy.depth.get(module, 0))
 
     def parts(self, template: Model) -> list[Part]:
         """A model's tensors, with the tied names that the output must store because not all models tie them."""

@@ -203,7 +203,7 @@ class RecipePlan:
         rule = "merge"
         if isinstance(method, Matrix) and not weighs(method, part, shape):
             rule, method, operands = rest(method, operands)
-        scale, lift = self.steps.at(part, t)
+        scale, lift = self.steps.at(part, t, self.slots.blocks(part.module))
         columns = [c for a in self.activations if (c := a.at(part, names[0], shape, t)) is not None]
         return Node(
             part.name,

@@ -23,12 +23,13 @@ class Steps:
         mine = [s for s in steps if s.name in ("scale", "lines")]
         self._steps = [(s.name, {k: Lookup(k, (s.parameters,), used) for k in s.parameters}, s.where) for s in mine]
 
-    def at(self, part: Part, t: float) -> tuple[float, float | None]:
+    def at(self, part: Part, t: float, blocks: int) -> tuple[float, float | None]:
         """The product of all steps; and β·depth of LiNeS whose α is found from the model (see `Node.lift`).
 
         Args:
             part: The output's tensor, which filters test.
             t: The depth in the slice.
+            blocks: How many the output's stack has that the tensor is in.
 
         Raises:
             RecipeError: A value that is no number, or is missing.
@@ -46,7 +47,7 @@ class Steps:
             if name == "scale":
                 scale *= numbers.get("value", 1.0)
                 continue
-            lifted = _lifted(numbers, part, where)
+            lifted = _lifted(numbers, part, blocks, where)
             if not auto:
                 scale *= numbers["alpha"] + lifted
             elif lift is not None:
@@ -60,13 +61,13 @@ def _written(values: dict[str, Any]) -> str:
     return ", ".join(f"{name}: {value}" for name, value in values.items())
 
 
-def _lifted(numbers: dict[str, float], part: Part, where: Where) -> float:
-    """β·depth of LiNeS; tensors outside of the blocks have depth 0."""
+def _lifted(numbers: dict[str, float], part: Part, blocks: int, where: Where) -> float:
+    """β·depth of LiNeS; tensors outside of the blocks have depth 0, and a single block, which is the last one, 1."""
     if "beta" not in numbers:
         raise RecipeError(
             f"the step 'lines' needs beta (for {part.name})",
             where=str(where),
             hint="add an entry without a filter: it is for all other tensors",
         )
-    depth = part.depth or 0.0 if part.position == "block" else 0.0
+    depth = 0.0 if part.position != "block" else 1.0 if blocks == 1 else part.depth or 0.0
     return numbers["beta"] * depth

@@ -50,7 +50,7 @@ class Lines(After):
     title: ClassVar[str] = "LiNeS (a step: layer-increasing scaling)"
     paper: ClassVar[str] = "Wang et al. 2024, LiNeS: post-training layer scaling, arXiv:2410.17146"
     formula: ClassVar[str] = (
-        "θ = θ₀ + (α + β·depth)·(θ_merged − θ₀),  depth 0 for the first block, 1 for the last;  "
+        "θ = θ₀ + (α + β·depth)·(θ_merged − θ₀),  depth 0 for the first block, 1 for the last (or only) one;  "
         "auto: α = ‖Σ τₜ‖₁ / (T·‖θ_merged − θ₀‖₁)"
     )
     when: ClassVar[str] = (

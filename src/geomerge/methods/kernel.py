@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 _NARROW = ("BF16", "F16")
 
 _UNDERFLOW = 1e-30
+_SMALL = 1e-4
+"""Of the largest squared norm: smaller ones are lost to the differences of float32's products."""
 
 Open = Callable[..., Scan]
 """Makes the scan of one output tensor, with the tiling that a method asks for as keyword arguments."""
@@ -270,8 +272,10 @@ def measure_gram(open_scan: Open) -> gram.Gram:
     """
     if _narrow(open_scan()):
         found = gram.measure(open_scan(single=True, check=False), "tensor")
-        # Products of numbers below 10⁻¹⁹ are lost to float32.
-        if np.isfinite(found.centred).all() and (np.diagonal(found.centred) > _UNDERFLOW).all():
+        # Products of numbers below 10⁻¹⁹ are lost to float32, and the norm of an input that is small beside the first one.
+        squares = [float(found.dot(i, i)) for i in range(found.count)]
+        fine = np.isfinite(found.centred).all() and (np.diagonal(found.centred) > _UNDERFLOW).all()
+        if fine and min(squares) > _SMALL * max(squares):
             return found
     return gram.measure(open_scan(), "tensor")
 

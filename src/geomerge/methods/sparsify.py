@@ -293,6 +293,8 @@ class RowOutliers(_Ends):
         return None
 
     def keep_(self, delta: Tensor, k: int, tile: Tile, stats: None) -> Tensor:
+        if not tile.scan.shape:  # a single number is no row
+            return delta
         first, last = self.ends(k, delta.shape[-1])
         ascending = _ascending(delta.abs().flip(-1))  # so that of equal magnitudes the first columns are the largest
         descending = (delta.shape[-1] - 1 - ascending).flip(-1)

@@ -170,6 +170,8 @@ dtype: bfloat16
         last, columns = scan.numel - 1, max(scan.columns or 1, 1)
         if last < 0:
             return np.zeros(1), 1, 0.0
+        if columns == 1:  # the softmax of one number is 1: no importances, all of which reach the threshold of 0
+            return np.zeros(1), scan.numel, 0.0
         own = _Important(scan, columns) if _own(scan, columns) else None
         divergences = row_divergences(scan) if own is None else own.rows.divergences
         ranks = [math.floor(q * last) for q in (0.25, 0.5, 0.75)]
