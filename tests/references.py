@@ -177,7 +177,9 @@ def outliers(tau: Array, density: float, gamma: float) -> Array:
 
 
 def outliers_of_rows(tau: Array, density: float, gamma: float) -> Array:
-    """The same in each slice along the last dimension."""
+    """The same in each slice along the last dimension; a single number stays as it is."""
+    if not tau.ndim:
+        return tau
     if tau.ndim < 2 or not tau.size:
         return outliers(tau, density, gamma)
     return np.array([outliers(row, density, gamma) for row in tau.reshape(-1, tau.shape[-1])]).reshape(tau.shape)

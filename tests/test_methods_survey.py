@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ import tiny
 from geomerge.engine.live import LiveMerge
 from geomerge.engine.run import run_in_memory
 from geomerge.engine.shards import finalize, run_shard
+from geomerge.methods import native
 from geomerge.methods.order import largest_of_all, nth_smallest_of_all
 from geomerge.methods.tile import Scan, TensorSource, Tile
 from geomerge.methods.walk import Walk
@@ -61,7 +63,8 @@ def top(tau: Array, density: float) -> Array:
 
 def ties(taus: Sequence[Array], density: float, how: str = "mean") -> Array:
     thin = np.array([top(t, density) for t in taus])
-    sign = np.where(thin.sum(0) >= 0, 1.0, -1.0)
+    sign = np.sign(thin.sum(0))
+    sign = np.where(sign == 0, np.sign(sign.sum()), sign)  # the majority's, where votes cancel
     agree = np.where(thin * sign > 0, thin, 0)
     if how == "sum":
         return agree.sum(0)
@@ -98,7 +101,7 @@ def pcb(taus: Sequence[Array], r: float, rho: float, balance: str, lambda_: floa
 
 
 def emr(taus: Sequence[Array], task: int) -> Array:
-    sign = np.where(sum(taus) >= 0, 1.0, -1.0)
+    sign = np.where(sum(taus) > 0, 1.0, -1.0)
     unified = sign * np.max([np.where(t * sign > 0, np.abs(t), 0) for t in taus], axis=0)
     if not task:
         return unified
@@ -386,6 +389,23 @@ def test_a_model_larger_than_the_sample(grid: bool) -> None:
     np.testing.assert_allclose(flat(merged), flat(tensors[0]) + ties(taus, 0.1), rtol=0, atol=1e-12)
     merged = gm.methods.pcb(tensors[0], tensors[1:])
     np.testing.assert_allclose(flat(merged), flat(tensors[0]) + pcb(taus, 0.2, 0.01, "raw"), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("tie", [1.0, -1.0, 0.0])
+def test_the_majority_breaks_ties(tie: float, compiled: bool, kind: torch.dtype) -> None:
+    """Where votes cancel exactly, the sign that most elements of the whole model elect; nothing where there is no majority."""
+    others = torch.tensor([3.0, 2.0, 4.0, 5.0]) * (tie or torch.tensor([1.0, -1.0, 1.0, -1.0]))
+    names = {"x": slice(0, 3), "y": slice(3, 5)}
+    whole = [torch.cat([torch.tensor([sign]), others]) for sign in (1.0, -1.0)]
+    base, *experts = [{n: w[s].to(kind).repeat(300) for n, s in names.items()} for w in (torch.zeros(5), *whole)]
+    with contextlib.nullcontext() if compiled else native.turned_off():
+        ties = gm.methods.ties(base, experts, weight=1.0, scope="global")
+        consensus = gm.methods.consensus_ties(base, experts, density=1.0, k=1, **{"lambda": 0.5})
+    for found, share in ((ties, 1.0), (consensus, 0.5)):  # of two that agree the mean, and half of the sum
+        assert torch.equal(found["x"], torch.cat([torch.tensor([tie * share]), others[:2]]).to(kind).repeat(300))
+        assert torch.equal(found["y"], others[2:].to(kind).repeat(300))
 
 
 class TestLines:

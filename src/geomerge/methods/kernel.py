@@ -273,10 +273,10 @@ def measure_gram(open_scan: Open) -> gram.Gram:
     if _narrow(open_scan()):
         found = gram.measure(open_scan(single=True, check=False), "tensor")
         # Products of numbers below 10⁻¹⁹ are lost to float32, and the norm of an input that is small beside the first one.
-        squares = [float(found.dot(i, i)) for i in range(found.count)]
-        fine = np.isfinite(found.centred).all() and (np.diagonal(found.centred) > _UNDERFLOW).all()
-        if fine and min(squares) > _SMALL * max(squares):
-            return found
+        if np.isfinite(found.centred).all() and (np.diagonal(found.centred) > _UNDERFLOW).all():
+            squares = [float(found.dot(i, i)) for i in range(found.count)]
+            if min(squares) > _SMALL * max(squares):
+                return found
     return gram.measure(open_scan(), "tensor")
 
 

@@ -107,7 +107,7 @@ class ConsensusTies(_Consensus):
     paper: ClassVar[str] = TallMask.paper
     formula: ClassVar[str] = "θ = θ₀ + λ · [Σ mₜ ≥ k] ⊙ Σ{τ̂ₛ : sgn τ̂ₛ = sgn Σ τ̂}"
     when: ClassVar[str] = "As consensus, where signs conflict."
-    properties: ClassVar[frozenset[str]] = frozenset({PERMUTATION, BASE, SCALE})
+    properties: ClassVar[frozenset[str]] = frozenset({PERMUTATION, BASE, SCALE, SIGN})
     models: ClassVar[tuple[int, int | None]] = (2, None)
     recorded: ClassVar[bool] = True
     example: ClassVar[str] = """\
