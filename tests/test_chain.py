@@ -211,6 +211,24 @@ def test_published_variants_are_presets_of_a_chain(preset: str, dtype: str) -> N
     assert all(torch.equal(tensor, both[1][name]) for name, tensor in both[0].items())
 
 
+@pytest.mark.parametrize("shape", [(3000, 1), (40, 40, 1, 1), (1,), (), (0, 1), (20_000, 1)], ids=str)
+@pytest.mark.parametrize("name", ["della", "breadcrumbs "])
+def test_rows_of_one_element(name: str, shape: tuple[int, ...]) -> None:
+    """1×1 kernels, heads of one column, single numbers: each element is a row, and q its density."""
+    method, beside, own, step = PRESETS[name]
+    w = torch.from_numpy(np.random.default_rng(4).standard_normal(shape))
+    models = {"base": {"w": torch.zeros_like(w)}, "a": {"w": w}}
+    head = "base_model: base\nmodels: [{model: a}]\nseed: 3\n"
+    one = gm.merge_state_dicts(f"merge_method: {name}\n{head}parameters: {{weight: 1, density: 0.4, {own}}}\n", models)
+    more = f"parameters: {{weight: 1, {beside}}}\n".replace(", }", "}")
+    assert torch.equal(
+        one["w"], gm.merge_state_dicts(f"merge_method: {method}\n{head}{more}steps: [{{{step}}}]\n", models)["w"]
+    )
+    if name == "della":
+        factors = one["w"] / w
+        assert torch.allclose(factors, torch.where(factors == 0, 0.0, 1 / 0.4).double())
+
+
 def test_svd_compress_before_a_sum_is_the_method() -> None:
     """svd_compress → task_arithmetic equals the method svd_compress, rest rule and all."""
     for rest in ("sum", "base"):

@@ -380,3 +380,12 @@ def test_single_file_diffusion_by_components(tmp_path: Path) -> None:
     gm.merge(RECIPE.format(tmp_path, f"components: {{vae: {{copy: {tmp_path}/a}}}}"), tmp_path / "out")
     for name, tensor in load_file(tmp_path / "out/model.safetensors").items():
         assert torch.equal(tensor, a[name] if name.startswith("first") else half(a[name], b[name]))
+
+
+def test_models_that_are_not_there(tmp_path: Path) -> None:
+    """Each is told, with its own line."""
+    text = f"merge_method: linear\nbase_model: {tmp_path}/a\nmodels: [{{model: {tmp_path}/b}}]\n"
+    with pytest.raises(gm.ModelError) as caught:
+        gm.plan(text + "parameters: {weight: 1}\ncomponents: {language: merge}\n")
+    assert f"<recipe>:3: {tmp_path}/b" in str(caught.value)
+    assert f"<recipe>:2: {tmp_path}/a" in str(caught.value)

@@ -181,6 +181,15 @@ def test_steps_by_hand(method: str, family: dict[str, tiny.Tensors]) -> None:
         assert not torch.allclose(merged[name], plain[name])
 
 
+def test_lines_of_a_single_block() -> None:
+    """It is the last one: α + β; what lies outside of the blocks has α."""
+    state = {n: torch.ones(2, 2) for n in ("model.layers.0.mlp.up_proj.weight", "model.embed_tokens.weight")}
+    models = {"base": {n: torch.zeros_like(w) for n, w in state.items()}, "a": state}
+    text = "merge_method: task_arithmetic\nbase_model: base\nmodels: [{model: a}]\nparameters: {weight: 1}\n"
+    merged = gm.merge_state_dicts(text + "steps: [{lines: {alpha: 0.25, beta: 0.5}}]\n", models)
+    assert [w[0, 0].item() for w in merged.values()] == [0.75, 0.25]
+
+
 def test_steps_need_their_numbers(family: dict[str, tiny.Tensors]) -> None:
     """A step without a parameter, or with a word for a number, is refused with its line."""
     with pytest.raises(gm.RecipeError, match="needs beta") as caught:

@@ -42,6 +42,13 @@ def test_embeddings_of_the_first_and_head_of_the_last(family: dict[str, tiny.Ten
     assert torch.equal(merged["model.norm.weight"], family["b"]["model.norm.weight"])
 
 
+@pytest.mark.usefixtures("family")
+def test_slices_without_a_block(tmp_path: Path) -> None:
+    """One of several may be empty; a model without layers is no merge."""
+    with pytest.raises(gm.RecipeError, match="the slices hold no block"):
+        gm.plan(tiny.passthrough(tmp_path, "a 0 0", "b 3 3"))
+
+
 def test_zero_length_last_slice_gives_the_head(family: dict[str, tiny.Tensors], tmp_path: Path) -> None:
     """The trick to keep another model's head: a last slice without blocks."""
     gm.merge(tiny.passthrough(tmp_path, "a 0 3", "b 3 3"), tmp_path / "out")

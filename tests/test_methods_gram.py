@@ -115,6 +115,21 @@ def test_tiny_halves_do_not_underflow() -> None:
     assert torch.equal(small, large * tiny)
 
 
+@pytest.mark.parametrize("ratio", [1e-2, 1e-3, 1e-4])
+def test_a_model_much_smaller_than_the_first(ratio: float) -> None:
+    """Norms are not what is left of two large numbers in float32."""
+    x, y = (torch.from_numpy(np.random.default_rng(k).standard_normal(1 << 16)).bfloat16() for k in range(2))
+    y = y * ratio
+    for merge in (
+        lambda x, y: gm.methods.karcher([x, y]),
+        lambda x, y: gm.methods.slerp(x, [y], t=0.4),
+        lambda x, y: gm.methods.slerp(x, [y], t=0.4, norm="geo"),
+        lambda x, y: gm.methods.multislerp([x, y], weight=1.0),
+    ):
+        exact = merge(x.double(), y.double())
+        assert (merge(x, y).double() - exact).norm() < 0.002 * exact.norm()  # bfloat16's own
+
+
 @pytest.mark.skipif(not native.available(), reason="the compiled loops were not built (no C compiler?)")
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 6])
 @pytest.mark.parametrize("shape", [(40, 896), (7, 1030), (300, 3)])

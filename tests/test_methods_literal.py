@@ -277,6 +277,13 @@ class TestModelStock:
         assert torch.equal(gm.methods.model_stock(vector(0, 0), experts), vector(0, 0))
         assert near(gm.methods.model_stock(vector(0, 0), experts, clamp_negative=False), -0.6, -1.2)
 
+    def test_filter_wise_of_any_tile(self) -> None:
+        """Cosines of eight pairs and more are added in one order, however many rows a tile has."""
+        base = torch.linspace(-1, 1, 24 * 5000, dtype=torch.float64).view(24, 5000)
+        experts = [base + 0.05 * torch.sin(base * 1e4 + k) for k in range(7)]
+        found = [gm.methods.model_stock(base, experts, filter_wise=True, tile=tile) for tile in (1 << 13, 1 << 17)]
+        assert torch.equal(*found)
+
     def test_filter_wise(self) -> None:
         """An angle for each row: the first as in `test_two`, the second orthogonal and so the base's."""
         experts = [vector([1, 0], [1, 0]), vector([0.6, 0.8], [0, 1])]
@@ -322,6 +329,21 @@ class TestNearSwap:
 
 class TestTies:
     """Trim, elect, merge."""
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("weight", [[0.1, 0.2, -0.3], [0.7, 0.2, -0.9], [1.0, 2.0, -3.0]])
+    def test_weights_that_cancel(self, weight: list[float], dtype: torch.dtype) -> None:
+        """0.1 + 0.2 − 0.3 is 6·10⁻¹⁷ in binary: nothing is divided by that, as nothing is by 1 + 2 − 3. The terms agree."""
+        experts = [torch.tensor([x]).to(dtype) for x in (0.5, 0.25, -1.0)]
+        exact = sum(w * x.double() for w, x in zip(weight, experts, strict=True))
+        found = gm.methods.ties(torch.zeros(1, dtype=dtype), experts, weight=weight)
+        assert torch.equal(found, exact.to(dtype))
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+    def test_votes_below_the_normal_numbers(self, dtype: torch.dtype) -> None:
+        """They have a sign as all others."""
+        x = torch.tensor([-1e-39, 1e-39]).to(dtype)
+        assert torch.equal(gm.methods.ties(torch.zeros(2, dtype=dtype), [x], weight=1.0), x)
 
     def test_trim(self) -> None:
         """The ⌊½·4⌋ largest of |4, −3, 2, 1|."""
@@ -550,6 +572,13 @@ class TestArceeFusion:
     def test_five(self) -> None:
         """|Δ| = 5, 1, 2, 3, 9: quartiles 2, 3, 5, threshold 3 + 1.5·3 = 7.5."""
         assert near(gm.methods.arcee_fusion(vector(0, 0, 0, 0, 0), [vector(5, 1, 2, 3, 9)]), 0, 0, 0, 0, 9)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_rows_of_one_element(self, dtype: torch.dtype) -> None:
+        """The softmax of one number is 1 in both models: nothing stands out, and 0 ≥ 0 takes all."""
+        base = torch.linspace(-1, 1, 900).view(30, 30, 1, 1).to(dtype)
+        other = (base * 1.01 + 0.003).to(dtype)
+        assert torch.equal(gm.methods.arcee_fusion(base, [other]), other)
 
     def test_rows_have_divergences_of_their_own(self) -> None:
         """Rows [0, ln 3] against [0, 0]: p = ¼, ¾ and q = ½: KL = ¼ ln ½ + ¾ ln 1.5 = 0.131; times ln 3: 0.144.

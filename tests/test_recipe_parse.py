@@ -159,6 +159,16 @@ class TestStructure:
             """)
         assert message.startswith("r.yml:6: the sources of a slice have 8 and 7 blocks\n")
 
+    def test_parameters_out_of_place(self) -> None:
+        """The commonest mistake: beside a model, or at the top. mergekit takes no notice of it."""
+        text = (
+            "merge_method: ties\nbase_model: b\ndensity: 0.3\nmodels: [{model: a, weight: 1}]\nparameters: {weight: 1}"
+        )
+        said = refused(text)
+        assert "the recipe has no key 'density'\n  it is a parameter: put it under `parameters:`" in said
+        assert "a model of 'models' has no key 'weight'" in said
+        assert any("'density'" in note for note in one(text + "\ncompat: mergekit").notes)
+
     def test_empty_layer_range(self) -> None:
         """A slice without blocks is allowed: people use it to choose where the head comes from."""
         recipe = one("merge_method: passthrough\nslices: [{sources: [{model: a, layer_range: [32, 32]}]}]")

@@ -182,3 +182,12 @@ def test_every_pair_gets_a_decision(
     anchors = [v for c in found.coefficients.values() for v in (c if isinstance(c, list) else [c])]
     assert all(0 <= v <= 1 for v in anchors)
     assert (found.scope is not None) == (found.mode == "align_then_merge")
+
+
+def test_more_than_two_models_weigh_the_same() -> None:
+    """t is not one of a pair's then, and is explained."""
+    found = judged(billions=0.5, models=("a", "b", "c"))
+    assert found.t == pytest.approx(2 / 3)
+    assert any("1 − 1/3" in reason for reason in found.reasons)
+    assert not any("0.65" in reason for reason in found.reasons)
+    assert any("0.5 to 0.65" in reason for reason in judged(billions=0.5).reasons)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from evaluate_models import FakeTask
+from safetensors.torch import save_file
 
 from geomerge.errors import ModelError, UsageError
 from geomerge.evaluate import Scores, evaluate
@@ -372,3 +373,13 @@ def test_model_identity(language_models: Path) -> None:
     with torch.no_grad():
         next(module.parameters()).view(-1)[0] += 1
     assert Model("a", "model", module=module).hash != before
+
+
+def test_an_adapter_alone(tmp_path: Path) -> None:
+    """It is told to be merged, not to be named behind its base, which is refused as well."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "adapter_config.json").write_text("{}")
+    save_file({"x": torch.zeros(1)}, tmp_path / "a" / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match="cannot be evaluated without being merged") as caught:
+        evaluate(str(tmp_path / "a"), FakeTask(OUTCOMES))
+    assert f"BASE+{tmp_path / 'a'}" in str(caught.value)
