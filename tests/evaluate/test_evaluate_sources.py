@@ -17,7 +17,7 @@ from geomerge.errors import DataError, ModelError, RunError, UsageError
 from geomerge.evaluate import evaluate, lab
 from geomerge.evaluate.models import Model
 from geomerge.evaluate.perplexity import perplexity_task, windows
-from geomerge.evaluate.references import find_tasks
+from geomerge.evaluate.references import find_tasks, of_harness
 from geomerge.evaluate.task import Settings
 
 TEXT = "the merge of two models. " * 12 + "\n" + "a line\n" * 10
@@ -429,3 +429,13 @@ class TestLoading:
         with pytest.raises(ModelError, match="--trust-remote-code"):
             evaluate(folder, f"perplexity:{tmp_path / 't.txt'}")
         assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("reference", "says"), [("skill/reasoning", "'skills'"), ("glyph/a", "'glyphs'"), (" ", "no task")]
+)
+def test_misspelt_suites(reference: str, says: str) -> None:
+    """Before lm-eval's thousands of tasks are looked through for them."""
+    assert of_harness(reference) == []
+    with pytest.raises(UsageError, match=says):
+        find_tasks(reference)

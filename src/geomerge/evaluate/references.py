@@ -14,10 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from geomerge.errors import UsageError
+from geomerge.errors import UsageError, did_you_mean
 from geomerge.evaluate import callable as own
 from geomerge.evaluate import classification, lab, leaderboard, lm_eval_tasks, perplexity
 from geomerge.evaluate.task import Task
+from geomerge.lab.kinds import KINDS
 
 TasksLike = Any
 """A reference, several separated by commas, a `Task`, a function, or a sequence of these."""
@@ -57,8 +58,17 @@ def of_harness(tasks: str | Sequence[str]) -> list[str]:
     return [
         one
         for one in _flat(tasks)
-        if not (one.startswith(known) or one == leaderboard.NAME or ".py" in one or lab.is_lab(one))
+        if not (
+            one.startswith(known) or one == leaderboard.NAME or ".py" in one or lab.is_lab(one) or _suite_meant(one)
+        )
     ]
+
+
+def _suite_meant(reference: str) -> str | None:
+    """A hint where a lab suite's name before a slash is misspelt; lm-eval's own tasks have no slash in their names."""
+    suite, slash, _ = reference.partition("/")
+    hint = did_you_mean(suite, KINDS) if slash else None
+    return hint if hint is not None and hint.startswith("did") else None
 
 
 def _flat(tasks: TasksLike) -> list[Any]:
@@ -66,6 +76,8 @@ def _flat(tasks: TasksLike) -> list[Any]:
     if isinstance(tasks, Path):
         return [str(tasks)]
     if isinstance(tasks, str):
+        if not tasks.strip():
+            return []
         if Path(tasks.partition(":")[2] or tasks).exists():
             return [tasks]
         return [part.strip() for part in tasks.split(",") if part.strip()]
@@ -102,4 +114,7 @@ def _find(reference: str, include: Sequence[str | Path]) -> list[Task]:
         return list(lab.lab_tasks(reference))
     if reference == leaderboard.NAME or reference.startswith(f"{leaderboard.NAME}/"):
         return list(leaderboard.leaderboard_tasks(reference))
+    close = _suite_meant(reference)
+    if close is not None and not include:
+        raise UsageError(f"there is no lab suite {reference.partition('/')[0]!r}", hint=close)
     return [lm_eval_tasks.lm_eval_task(reference, include)]

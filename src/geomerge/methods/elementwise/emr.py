@@ -44,7 +44,7 @@ class Emr(Elementwise):
     title: ClassVar[str] = "EMR-Merging (elect, mask, rescale)"
     paper: ClassVar[str] = "Huang et al. 2024, EMR-Merging, arXiv:2405.17461"
     formula: ClassVar[str] = (
-        "θ = θ₀ + τ,  τ = s · max{|τₜ| : sgn τₜ = s},  s = sgn Σ τₜ;  of task t: θ₀ + λₜ · [τₜ·s > 0] ⊙ τ"
+        "θ = θ₀ + τ,  τ = s · max{|τₜ| : sgn τₜ = s},  s = sgn Σ τₜ (− for 0);  of task t: θ₀ + λₜ · [τₜ·s > 0] ⊙ τ"
     )
     when: ClassVar[str] = (
         "All experts are to be kept in little room: `geomerge compress` stores the unified vector and one bit an element and "
