@@ -350,6 +350,16 @@ class TestTies:
         x = vector(4, -3, 2, 1)
         assert near(gm.methods.ties(zero(x), [x], weight=1, density=0.5), 4, -3, 0, 0)
 
+    @pytest.mark.parametrize(("compat", "number"), [("", 29), ("compat: mergekit\n", 28)])
+    @pytest.mark.parametrize("method", ["ties", "breadcrumbs", "sce"])
+    def test_shares(self, method: str, compat: str, number: int) -> None:
+        """0.29 of 100 elements; mergekit has int(28.999999999999996)."""
+        x, y = (torch.arange(1.0, 101.0) * factor for factor in (1.0, 1.5))
+        share = "select_topk: 0.29" if method == "sce" else "weight: 1, density: 0.29"
+        text = f"merge_method: {method}\nbase_model: b\nmodels: [{{model: x}}, {{model: y}}]\nparameters: {{{share}}}\n{compat}"
+        merged = gm.merge_state_dicts(text, {"b": {"w": torch.zeros(100)}, "x": {"w": x}, "y": {"w": y}})
+        assert int(merged["w"].count_nonzero()) == number
+
     def test_equal_magnitudes(self) -> None:
         """Of four magnitudes of 1 the two with the lowest index stay."""
         x = vector(1, -1, 1, 1)

@@ -103,6 +103,11 @@ class Selection:
 NOTHING = Selection(math.inf, 0, ())
 
 
+def share(part: float, n: int, *, binary: bool = False) -> int:
+    """⌊part·n⌋ as a user means it: 0.29 of 100 elements are 29. The product of `binary` fractions is below that: 28."""
+    return math.floor(part * n + (0.0 if binary else 1e-9))
+
+
 def _next_below(value: float, *, single: bool) -> float:
     """The largest smaller number of float32 or float64: what is greater than it is at least `value`."""
     number = np.float32(value) if single else np.float64(value)

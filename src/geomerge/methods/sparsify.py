@@ -20,7 +20,7 @@ from geomerge.methods import native
 from geomerge.methods.native import Pruning, Thinning
 from geomerge.methods.order import largest, largest_of_all
 from geomerge.methods.random import FINER, bernoulli, drawing, keep_, numbers_at
-from geomerge.methods.selection import Selection
+from geomerge.methods.selection import Selection, share
 from geomerge.methods.tile import BLOCK, Place, Scan, Segment, Tile, added_up
 from geomerge.methods.walk import Walk
 
@@ -119,9 +119,9 @@ def _inverse(density: Sequence[float]) -> list[float]:
     return [1 / d if d > 0 else 1.0 for d in density]
 
 
-def kept(density: float, n: int) -> int:
-    """⌊density·n⌋ as a user means it: 0.1 of 10 elements is 1, whatever binary fractions say; at least 1 of them."""
-    return min(max(math.floor(density * n + 1e-9), 1 if density > 0 else 0), n)
+def kept(density: float, n: int, *, binary: bool = False) -> int:
+    """The same of a density: at least 1 element, and at most all."""
+    return min(max(share(density, n, binary=binary), 1 if density > 0 else 0), n)
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,8 @@ class Magnitude(Thins):
 
     Attributes:
         density: The share that is kept.
-        top_k: ``exact_k``: ⌊density·n⌋ elements, among equals the lowest index. ``kth_inclusive`` (the TIES authors'): all that
+        top_k: ``exact_k``: ⌊density·n⌋ elements, among equals the lowest index. ``binary_k``: the same as binary fractions
+            have it (mergekit). ``kth_inclusive`` (the TIES authors'): all that
             are at least the (n − ⌊density·n⌋)-th smallest. ``mask_rate_inclusive`` (MergeLM's): all that are at least the
             ⌊(1 − density)·n⌋-th smallest. 1-based; a rank of 0 keeps everything.
         known: The selections by tensor, where they were made over the whole model.
@@ -166,14 +167,18 @@ class Magnitude(Thins):
         if self.known is not None:
             return self.known[scan.name]
         found = largest(scan, magnitudes, self.counts(scan.numel), range(scan.experts))
-        return found if self.top_k == "exact_k" else [s.with_equals() for s in found]
+        return [s.with_equals() for s in found] if self._inclusive else found
 
     def survey(self, walk: Walk) -> dict[str, list[Selection]]:
         """The selections over all tensors together, by tensor."""
         found = largest_of_all(walk, magnitudes, self.counts(walk.numel), range(walk.experts))
-        if self.top_k == "exact_k":
+        if not self._inclusive:
             return found
         return {name: [s.with_equals() for s in selections] for name, selections in found.items()}
+
+    @property
+    def _inclusive(self) -> bool:
+        return self.top_k.endswith("inclusive")
 
     def counts(self, n: int) -> list[int]:
         """How many of n elements are kept of each expert, equals of the last one aside."""
@@ -181,7 +186,7 @@ class Magnitude(Thins):
             return [min(math.floor(d * n + 1e-9) + 1, n) for d in self.density]
         if self.top_k == "mask_rate_inclusive":
             return [min(n - math.floor((1 - d) * n + 1e-9) + 1, n) for d in self.density]
-        return [kept(d, n) for d in self.density]
+        return [kept(d, n, binary=self.top_k == "binary_k") for d in self.density]
 
     def keep_(self, delta: Tensor, k: int, tile: Tile, stats: list[Selection]) -> Tensor:
         return stats[k].shrink_(delta, tile, k)
@@ -245,10 +250,11 @@ class _Ends:
     gamma: Sequence[float]
     yielding: bool = False
     rescale: Rescale = "none"
+    binary: bool = False
 
     def ends(self, k: int, n: int) -> tuple[int, int]:
         """Of n elements of an expert by descending magnitude, which are kept: from the one rank up to the other."""
-        first, count = (math.floor(share[k] * n + 1e-9) for share in (self.gamma, self.density))
+        first, count = (share(part[k], n, binary=self.binary) for part in (self.gamma, self.density))
         if self.yielding:
             first = min(first, n - count)
         return first, min(first + count, n)

@@ -15,7 +15,7 @@ from geomerge.methods.sparsify import Outliers, RowOutliers, Sparsifier
 @dataclass(frozen=True)
 class _Breadcrumbs(TaskVectors):
     paper: ClassVar[str] = "Davari & Belilovsky 2023, Model Breadcrumbs, arXiv:2312.06795"
-    mergekit: ClassVar[dict[str, Any]] = {"rescale_norm": "l1", "outliers_yield": True}
+    mergekit: ClassVar[dict[str, Any]] = {"rescale_norm": "l1", "outliers_yield": True, "counting": "binary"}
 
     gamma: tuple[float, ...] = per_model(0.01, within=(0, 1), doc="share of the largest elements that is dropped")
     outliers_yield: bool = parameter(
@@ -27,9 +27,15 @@ class _Breadcrumbs(TaskVectors):
         doc="what density and gamma are shares of: each tensor (mergekit), or each row along the last dimension (published)",
     )
 
+    counting: str = parameter(
+        "decimal",
+        choices=("decimal", "binary"),
+        doc="what a share of n elements is: 0.29 of 100 is 29, or 28 as in mergekit, which cuts off binary fractions",
+    )
+
     def sparsifier(self) -> Sparsifier:
         step = RowOutliers if self.scope == "row" else Outliers
-        return step(self.density, self.gamma, self.outliers_yield, self.rescaling)
+        return step(self.density, self.gamma, self.outliers_yield, self.rescaling, self.counting == "binary")
 
 
 @register

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -14,7 +13,7 @@ from geomerge.methods.combine import added, elected_sign
 from geomerge.methods.order import largest
 from geomerge.methods.properties import BASE, IDENTICAL, PERMUTATION, SCALE, SINGLE
 from geomerge.methods.registry import register
-from geomerge.methods.selection import Selection
+from geomerge.methods.selection import Selection, share
 from geomerge.methods.tile import Scan, Tile
 
 if TYPE_CHECKING:
@@ -50,7 +49,7 @@ class Sce(Elementwise):
     )
     when: ClassVar[str] = "Fused chat models of one base, without any weights to choose."
     properties: ClassVar[frozenset[str]] = frozenset({PERMUTATION, BASE, SINGLE, IDENTICAL, SCALE})
-    mergekit: ClassVar[dict[str, Any]] = {"energy_floor": 1e-6, "divisor_floor": 1e-6}
+    mergekit: ClassVar[dict[str, Any]] = {"energy_floor": 1e-6, "divisor_floor": 1e-6, "counting": "binary"}
     recorded: ClassVar[bool] = True
     example: ClassVar[str] = """\
 merge_method: sce
@@ -68,6 +67,11 @@ dtype: bfloat16
     )
     energy_floor: float = parameter(0.0, within=(0, 1), doc="equal weights below this total energy (mergekit: 1e-6)")
     divisor_floor: float = parameter(0.0, within=(0, 1), doc="smallest divisor (mergekit: 1e-6)")
+    counting: str = parameter(
+        "decimal",
+        choices=("decimal", "binary"),
+        doc="what a share of n elements is: 0.29 of 100 is 29, or 28 as in mergekit, which cuts off binary fractions",
+    )
 
     def check(self, count: int, compat: str | None = None) -> None:
         if self.select_topk < 1 and count < 2 and compat is None:
@@ -77,7 +81,7 @@ dtype: bfloat16
         selection = None
         if self.select_topk < 1 and scan.numel:
             (nonzero,) = scan.sums(lambda tile: [_variance(tile.task_vectors()).ne_(0.0)], recorded=True)
-            count = math.floor(self.select_topk * nonzero + 1e-9)
+            count = share(self.select_topk, int(nonzero), binary=self.counting == "binary")
             (selection,) = largest(scan, lambda tile: [_variance(tile.task_vectors())], [count], recorded=True)
 
         def energies(tile: Tile) -> list[Tensor]:

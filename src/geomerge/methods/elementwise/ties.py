@@ -30,7 +30,7 @@ class Ties(TaskVectors):
     formula: ClassVar[str] = "θ = θ₀ + λ · mean{wₖτ̂ₖ : sgn wₖτ̂ₖ = sgn Σ wⱼτ̂ⱼ},  τ̂ = top-density(τ)"
     when: ClassVar[str] = "Three or more fine-tunes of one base that pull the same weights in different directions."
     properties: ClassVar[frozenset[str]] = frozenset({PERMUTATION, BASE, SINGLE, IDENTICAL, SCALE})
-    mergekit: ClassVar[dict[str, Any]] = {"rescale_norm": "l1"}
+    mergekit: ClassVar[dict[str, Any]] = {"rescale_norm": "l1", "top_k": "binary_k"}
     elect: ClassVar[bool] = True
     chain: ClassVar[str] = "trim → ties (density: 1)"
     example: ClassVar[str] = """\
@@ -58,8 +58,9 @@ dtype: bfloat16
     )
     top_k: str = parameter(
         "exact_k",
-        choices=("exact_k", "kth_inclusive", "mask_rate_inclusive"),
-        doc="what density keeps exactly: that share, or one of the two rules of published code, which keep all equals",
+        choices=("exact_k", "binary_k", "kth_inclusive", "mask_rate_inclusive"),
+        doc="what density keeps exactly: that share (0.29 of 100 is 29, or 28 with `binary_k`, as in mergekit), or one of the "
+        "two rules of published code, which keep all equals",
     )
 
     def sparsifier(self) -> Sparsifier:
