@@ -18,7 +18,10 @@ from geomerge.methods.span.slerp import ANTIPODAL, great_circle
 @register
 @dataclass(frozen=True)
 class NuSlerp(Span):
-    """SLERP at t = w₂/(w₁ + w₂); with a base the task vectors are interpolated and added to it."""
+    """SLERP at t = w₂/(w₁ + w₂); with a base the task vectors are interpolated and added to it.
+
+    Within 10⁻³ radians of opposite directions the circle is not determined: there it is linear interpolation.
+    """
 
     name: ClassVar[str] = "nuslerp"
     title: ClassVar[str] = "NuSLERP"

@@ -26,7 +26,10 @@ def great_circle(omega: Any, t: Any, epsilon: float) -> tuple[Any, Any]:
 @register
 @dataclass(frozen=True)
 class Slerp(Span):
-    """Interpolation of two models along the great circle, tensor by tensor (Shoemake 1985)."""
+    """Interpolation of two models along the great circle, tensor by tensor (Shoemake 1985).
+
+    Within 10⁻³ radians of opposite directions the circle is not determined: there it is linear interpolation.
+    """
 
     name: ClassVar[str] = "slerp"
     title: ClassVar[str] = "Spherical linear interpolation (SLERP)"
