@@ -1,7 +1,8 @@
 """Carrying out a plan's nodes on threads: which tensor when, and what happens when one fails.
 
-Large tensors are made one after the other, all threads on their segments; then the smaller ones, largest
-first, a thread for each; and tiny ones by one thread, in bundles. Whole matrices are decomposed by one thread each,
+Large tensors are made one after the other, all threads on their segments; then the smaller ones, a thread for each, taken from
+both ends of their order of size: small ones keep the interpreter busy while large ones compute. Tiny ones are made by one
+thread, in bundles. Whole matrices are decomposed by one thread each,
 as many side by side as fit into `geomerge.engine.matrices.ROOM`. The bits do not depend on any of this.
 """
 
