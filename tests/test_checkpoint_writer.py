@@ -126,9 +126,9 @@ def test_force_replaces_its_own_kind_only(tmp_path: Path, kind: str) -> None:
     """A merge does not take an adapter's place, nor that of months of a continual merge; nor these a model's."""
     for name in ("out", "again"):
         write(model(tmp_path / name) / MARKS[kind], b"{}")
-    with pytest.raises(UsageError, match=f"is {kind}, which is not replaced by a model"):
+    with pytest.raises(UsageError, match=f"holds {kind}, so it is not replaced by a model"):
         OutputDirectory(tmp_path / "out", force=True)
-    with pytest.raises(UsageError, match=f"is a model, which is not replaced by {kind}"):
+    with pytest.raises(UsageError, match=f"holds a model, so it is not replaced by {kind}"):
         OutputDirectory(model(tmp_path / "m"), force=True, kind=kind)
     with OutputDirectory(tmp_path / "again", force=True, kind=kind) as output:
         output.create(LAYOUT)

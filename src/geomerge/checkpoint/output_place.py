@@ -88,7 +88,7 @@ def _check(out: Path, partial: Path, inputs: Iterable[Path], *, force: bool, hin
         )
     if _kind_of(out) != kind:
         raise UsageError(
-            f"is {_kind_of(out)}, which is not replaced by {kind}",
+            f"holds {_kind_of(out)}, so it is not replaced by {kind}",
             where=where,
             hint="choose another output, or remove it yourself",
         )
