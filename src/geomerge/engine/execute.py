@@ -2,8 +2,8 @@
 
 Large tensors are made one after the other, all threads on their segments; then the smaller ones, a thread for each, taken from
 both ends of their order of size: small ones keep the interpreter busy while large ones compute. Tiny ones are made by one
-thread, in bundles. Whole matrices are decomposed by one thread each,
-as many side by side as fit into `geomerge.engine.matrices.ROOM`. The bits do not depend on any of this.
+thread, in bundles. Whole matrices are decomposed by one thread each, as many side by side as fit into
+`geomerge.engine.matrices.ROOM`. The bits do not depend on any of this.
 """
 
 from __future__ import annotations
