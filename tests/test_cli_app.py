@@ -316,6 +316,14 @@ def test_numbers_are_never_cut(capsys: pytest.CaptureFixture[str], monkeypatch: 
     assert all(name in out for name in names)
     assert all(cell in out for row in rows for cell in row[1:])
     assert out.count("task 1") == 3
+    for width in (60, 30, 22):
+        monkeypatch.setenv("COLUMNS", str(width))
+        console.show(console.table(["model", "how", "size"], [["x" * 60, "y" * 40, "123,456,789"]], right=["size"]))
+        out = capsys.readouterr().out
+        assert "123,456,789" in out
+        assert (out.count("x"), out.count("y")) == (60, 40)
+        assert max(map(len, out.splitlines())) <= width
+    monkeypatch.setenv("COLUMNS", "60")
     console.show(console.table(["tensors", "how"], [["x" * 40, "layer_adaptive_slerp(t=0.25)"]]))
     assert [line.split()[-1] for line in capsys.readouterr().out.splitlines()[1:]] == [
         "layer_adaptive_slerp",

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import geomerge as gm
 import tiny
+import token_samples
 from geomerge.engine import build, sources
 from geomerge.engine.live import LiveMerge
 
@@ -53,6 +54,20 @@ def test_the_module_is_the_merge(method: str, more: str, module: torch.nn.Module
     written = tiny.read(Path("out"))
     state = module.state_dict()
     assert all(torch.equal(state[name], tensor.float()) for name, tensor in written.items())
+
+
+def test_parents_with_other_vocabularies(tmp_path: Path) -> None:
+    """No policy helps a module that has the rows of one of them: the hint says what does."""
+    for name, more in (("x", ()), ("y", (token_samples.special("<|user|>"),))):
+        tokenizer = token_samples.bpe(token_samples.GERMAN, 290, *more)
+        tiny.llama(tmp_path / name, 0, vocab_size=tokenizer.get_vocab_size(), num_hidden_layers=1)
+        token_samples.save(tmp_path / name, tokenizer)
+    module = AutoModelForCausalLM.from_pretrained(tmp_path / "x", dtype=torch.float32)
+    live = LiveMerge({name: tmp_path / name for name in "xy"}, module)
+    for policy in ("", "tokenizer_source: union\n"):
+        text = f"merge_method: linear\nmodels: [{{model: x}}, {{model: y}}]\nparameters: {{weight: 1}}\n{policy}"
+        with pytest.raises(gm.IncompatibleModels, match="geomerge transplant"):
+            live.blend(gm.load_recipe(text))
 
 
 def test_parents_are_read_once_and_measured_once(module: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,6 +98,11 @@ def test_different_architectures(root: Path) -> None:
     for name, said in (("deep", "3 blocks"), ("wide", "different shapes"), ("other", "different architectures")):
         with pytest.raises(IncompatibleModels, match=said):
             diagnose(root / "a", root / name)
+    config = {"model_type": "mamba", "num_hidden_layers": 5}
+    tiny.save(root / "mamba", {f"backbone.layers.{i}.w": torch.ones(3, 3) for i in range(5)}, config)
+    with pytest.raises(IncompatibleModels, match=r"llama with 3 blocks.*mamba with 5 blocks") as caught:
+        diagnose(root / "a", root / "mamba")
+    assert "slices" not in str(caught.value)
     with pytest.raises(IncompatibleModels, match=r"the base deep has 4 blocks"):
         diagnose(root / "a", root / "b", base=root / "deep")
 

@@ -349,13 +349,16 @@ class TestVerb:
     def test_terminated_and_resumed(self, run: Program) -> None:
         """SIGTERM is Ctrl-C: the best so far is written; --resume goes on, and says so where there is nothing."""
         self.write(term=3)
-        code, out, err = run("search", "s.yml", "--resume")
+        code, out, err = run("search", "s.yml", "--resume", "--merge", "won")
         assert code == 130, err
+        assert "--resume --merge won" in err
+        assert not Path("won").exists()  # which would not be replaced in the end
         assert "nothing to go on with in s: the search begins" in err
         assert "interrupted" in out
         assert Path("s/best.yml").is_file()
         self.write()
-        code, out, err = run("search", "s.yml", "--resume")
+        code, out, err = run("search", "s.yml", "--resume", "--merge", "won")
         assert code == 0, err
+        assert Path("won/config.json").is_file()
         assert "nothing to go on with" not in err
         assert "4 (budget)" in out

@@ -158,15 +158,14 @@ def _table(
     for i, column in enumerate(columns):
         made.add_column(column, justify="right" if i in numbers else "left", no_wrap=i in numbers, overflow="fold")
     limits = [width - _GAP for width in widths]
-    texts = [i for i in range(len(columns) - 1) if i not in numbers]
-
-    def excess(least: int) -> int:
-        return sum(limits) + _GAP * (len(limits) - 1) - room - max(limits[-1] - least, 0)
-
-    while excess(_LAST) > 0 and any(limits[i] > _LEAST for i in texts):
-        widest = max(texts, key=limits.__getitem__)
-        limits[widest] = max(limits[widest] - excess(_LAST), _LEAST)
-    limits[-1] = max(limits[-1] - max(excess(limits[-1]), 0), 1)
+    texts = [i for i in range(len(columns)) if i not in numbers]
+    last, others = texts[-1:], texts[:-1]
+    for narrowed, least in ((last, _LAST), (others, _LEAST), (last, _LEAST), (texts, 1)):
+        while narrowed and sum(limits) + _GAP * (len(limits) - 1) > room:
+            widest = max(narrowed, key=limits.__getitem__)
+            if limits[widest] <= least:
+                break
+            limits[widest] -= 1
     for shape, limit in zip(made.columns, limits, strict=True):
         shape.min_width = shape.max_width = limit
     for row in cells:

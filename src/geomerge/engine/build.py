@@ -30,13 +30,13 @@ from geomerge.methods.chain import thinned
 from geomerge.methods.gram import Gram
 from geomerge.methods.kernel import Open, Prepared, columnwise, measure_gram, merge_matrix, prepare
 from geomerge.methods.rest import is_matrix
-from geomerge.methods.tile import TILE, Scan, Source
+from geomerge.methods.tile import TILE, Scan, Segment, Source
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-Run = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
+Run = Callable[[Callable[[Segment], Any], Iterable[Segment]], Iterable[Any]]
 
 
 class Builder:

@@ -99,9 +99,8 @@ def largest(
         )
         budget = dict.fromkeys(wanted, 4 * _COLLECT)
         segments = _collect(scan, magnitudes, brackets, budget, _COLLECT // 2 // len(scan.segments), look)
-        chosen = scan.side_by_side(lambda i: choose([s[i] for s in segments], counts[i]), wanted)
-        for i, selection in zip(wanted, chosen, strict=True):
-            found[i] = selection or by_counting(scan.over, magnitudes, i, counts[i])
+        for i in wanted:
+            found[i] = choose([s[i] for s in segments], counts[i]) or by_counting(scan.over, magnitudes, i, counts[i])
     return found
 
 
@@ -256,7 +255,7 @@ def _bounds(
     counts: dict[int, int],
     n: int,
     floor: float,
-    run: Callable[[Callable[[list[int]], Any], Iterable[list[int]]], Iterable[Any]],
+    run: Callable[[Callable[[list[int]], Any], Iterable[list[int]]], Iterable[Any]] = map,
 ) -> dict[int, tuple[native.Bounds, float]]:
     """`bounds_of` for each selection; what several have in common is sorted once."""
     alike: dict[tuple[int, ...], list[int]] = {}
@@ -290,7 +289,7 @@ def _brackets(
     n = scan.numel
     size = min(max(_SAMPLE, int((n / 3) ** (2 / 3))), _MOST)  # costs about as much as what is collected by it
     while True:
-        found = _bounds(_sample(scan, magnitudes, counts, size, look), counts, n, 0.0, scan.side_by_side)
+        found = _bounds(_sample(scan, magnitudes, counts, size, look), counts, n, 0.0)
         share = max(share for _, share in found.values())
         if (share < _WIDE and share * n <= 2 * _COLLECT) or size >= min(n, _MOST):
             return {i: bounds for i, (bounds, _) in found.items()}

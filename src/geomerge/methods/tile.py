@@ -47,7 +47,6 @@ BLOCK = 1 << 13
 SEGMENT = 1 << 20
 """Elements in a segment (rounded down to whole rows where a method needs rows)."""
 
-Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
@@ -230,7 +229,7 @@ class Scan:
         seed: int = 0,
         columns: int | None = None,
         tile: int = TILE,
-        run: Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]] = map,
+        run: Callable[[Callable[[Segment], Any], Iterable[Segment]], Iterable[Any]] = map,
         device: torch.device | str = "cpu",
         level: int = 0,
         read_ahead: bool = False,
@@ -273,10 +272,6 @@ class Scan:
         results = list(self._run(work, self.segments))
         self._finite = True  # every element has been looked at
         return results
-
-    def side_by_side(self, work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-        """Run `work` on whatever belongs to the tensor, as on its segments; the results in order."""
-        return list(self._run(work, items))
 
     def tiles(self, segment: Segment) -> Iterator[Tile]:
         """The tiles of one segment in order. A tile's inputs are valid until the next is asked for."""

@@ -33,8 +33,8 @@ static void read_zeros(int number, siginfo_t *info, void *context) {
     }
 }
 
-/* Maps the first `size` bytes of a file, which stays open, for reading: which mapping it is, -1 where that cannot be. Of this and `geomerge_unmap` one call
- * at a time. */
+/* Maps the first `size` bytes of a file, which stays open, for reading: which mapping it is, -1 where that cannot be. Of this and
+ * `geomerge_unmap` one call at a time. */
 int geomerge_map(int file, int64_t size) {
     static int watching = 0;
     int i = 0;

@@ -51,9 +51,8 @@ dtype: bfloat16
                 size = np.maximum(norms[..., i] * norms[..., j], self.norm_floor)
                 cosine = np.where(size > 0, dots[..., i, j] / np.where(size > 0, size, 1.0), 0.0)
                 cosines.append(np.clip(cosine, -1.0, 1.0))
-        c = sum(cosines) / len(
-            cosines
-        )  # in this order for however many rows; NumPy's mean of one row would add by pairs
+        # In this order for however many rows: NumPy's mean adds those of one row by pairs.
+        c = sum(cosines) / len(cosines)
         if self.clamp_negative:
             c = np.maximum(c, 0.0)
         below = 1 + (k - 1) * c
