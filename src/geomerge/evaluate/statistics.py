@@ -5,7 +5,6 @@ The resampling and the exact tests are scipy's. Nothing here imports torch.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import inspect
 import math
@@ -76,7 +75,9 @@ def score_interval(samples: Samples, *, resamples: int = RESAMPLES, seed: int = 
         seed: Of the resampling.
     """
     if samples.binary:
-        found = _scipy_stats().binomtest(int(samples.values.sum()), len(samples))
+        from scipy import stats
+
+        found = stats.binomtest(int(samples.values.sum()), len(samples))
         limits = found.proportion_ci(CONFIDENCE, method="wilson")
         return float(limits.low), float(limits.high)
     return _bootstrap([samples], samples.resampled, resamples, seed)
@@ -108,7 +109,9 @@ def mcnemar(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> float:
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
     if only_a + only_b == 0:
         return 1.0
-    return float(_scipy_stats().binomtest(only_a, only_a + only_b, 0.5).pvalue)
+    from scipy import stats
+
+    return float(stats.binomtest(only_a, only_a + only_b, 0.5).pvalue)
 
 
 def _bootstrap(samples: Sequence[Samples], statistic: Any, resamples: int, seed: int) -> tuple[float, float]:
@@ -130,7 +133,8 @@ def _bootstrap(samples: Sequence[Samples], statistic: Any, resamples: int, seed:
         return statistic(rows)
 
     columns = sum(s.values.shape[1] for s in samples)
-    bootstrap = _scipy_stats().bootstrap
+    from scipy.stats import bootstrap
+
     generator = "rng" if "rng" in inspect.signature(bootstrap).parameters else "random_state"
     found = bootstrap(
         [first.parts[i] for i in drawn],
@@ -200,13 +204,3 @@ def synergy(parents: Sequence[float], merged: float, *, higher_is_better: bool =
         improvement=sign * (merged - best),
         diversity=max(parents) - min(parents),
     )
-
-
-@functools.cache
-def _scipy_stats() -> Any:
-    """scipy.stats, or an error that says how to get it."""
-    try:
-        from scipy import stats
-    except ImportError:
-        raise UsageError("the statistics of scores need scipy", hint="pip install 'geomerge[eval]'") from None
-    return stats

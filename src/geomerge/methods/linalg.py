@@ -8,13 +8,13 @@ tensors (`geomerge.engine.execute`).
 from __future__ import annotations
 
 import contextlib
-import threading
+import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from geomerge.methods.krylov import NOISE, leading
+from geomerge.methods.eigen import Setting, eigh, gram
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,34 +23,20 @@ if TYPE_CHECKING:
 RANK = 1e-6
 """Singular values below this share of the largest do not count: a matrix in 16 or 32 bits does not hold such."""
 
-_PANEL = 256
 _WEAK = 3e-3
 """Singular values below this share of the largest are not taken from a Gram matrix."""
 
-
-class _Threads:
-    """How many threads torch, BLAS and LAPACK had before the first of those that want one entered."""
-
-    def __init__(self) -> None:
-        self._entering = threading.Lock()
-        self._inside = 0
-        self._before = 1
-
-    def enter(self) -> None:
-        with self._entering:
-            if not self._inside:
-                self._before = torch.get_num_threads()
-            self._inside += 1
-            torch.set_num_threads(1)
-
-    def leave(self) -> None:
-        with self._entering:
-            self._inside -= 1
-            if not self._inside:
-                torch.set_num_threads(self._before)
+_NOISE = 1e-13
+"""Eigenvalues of a Gram matrix below this share of the largest are zero but for rounding."""
 
 
-_threads = _Threads()
+def _torch_alone() -> Callable[[], object]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    return lambda: torch.set_num_threads(before)
+
+
+_alone = Setting(_torch_alone)
 
 
 @contextlib.contextmanager
@@ -59,33 +45,11 @@ def one_thread() -> Iterator[None]:
 
     Several threads may be inside at a time: the setting is the process's, so only the last that leaves restores it.
     """
-    _threads.enter()
-    try:
+    with _alone:
         yield
-    finally:
-        _threads.leave()
 
 
 # -- the shorter side --------------------------------------------------------------------------------------------------
-
-
-def gram(matrix: Tensor) -> Tensor:
-    """AAᵀ."""
-    return symmetric_product(matrix, matrix.T)
-
-
-def symmetric_product(left: Tensor, right: Tensor) -> Tensor:
-    """LR, which is known to be symmetric: by panels down to the diagonal, for half the work of a product."""
-    rows = left.shape[0]
-    if rows <= _PANEL:
-        return left @ right
-    made = left.new_empty(rows, rows)
-    for first in range(0, rows, _PANEL):
-        last = min(first + _PANEL, rows)
-        panel = left[first:last] @ right[:, :last]
-        made[first:last, :last] = panel
-        made[:first, first:last] = panel[:, :first].T
-    return made
 
 
 def _wide(matrix: Tensor) -> Tensor:
@@ -119,25 +83,28 @@ def _left(wide: Tensor, k: int, floor: float = 0.0) -> _Left:
     ones and everything for weak ones. So the weak ones, σ < `_WEAK`·σ₁, are only taken as a subspace: what A does in it, a few
     rows, is decomposed itself. Where most are weak, all of A is.
 
-    Few strong ones come from a Krylov space, if that is cheaper (`leading`). Values below `floor` are not wanted: where all
-    weak ones are such, none is looked for.
+    Values below `floor` are not wanted: where all weak ones are such, none is looked for.
     """
-    product = gram(wide)
-    few = leading(product, k, floor=_WEAK**2)
-    if few is not None:
-        return _Left(few.vectors, few.values.sqrt(), wide[:0])
-    values, vectors = torch.linalg.eigh(product)
-    values, vectors = values.flip(0).clamp_(min=0.0), vectors.flip(1)
-    rows, first = len(values), float(values[0])
-    strong = min(k, int((values >= _WEAK**2 * first).sum())) if first > 0.0 else 0
+    product = gram(wide, upper=True)
+    rows = len(product)
+    values, vectors = eigh(product, k)
+    first = float(values[0])
+    lost = max(_NOISE * first, floor * floor)
+
+    def strong_and_weak() -> tuple[int, bool]:
+        strong = min(k, int((values >= _WEAK**2 * first).sum())) if first > 0.0 else 0
+        return strong, strong < k and bool((values[strong:] > lost).any())
+
+    strong, weak = strong_and_weak()
+    if weak and k < rows:
+        values, vectors = eigh(product)
+        strong, weak = strong_and_weak()
     u, s, tail = vectors[:, :strong], values[:strong].sqrt(), wide[:0]
-    if strong < k and bool((values[strong:] > max(NOISE * first, floor * floor)).any()):
-        if 2 * (rows - strong) > rows:
-            u, s, tail = (x[:, :k] if i == 0 else x[:k] for i, x in enumerate(svd(wide)))
-        else:
-            weak = vectors[:, strong:]
-            found = svd(weak.T @ wide).first(k - strong)
-            u, s, tail = torch.cat([u, weak @ found.u], 1), torch.cat([s, found.s]), found.vh
+    if (weak and 2 * strong < rows) or math.isnan(first):  # NaN: the products overflowed
+        u, s, tail = (x[:, :k] if i == 0 else x[:k] for i, x in enumerate(svd(wide)))
+    elif weak:
+        found = svd(vectors[:, strong:].T @ wide).first(k - strong)
+        u, s, tail = torch.cat([u, vectors[:, strong:] @ found.u], 1), torch.cat([s, found.s]), found.vh
     kept = int((s > RANK * s[0]).sum()) if len(s) else 0
     return _Left(u[:, :kept], s[:kept], tail[: max(kept - len(s) + len(tail), 0)])
 
@@ -184,6 +151,27 @@ def largest(matrix: Tensor, k: int, floor: float = 0.0) -> Triplets:
     return found.first(kept)
 
 
+def largest_outside(matrix: Tensor, basis: Tensor, k: int, floor: float = 0.0) -> Triplets:
+    """`largest` of what is left of a matrix with at least as many rows as columns outside of a subspace, A − BBᵀA.
+
+    Its Gram matrix is AᵀA − (BᵀA)ᵀBᵀA, so that what is left need not be made: as good, unless next to nothing is left.
+
+    Args:
+        matrix: A.
+        basis: B, orthonormal columns.
+        k, floor: As for `largest`.
+    """
+    inside = basis.T @ matrix
+    whole = gram(matrix.T, upper=True)
+    values, vectors = eigh(whole - gram(inside.T, upper=True), k)
+    if not float(values[-1]) > _WEAK**2 * float(whole.trace()):
+        return largest(matrix - basis @ inside, k, floor)
+    u = matrix @ vectors
+    u -= basis @ (basis.T @ u)
+    s = torch.linalg.vector_norm(u, dim=0)
+    return Triplets(u / s, s, vectors.T).first(int((s > floor).sum()))
+
+
 def truncate(
     matrix: Tensor, *, rank: int | None = None, ratio: float | None = None, energy: float | None = None
 ) -> Tensor:
@@ -225,27 +213,32 @@ def complement(vectors: Tensor) -> Tensor:
 
 def polar(matrix: Tensor) -> Tensor:
     """UVᵀ of A = UΣVᵀ over the singular values above 10⁻⁶ of the largest: the nearest (partial) isometry."""
-    return _scaled(matrix, lambda s: 1.0 / s)
+    return scaled(matrix, lambda s: 1.0 / s)
 
 
 def shrink(matrix: Tensor, threshold: float) -> Tensor:
     """Singular value thresholding: UΣ'Vᵀ with σ' = max(σ − threshold, 0)."""
     if float(torch.linalg.matrix_norm(matrix)) <= threshold:
         return torch.zeros_like(matrix)
-    return _scaled(matrix, lambda s: (1.0 - threshold / s).clamp_(min=0.0), floor=threshold)
+    return scaled(matrix, lambda s: (1.0 - threshold / s).clamp_(min=0.0), floor=threshold)
 
 
-def _scaled(matrix: Tensor, factor: Callable[[Tensor], Tensor], floor: float = 0.0) -> Tensor:
-    """Σ f(σᵢ)·σᵢ·uᵢvᵢᵀ over σᵢ > floor, for the strong ones as U f(Σ) Uᵀ·A."""
+def scaled(matrix: Tensor, factor: Callable[[Tensor], Tensor], floor: float = 0.0) -> Tensor:
+    """Σ f(σᵢ)·σᵢ·uᵢvᵢᵀ over σᵢ > floor that are above 10⁻⁶ of the largest: for the strong ones as U f(Σ) Uᵀ·A.
+
+    Args:
+        matrix: A.
+        factor: f ≥ 0 of all those singular values, the largest first.
+        floor: Smaller ones are left out.
+    """
     wide = _wide(matrix)
     left = _left(wide, wide.shape[0], floor)
     kept = int((left.s > floor).sum())
     head = min(left.head, kept)
     f = factor(left.s[:kept])
     u = left.u[:, :kept]
-    strong = u[:, :head] * f[:head]
     few = 2 * head <= len(wide)
-    made = strong @ (u[:, :head].T @ wide) if few else symmetric_product(strong, u[:, :head].T) @ wide
+    made = u[:, :head] * f[:head] @ (u[:, :head].T @ wide) if few else gram(u[:, :head] * f[:head].sqrt()) @ wide
     if kept > head:
         made.addmm_(u[:, head:] * (f * left.s[:kept])[head:], left.tail[: kept - head])
     return made if wide is matrix else made.T

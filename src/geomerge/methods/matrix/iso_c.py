@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from geomerge.methods.base import Matrix, parameter
-from geomerge.methods.linalg import polar, svd
+from geomerge.methods.linalg import scaled, svd
 from geomerge.methods.properties import BASE, PERMUTATION, ROTATION, SCALE, SIGN
 from geomerge.methods.registry import register
 
@@ -54,7 +54,4 @@ dtype: bfloat16
 
 def isotropic(total: Tensor) -> Tensor:
     """σ̄·UVᵀ of UΣVᵀ, over the singular values that count."""
-    direction = polar(total)
-    # ⟨UVᵀ, UΣVᵀ⟩ is the sum of the singular values, ‖UVᵀ‖² their number.
-    mean = (direction * total).sum() / (direction * direction).sum().round().clamp_(min=1.0)
-    return direction.mul_(mean)
+    return scaled(total, lambda s: s.mean() / s)

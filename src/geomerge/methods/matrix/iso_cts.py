@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from geomerge.methods.base import Matrix, parameter
-from geomerge.methods.linalg import RANK, Triplets, complement, largest, polar
+from geomerge.methods.linalg import RANK, Triplets, complement, largest, largest_outside, polar
 from geomerge.methods.matrix.iso_c import isotropic
 from geomerge.methods.properties import BASE, PERMUTATION, ROTATION, SCALE, SIGN
 from geomerge.methods.registry import register
@@ -76,7 +76,7 @@ def _specific(deltas: Tensor, common: Tensor, each: int) -> Iterator[Triplets]:
     for delta in deltas:
         floor = RANK * float(torch.linalg.matrix_norm(delta))
         if basis is None:
-            yield largest(delta.sub_(common @ (common.T @ delta)), each, floor=floor)
+            yield largest_outside(delta, common, each, floor)
         else:
             found = largest(basis.T @ delta, each, floor=floor)
             yield found._replace(u=basis @ found.u)

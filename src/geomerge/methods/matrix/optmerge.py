@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from geomerge.methods.base import Matrix, parameter
+from geomerge.methods.eigen import eigh, gram
 from geomerge.methods.matrix.quadratic import Quadratic, norms
 from geomerge.methods.properties import BASE, PERMUTATION, SIGN, SINGLE
 from geomerge.methods.registry import register
@@ -101,9 +102,8 @@ def _leading(matrix: Tensor, k: int) -> tuple[Tensor, Tensor]:
     decomposition. Singular values below 10⁻⁸ of the largest are lost to it; they weigh as little in both results.
     """
     if matrix.shape[0] <= matrix.shape[1]:
-        u = torch.linalg.eigh(matrix @ matrix.T)[1][:, -k:]
+        u = eigh(gram(matrix, upper=True), k)[1]
         probe = u.T @ matrix
         return u @ probe, probe
-    values, vectors = torch.linalg.eigh(matrix.T @ matrix)
-    v = vectors[:, -k:]
-    return matrix @ v @ v.T, values[-k:].clamp(min=0.0).sqrt().unsqueeze(1) * v.T
+    values, v = eigh(gram(matrix.T, upper=True), k)
+    return matrix @ v @ v.T, values.clamp(min=0.0).sqrt().unsqueeze(1) * v.T

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from geomerge.methods.eigen import eigh, gram
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -84,8 +86,8 @@ class Quadratic:
             response: f for the eigenvalues of C, largest first: shape ``(e,)`` → ``(e,)``, e ≤ columns. Those that are
                 zero may be missing, and where they are not, what it says of them does not matter.
         """
-        values, vectors = torch.linalg.eigh(self.stacked @ self.stacked.T if self.factored else self.gram)
-        values, vectors = values.flip(0).clamp_(min=0.0), vectors.flip(1)
+        values, vectors = eigh(gram(self.stacked, upper=True) if self.factored else self.gram)
+        values = values.clamp(min=0.0)
         there = values > NULL * values[0]
         response_ = torch.where(there, response(values), 0.0) / torch.where(there, values, 1.0)
         if self.factored:

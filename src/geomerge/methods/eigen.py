@@ -1,0 +1,189 @@
+"""Eigenvalues and products of symmetric matrices, by the LAPACK and BLAS that SciPy brings.
+
+torch's `eigh` always finds all eigenvectors, for what five products of matrices cost. This LAPACK finds an eighth of them for
+two, and all for four. SciPy's own functions hold the interpreter's lock; called through the pointers that it exports for
+Cython, they work beside each other.
+
+Small matrices, and those of a device, are left to torch: there SciPy is not even loaded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib
+import math
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_SMALL = 256
+"""Matrices with fewer rows are not worth a library that takes a fifth of a second to load."""
+_LARGE = 32_000
+"""With more, LAPACK's sizes do not fit into 32 bits."""
+_FEW = 5
+"""At most one in so many eigenvectors is looked for apart; to find more of them costs what all do."""
+
+
+def eigh(matrix: Tensor, k: int | None = None) -> tuple[Tensor, Tensor]:
+    """The k largest eigenvalues of a symmetric, positive semidefinite matrix, and their vectors.
+
+    Args:
+        matrix: Shape ``(n, n)``; only the upper triangle is looked at.
+        k: From 1 to n; by default all.
+
+    Returns:
+        The values, the largest first, and the vectors as orthonormal columns: shapes ``(k,)`` and ``(n, k)``. All NaN where
+        the matrix is not finite.
+    """
+    n = len(matrix)
+    k = n if k is None else k
+    if not math.isfinite(float(matrix.trace())):
+        return matrix.new_full((k,), math.nan), matrix.new_full((n, k), math.nan)
+    if _ours(matrix):
+        found = _largest(matrix, k if _FEW * k <= n else n)
+        if found is not None:
+            return found[0][:k], found[1][:, :k]
+    values, vectors = torch.linalg.eigh(matrix, UPLO="U")
+    return values.flip(0)[:k], vectors.flip(1)[:, :k]
+
+
+def gram(matrix: Tensor, *, upper: bool = False) -> Tensor:
+    """AAᵀ for half the work of a product, or only its upper triangle: what lies below it is undefined then."""
+    (rows, columns), (down, across) = matrix.shape, matrix.stride()
+    # Fortran sees every matrix transposed.
+    flipped = across == 1 and down >= columns
+    if not _ours(matrix) or not columns or not (flipped or (down == 1 and across >= rows)):
+        return matrix @ matrix.T
+    made, transposed, lead = matrix.new_empty(rows, rows), b"T" if flipped else b"N", down if flipped else across
+    _call(
+        "blas", "dsyrk", b"L", transposed, _int(rows), _int(columns), _double(1.0), matrix.data_ptr(), _int(lead),
+        _double(0.0), made.data_ptr(), _int(rows),
+    )  # fmt: skip
+    for first in () if upper else range(0, rows, _PANEL):
+        last = min(first + _PANEL, rows)
+        block = made[first:last, first:last]
+        block.copy_(block.triu() + block.triu(1).T)
+        made[first:last, :first] = made[:first, first:last].T
+    return made
+
+
+_PANEL = 64
+
+
+def _ours(matrix: Tensor) -> bool:
+    return _SMALL <= len(matrix) <= _LARGE and matrix.device.type == "cpu" and matrix.dtype == torch.float64
+
+
+def _largest(matrix: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
+    """By way of a tridiagonal matrix: of that a few eigenvectors by relatively robust representations, or all by halves."""
+    n = len(matrix)
+    reflections, (diagonal, beside, factors, values) = _copied(matrix), matrix.new_empty(4, n)
+    order, places = _int(n), (diagonal.data_ptr(), beside.data_ptr())
+    if not _lapack("dsytrd", b"L", order, reflections.data_ptr(), order, *places, factors.data_ptr()):
+        return None
+    vectors, support = matrix.new_empty(k, n), torch.empty(2 * k, dtype=torch.int32)
+    if k < n:
+        found, unused = ctypes.c_int(0), _double(0.0)
+        done = _lapack(
+            "dstemr", b"V", b"I", order, *places, unused, unused, _int(n - k + 1), order, ctypes.byref(found),
+            values.data_ptr(), vectors.data_ptr(), order, _int(k), support.data_ptr(), _int(1), integers=True,
+        ) and found.value == k  # fmt: skip
+    else:
+        done = _lapack("dstedc", b"I", order, *places, vectors.data_ptr(), order, integers=True)
+        values = diagonal
+    if not done:
+        return None
+    # The reflections leave the first element alone.
+    vectors[:, 1:] = torch.ormqr(reflections.T[1:, :-1], factors[:-1], vectors.T[1:]).T
+    return values[:k].flip(0), vectors.flip(0).T
+
+
+def _copied(matrix: Tensor) -> Tensor:
+    return matrix.clone(memory_format=torch.contiguous_format)
+
+
+def _lapack(name: str, *arguments: Any, integers: bool = False) -> bool:
+    """Call a routine twice, for the room that it needs (for integers, too) and for its work; whether it did that."""
+    sizes, info = (ctypes.c_double(0.0), ctypes.c_int(0))[: 1 + integers], ctypes.c_int(0)
+    _call(
+        "lapack", name, *arguments, *(x for size in sizes for x in (ctypes.byref(size), _int(-1))), ctypes.byref(info)
+    )
+    room = [
+        torch.empty(max(int(size.value), 1), dtype=dtype)
+        for size, dtype in zip(sizes, (torch.float64, torch.int32), strict=False)
+    ]
+    _call("lapack", name, *arguments, *(x for r in room for x in (r.data_ptr(), _int(len(r)))), ctypes.byref(info))
+    return not info.value
+
+
+def _int(value: int) -> Any:
+    return ctypes.byref(ctypes.c_int(value))
+
+
+def _double(value: float) -> Any:
+    return ctypes.byref(ctypes.c_double(value))
+
+
+# -- the library -------------------------------------------------------------------------------------------------------
+
+
+def _call(library: str, name: str, *arguments: Any) -> None:
+    """Call a routine of ``blas`` or ``lapack``, with one thread; it takes pointers to everything."""
+    with _one_thread:
+        _routine(library, name, len(arguments))(*arguments)
+
+
+@functools.cache
+def _routine(library: str, name: str, count: int) -> Callable[..., None]:
+    api = ctypes.pythonapi
+    name_of = ctypes.PYFUNCTYPE(ctypes.c_char_p, ctypes.py_object)(("PyCapsule_GetName", api))
+    pointer_of = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(("PyCapsule_GetPointer", api))
+    capsule = importlib.import_module(f"scipy.linalg.cython_{library}").__pyx_capi__[name]
+    return ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * count)(pointer_of(capsule, name_of(capsule)))
+
+
+class Setting:
+    """A setting of the process: made by the first thread that enters, undone by the last that leaves.
+
+    Args:
+        make: Makes it, and returns what undoes it.
+    """
+
+    def __init__(self, make: Callable[[], Callable[[], object]]) -> None:
+        self._make = make
+        self._entering = threading.Lock()
+        self._inside = 0
+        self._undo: Callable[[], object]
+
+    def __enter__(self) -> None:
+        with self._entering:
+            if not self._inside:
+                self._undo = self._make()
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._entering:
+            self._inside -= 1
+            if not self._inside:
+                self._undo()
+
+
+def _limited() -> Callable[[], object]:
+    limit = _threads().limit(limits=1)
+    return lambda: limit.restore_original_limits()
+
+
+@functools.cache
+def _threads() -> Any:
+    """How many threads SciPy's library has; it is loaded by then."""
+    from scipy.linalg import cython_lapack  # noqa: F401
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController().select(user_api="blas")
+
+
+_one_thread = Setting(_limited)
