@@ -19,6 +19,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from geomerge.engine.memory import keep_freed_memory
 from geomerge.methods import registry
 from geomerge.methods.direct import Function
 from geomerge.methods.eigen import eigh
@@ -132,6 +133,7 @@ def main() -> None:
     parser.add_argument("--methods", default=",".join(reference.__name__ for reference in references))
     given = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()  # as a merge does
     eigh(torch.eye(1024, dtype=torch.float64))  # loads what is loaded once
     print(f"{TASKS} task vectors, spectrum {given.spectrum}, float64, one thread")
     print(f"{'shape':>12s}  {'method':8s} {'ours':>9s} {'full SVD':>9s} {'faster':>7s} {'difference':>11s}")

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 import geomerge as gm
 import references as ref
-from geomerge.methods import tile
+from geomerge.methods import native, tile
 from geomerge.methods.random import bernoulli, keep_, numbers_at, stream, words
 from geomerge.methods.sparsify import MagPrune
 from geomerge.methods.tile import Scan, TensorSource
@@ -66,6 +66,20 @@ def test_any_tile_in_any_order() -> None:
             assert np.array_equal(words(t, "dare/0"), whole[t.start : t.start + t.numel])
 
 
+compiled = pytest.mark.skipif(not native.available(), reason="the compiled loops were not built (no C compiler?)")
+
+
+@compiled
+def test_generators_of_loops_begin_as_numpy_s() -> None:
+    """For any 128 bits, those whose high words are zero among them."""
+    keys = [bytes(16), b"\x07" + bytes(15), bytes(15) + b"\xff", b"\xff" * 16]
+    keys += [np.random.default_rng(i).bytes(16) for i in range(200)]
+    for key in keys:
+        inner = np.random.PCG64DXSM(int.from_bytes(key, "little")).state["state"]
+        assert native.generator(key) == (inner["state"], inner["inc"])
+
+
+@compiled
 @pytest.mark.parametrize("number", [0, 1, 2, 3, 1000, 2**20 + 7, 2**40, 10**12 + 1])
 def test_numbers_for_loops_are_those_of_the_generator(number: int) -> None:
     """State and increment at a place, found without making a generator, are those that NumPy's has after as many numbers."""

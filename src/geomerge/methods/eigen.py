@@ -173,8 +173,8 @@ class Setting:
 
 
 def _limited() -> Callable[[], object]:
-    limit = _threads().limit(limits=1)
-    return lambda: limit.restore_original_limits()
+    undo: Callable[[], object] = _threads().limit(limits=1).restore_original_limits
+    return undo
 
 
 @functools.cache

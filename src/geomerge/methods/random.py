@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+
+from geomerge.methods import native
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -23,8 +25,11 @@ if TYPE_CHECKING:
 
 def stream(seed: int, label: str) -> np.random.PCG64DXSM:
     """The generator for one label, at element 0."""
-    digest = hashlib.sha256(f"{seed}\0{label}".encode()).digest()
-    return np.random.PCG64DXSM(int.from_bytes(digest[:16], "little"))
+    return np.random.PCG64DXSM(int.from_bytes(_key(seed, label), "little"))
+
+
+def _key(seed: int, label: str) -> bytes:
+    return hashlib.sha256(f"{seed}\0{label}".encode()).digest()[:16]
 
 
 Numbers = tuple[int, int, int, int]
@@ -34,7 +39,7 @@ Numbers = tuple[int, int, int, int]
 def numbers_at(place: Place, label: str, number: int) -> Numbers:
     """The generator of a tensor's words, before so many numbers of 64 bits, for a compiled loop.
 
-    The state that `stream` has after `advance`, without making a generator each time.
+    The state that `stream` has after `advance`, without a generator.
     """
     state, increment = _beginning(place.scan.seed, f"{label}/{place.scan.name}")
     by, times = _steps(number)
@@ -43,8 +48,7 @@ def numbers_at(place: Place, label: str, number: int) -> Numbers:
 
 @functools.lru_cache(maxsize=1024)
 def _beginning(seed: int, label: str) -> tuple[int, int]:
-    inner: Any = stream(seed, label).state["state"]
-    return inner["state"], inner["inc"]
+    return native.generator(_key(seed, label))
 
 
 _MULTIPLIER = 0xDA942042E4DD58B5

@@ -213,6 +213,13 @@ class Thinning(ctypes.Structure):
         self.width, self.limit = width, limit
 
 
+def generator(key: bytes) -> tuple[int, int]:
+    """State and increment that NumPy's PCG64DXSM has when it is made of 16 bytes, little end first."""
+    state, step = (ctypes.c_uint64 * 2)(), (ctypes.c_uint64 * 2)()
+    call.loaded().geomerge_generator(key, state, step)
+    return state[1] << 64 | state[0], step[1] << 64 | step[0]
+
+
 class _Combination(ctypes.Structure):
     _fields_ = (
         ("elect", ctypes.c_int32),

@@ -128,3 +128,37 @@ FUSED numbers_of_generators(const int t, uint64_t **state, uint64_t **step, int6
     for (int k = 0; k < t; k++) state[k][0] = (uint64_t)each[k].now, state[k][1] = (uint64_t)(each[k].now >> 64);
 }
 #endif
+
+/* How NumPy begins a generator from 128 bits: its SeedSequence (O'Neill, "Developing a seed_seq Alternative", 2015), and two steps
+ * of PCG64. */
+#define PCG64_MULTIPLIER ((word_128)0x2360ed051fc65da4 << 64 | 0x4385df649fccf645)
+
+static inline uint32_t mixed(uint32_t value, uint32_t *factor, uint32_t next) {
+    value ^= *factor, *factor *= next, value *= *factor;
+    return value ^ value >> 16;
+}
+
+/* State and increment of the generator of a key; low words first. */
+void geomerge_generator(const unsigned char *key, uint64_t *state, uint64_t *step) {
+    uint32_t pool[4], factor = 0x43b0d7e5;
+    uint64_t made[4];
+    for (int i = 0; i < 4; i++) {
+        const unsigned char *four = key + 4 * i;
+        pool[i] = mixed(four[0] | four[1] << 8 | four[2] << 16 | (uint32_t)four[3] << 24, &factor, 0x931e8875);
+    }
+    for (int from = 0; from < 4; from++)
+        for (int to = 0; to < 4; to++)
+            if (from != to) {
+                const uint32_t both = pool[to] * 0xca01f9ddu - mixed(pool[from], &factor, 0x931e8875) * 0x4973f715u;
+                pool[to] = both ^ both >> 16;
+            }
+    factor = 0x8b51f9dd;
+    for (int i = 0; i < 4; i++) {
+        const uint64_t low = mixed(pool[2 * i % 4], &factor, 0x58f38ded), high = mixed(pool[(2 * i + 1) % 4], &factor, 0x58f38ded);
+        made[i] = high << 32 | low;
+    }
+    const word_128 increment = ((word_128)made[2] << 64 | made[3]) << 1 | 1;
+    const word_128 first = (((word_128)made[0] << 64 | made[1]) + increment) * PCG64_MULTIPLIER + increment;
+    state[0] = (uint64_t)first, state[1] = (uint64_t)(first >> 64);
+    step[0] = (uint64_t)increment, step[1] = (uint64_t)(increment >> 64);
+}
