@@ -434,7 +434,7 @@ def processes(rounds: int = 5) -> None:
     """What importing torch late and the compiled loops give a whole process, in turn."""
     import run as bench
 
-    first = "import sys, torch; sys.argv = {words!r}; from geomerge.cli.app import run; run()"
+    first = "import sys, torch; sys.argv = {words!r}; from geomerge.__main__ import run; run()"
     bench_runs = bench.Bench(rounds, None)
     quiet, alone = bench.quiet(), [sys.executable, "-c", "import torch"]
     for method in ("linear", "slerp", "ties"):

@@ -1,7 +1,7 @@
 """Putting off an import until something of the module is used.
 
 Importing torch takes a second or two: longer than a merge of small models by compiled loops, which do not need it. The program
-(not the library: see `geomerge.cli.app`) puts it off. Everything else is written as if it had been imported: whoever touches
+(not the library: see `geomerge.__main__`) puts it off. Everything else is written as if it had been imported: whoever touches
 `torch.anything` has it loaded at that moment.
 """
 

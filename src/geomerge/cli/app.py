@@ -7,15 +7,13 @@ imported at the top of any file of this package.
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import importlib
 import io
 import os
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -23,7 +21,6 @@ from typer.main import get_command
 
 from geomerge.cli.console import Stopped, complain, owe_json, show_warnings, write_error
 from geomerge.errors import GeomergeError
-from geomerge.late import put_off
 from geomerge.version import __version__
 
 VERBS = {
@@ -163,21 +160,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:  # noqa: BLE001 - the last resort: whatever it is, the user gets a sentence
         return bug(error)
     return 0
-
-
-def run() -> NoReturn:
-    """The program as a process: `main`, and then the shortest way out.
-
-    Taking down an interpreter that has torch loaded takes a quarter of a second, and there is nothing left to save. What is
-    made while modules are loaded mostly stays, so that looking rarely for what does not saves a thirtieth of a short run.
-    NumPy's linear algebra library starts threads that look for work in vain, for a while on a core that a merge needs:
-    they are told to sleep at once.
-    """
-    gc.set_threshold(100_000)
-    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
-    put_off("torch")
-    code = main()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
-    os._exit(code)

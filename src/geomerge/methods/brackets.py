@@ -74,16 +74,19 @@ class Bracket:
         values = self._pending[0] if len(self._pending) == 1 else np.concatenate(self._pending or [self.values])
         if values.size > most and _repeats(values):
             values = _sorted(values)
-            starts = _starts(values)
-            values, self.counts = values[starts], np.diff(starts, append=values.size)
+            edges = np.append(_starts(values), values.size)
+            values, self.counts = values[edges[:-1]], edges[1:] - edges[:-1]
         self.values = values
         self._pending = []
 
 
 def _repeats(values: Floats) -> bool:
-    """Whether few values make up most of them, by a look at a thousand."""
-    some = values[:: max(values.size >> 10, 1)]
-    return 2 * len(_starts(np.sort(some))) < some.size
+    """Whether few values make up most of them, by a look at some."""
+    some = values[:: -(-values.size // _LOOK)].tolist()
+    return 2 * len(set(some)) < len(some)
+
+
+_LOOK = 128
 
 
 def bounds_of(
@@ -134,7 +137,9 @@ _MANY = 1 << 11
 
 def _starts(ordered: Floats) -> NDArray[np.int64]:
     """Where each of the distinct values begins."""
-    return np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
+    first = np.ones(ordered.size, dtype=bool)
+    np.not_equal(ordered[1:], ordered[:-1], out=first[1:])
+    return np.flatnonzero(first)
 
 
 def _variance(strata: Sequence[Floats], threshold: float) -> float:

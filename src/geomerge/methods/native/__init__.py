@@ -119,7 +119,8 @@ class Brackets:
         memory = call.room(len(bounds) * width * dtype.itemsize, "found")
         self._found = memory.view(dtype).reshape(len(bounds), width)
         of = [0] * len(bounds) if experts is None else experts
-        rows = [row.ctypes.data for row in self._found]
+        first, row_bytes = memory.ctypes.data, width * dtype.itemsize
+        rows = range(first, first + len(bounds) * row_bytes, row_bytes)
         self.array = (_Bracket * len(bounds))(
             *(
                 _Bracket(*each, 0, (0, 0), 0, row, (0, 0, 0, 0), k)

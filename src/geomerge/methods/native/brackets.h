@@ -77,9 +77,11 @@ static inline void scale_bounds(struct bracket *b, int brackets, double scale) {
 
 #define DIFFERENCE _mm512_sub_ps((__m512)widened_float(x + i), _mm512_loadu_ps(base + i))
 #define PRODUCTS(from) _mm512_mul_pd(_mm512_cvtps_pd(_mm512_extractf32x8_ps(y, from)), _mm512_set1_pd(scale))
-#define WIDE_STORE                              \
-    _mm512_storeu_pd(found, PRODUCTS(0));       \
-    if (__builtin_popcount(inside) > 8) _mm512_storeu_pd(found + 8, PRODUCTS(1))
+#define WIDE_STORE                                                                       \
+    if (inside) {                                                                        \
+        _mm512_storeu_pd(found, PRODUCTS(0));                                            \
+        if (__builtin_popcount(inside) > 8) _mm512_storeu_pd(found + 8, PRODUCTS(1));    \
+    }
 QUICK_BRACKET(bracket_doubles, double, double, pd, __m512d, _mm512_loadu_pd(x + i), _mm512_storeu_pd(found, y), const double *restrict x)
 QUICK_BRACKET(bracket_bf16, float, float, ps, __m512, _mm512_abs_ps(DIFFERENCE), _mm512_storeu_ps(found, y), const uint16_t *restrict x,
               const float *restrict base)
