@@ -436,7 +436,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 
     class Spy:
         def __getattr__(self, name: str) -> Any:
-            other = ("sort_", "largest_", "ranks", "map", "unmap", "unread", "let_go")
+            other = ("sort_", "largest_", "ranks", "generator", "map", "unmap", "unread", "let_go")
             if not name.startswith(tuple(f"geomerge_{each}" for each in other)):
                 names.add(name)
             return getattr(library, name)
