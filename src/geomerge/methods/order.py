@@ -60,6 +60,11 @@ _COLLECT = 1 << 20
 many (of a model, sixteen times), counting takes over."""
 
 
+def _ranked(look: Look) -> Sequence[int]:
+    """What each selection ranks, in numbers."""
+    return look if isinstance(look, Sequence) else look.ranked
+
+
 def _look(scan: Scan, magnitudes: Magnitudes, experts: Sequence[int] | None, *, recorded: bool) -> Look | None:
     if not scan.compiled or (experts is None and not recorded):
         return None
@@ -229,7 +234,7 @@ def _sample(
     taken: dict[int, list[Floats]] = {i: [] for i in wanted}
     same: dict[int, int] = {}
     if look is not None:
-        of = look if isinstance(look, Sequence) else look.ranked
+        of = _ranked(look)
         first: dict[int, int] = {}
         same = {i: first.setdefault(of[i], i) for i in taken}
         everything = dict.fromkeys(first.values(), _EVERYTHING)
@@ -287,7 +292,8 @@ def _brackets(
 ) -> dict[int, native.Bounds]:
     """For each selection bounds that very probably hold its threshold, and the values that are common between them."""
     n = scan.numel
-    size = min(max(_SAMPLE, int((n / 3) ** (2 / 3))), _MOST)  # costs about as much as what is collected by it
+    each = 1.0 if look is None else len(counts) / len({_ranked(look)[i] for i in counts})  # selections of a magnitude
+    size = min(max(_SAMPLE, int((n / 3 * each) ** (2 / 3))), _MOST)  # costs about as much as what is collected by it
     while True:
         found = _bounds(_sample(scan, magnitudes, counts, size, look), counts, n, 0.0)
         share = max(share for _, share in found.values())
