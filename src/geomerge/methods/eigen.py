@@ -24,7 +24,7 @@ _SMALL = 256
 """Matrices with fewer rows are not worth a library that takes a fifth of a second to load."""
 _LARGE = 32_000
 """With more, LAPACK's sizes do not fit into 32 bits."""
-_FEW = 5
+_FEW = 4
 """At most one in so many eigenvectors is looked for apart; to find more of them costs what all do."""
 
 
