@@ -173,11 +173,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.skipif(not native.available(), reason="the compiled loops were not built (no C compiler?)")
 @pytest.mark.parametrize("method", PARAMETERS)
 def test_merges_by_loops_do_without_torch(method: str, models: Path) -> None:
-    """And those that cannot load it, once they do."""
-    done = run(models, method)
-    assert done.returncode == 0, done.stderr
-    expected = "torch" if method == "tsvm" else "no torch"
-    assert done.stderr.splitlines()[-1] == expected, done.stderr
+    """And those that cannot load it, once they do; so do plans, whose estimate tries what a merge would do."""
+    for done in (run(models, method), program("plan", str(models / "recipe.yml"))):
+        assert done.returncode == 0, done.stderr
+        expected = "torch" if method == "tsvm" else "no torch"
+        assert done.stderr.splitlines()[-1] == expected, done.stderr
 
 
 @pytest.mark.skipif(not native.available(), reason="the compiled loops were not built (no C compiler?)")

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import math
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from geomerge.checkpoint.checkpoint import Checkpoint
 from geomerge.checkpoint.dtypes import DTYPES, to_torch
 from geomerge.engine.build import Builder
-from geomerge.engine.execute import cores
+from geomerge.engine.execute import Work, cores
 from geomerge.engine.loss import RoundingLoss
 from geomerge.engine.matrices import ROOM, whole_matrices
 from geomerge.engine.plan import Node, Plan
-from geomerge.late import load, torch_alone
+from geomerge.late import torch_alone
+from geomerge.methods import native
 from geomerge.methods.base import Matrix
 from geomerge.methods.chain import thinned
 from geomerge.methods.kernel import prepare
 from geomerge.methods.rest import is_matrix
-from geomerge.methods.tile import TILE, Scan, TensorSource
+from geomerge.methods.tile import TILE, Scan, Source, TensorSource, stored_of
 
 _SAMPLE = 1 << 19
 _TENSORS_SAMPLED = 8
@@ -31,6 +35,8 @@ _MATRIX = 256
 """Rows and columns of the corner of a matrix that is tried."""
 _COPY_RATE = 1.5e9
 """Bytes each second that one core moves from page cache to page cache; only for what is copied without arithmetic."""
+_WRITE_RATE = 5e9
+"""Bytes each second that one core moves into the page cache."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,6 @@ def estimate(plan: Plan, inputs: Sequence[Checkpoint], *, threads: int | None = 
     loss = RoundingLoss()
     spent: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     builder = Builder(plan, inputs)
-    load("torch")  # not while the clock runs
     with torch_alone():
         for node in _sampled(plan):
             seconds, work, found = _try(builder, node)
@@ -117,7 +122,8 @@ def _seconds(plan: Plan, node: Node, spent: Mapping[str, Sequence[float]]) -> fl
     rate = spent.get(node.method.name) if node.method is not None else None
     if rate is None:
         return total + node.nbytes / _COPY_RATE
-    return total + node.numel * (min(node.shape) if _is_whole(node) else 1) * rate[0] / rate[1]
+    work = node.numel * (min(node.shape) if _is_whole(node) else 1)
+    return total + work * rate[0] / rate[1] + node.nbytes / _WRITE_RATE
 
 
 def _matrix_memory(needs: list[int], threads: int) -> int:
@@ -126,43 +132,72 @@ def _matrix_memory(needs: list[int], threads: int) -> int:
 
 
 def _try(builder: Builder, node: Node) -> tuple[float, int, RoundingLoss]:
-    """Merge a piece of a tensor as if it were the whole; seconds (reading included), elements or for matrices operations,
-    rounding loss."""
+    """Merge a piece of a tensor as if it were the whole, as a run does.
+
+    Returns:
+        Seconds (reading included), elements or for matrices operations, rounding loss.
+    """
     assert node.method is not None
     begun = time.perf_counter()
     rows = node.shape[-1] if len(node.shape) > 1 else 1
     corner = (min(node.shape[0], _MATRIX), min(rows, _MATRIX)) if _is_whole(node) else None
     count = min(node.numel, max(_SAMPLE // rows, 1) * rows) if corner is None else corner[0] * rows
     start = (node.numel - count) // 2 // rows * rows
-    pieces = []
-    for operand in node.operands:
-        piece = torch.empty(count, dtype=torch.float64)
-        source = builder.source(operand, node)
-        source.read(start, piece)
-        if corner is not None:
-            piece = piece.view(-1, rows)[:, : corner[1]].reshape(-1)
-        # Exact: the method then takes the same course as on the whole tensor.
-        pieces.append(piece.to(to_torch(source.dtype)))
     shape = corner or ((count // rows, rows) if len(node.shape) > 1 else (count,))
-    work = count if corner is None else corner[0] * corner[1] * min(corner)
-    sources = [TensorSource(p) for p in pieces]
+    whole = [builder.source(operand, node) for operand in node.operands]
+    sources: list[Source] = [_Piece(source, start) for source in whole]
+    if corner is not None:
+        sources = [_corner(source, start, (corner[0], rows), corner[1]) for source in whole]
 
     def open_scan(**tiling: Any) -> Scan:
         return Scan(sources, shape, name=node.name, seed=builder.plan.stages[node.stage].seed, **tiling)
 
-    chained = thinned(open_scan, node.chain, shape, len(pieces) - 1)
-    prepared = prepare(node.method, chained, shape, node.scale, node.dtype)
-    round_ = builder.rounding(node)
-    loss = RoundingLoss()
-    aside = 0.0
-    for segment in prepared.scan.segments:
-        for at, values in prepared.tiles(segment):
-            rounded = round_(at, values)
-            paused = time.perf_counter()
-            loss.add(values, rounded, pieces[0][at : at + values.numel()])
-            aside += time.perf_counter() - paused
-    spent = time.perf_counter() - begun - aside
-    return spent, work, loss
+    prepared = prepare(
+        node.method, thinned(open_scan, node.chain, shape, len(sources) - 1), shape, node.scale, node.dtype
+    )
+    work = Work(builder, _Nowhere(math.prod(shape), node.dtype), lambda nbytes: None, threading.Event(), sampled=1)
+    loss = sum((work.segment(node, prepared, segment) for segment in prepared.scan.segments), RoundingLoss())
+    done = count if corner is None else corner[0] * corner[1] * min(corner)
+    return time.perf_counter() - begun, done, loss
+
+
+def _corner(source: Source, start: int, shape: tuple[int, int], columns: int) -> TensorSource:
+    """The first columns of some whole rows."""
+    piece = torch.empty(shape[0] * shape[1], dtype=torch.float64)
+    source.read(start, piece)
+    # Exact: the method then takes the same course as on the whole tensor.
+    return TensorSource(piece.view(shape)[:, :columns].reshape(-1).to(to_torch(source.dtype)))
+
+
+class _Piece:
+    """A source's elements from one on."""
+
+    def __init__(self, source: Source, start: int) -> None:
+        self.label, self.dtype = source.label, source.dtype
+        self._source, self._start = source, start
+
+    def read(self, start: int, out: torch.Tensor) -> None:
+        self._source.read(self._start + start, out)
+
+    def stored(self) -> native.Stored | None:
+        whole = stored_of(self._source)
+        return None if whole is None else whole.at(self._start)
+
+
+class _Nowhere:
+    """Takes elements and forgets them."""
+
+    readable = False
+
+    def __init__(self, numel: int, dtype: str) -> None:
+        self._code = native.CODES.get(dtype)
+        self._room = np.empty(numel * DTYPES[dtype].itemsize, dtype=np.uint8)
+
+    def write(self, node: Node, start: int, values: torch.Tensor) -> None:
+        pass
+
+    def stored(self, node: Node) -> native.Stored | None:
+        return None if self._code is None else native.Stored(self._code, self._room.ctypes.data, keeps=self._room)
 
 
 def _bytes_read(plan: Plan, node: Node, inputs: Sequence[Checkpoint]) -> int:

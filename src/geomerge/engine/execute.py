@@ -46,7 +46,7 @@ _COPY = 1 << 20
 TINY = 1 << 13
 """Tensors up to this size are all made by one thread: their cost is the interpreter's, which threads would only fight for."""
 _SAMPLED = 1 << 14
-"""Smaller tensors are left out of the estimate of the rounding loss."""
+"""Smaller tensors are looked at whole where a sample tells enough of others."""
 
 
 def cores() -> int:
@@ -91,12 +91,14 @@ class Work:
         sink: Takes their elements.
         advance: Called with the number of output bytes written since the last call, from any thread.
         stop: Set when the run is over, whatever the reason.
+        sampled: Smaller tensors are left out of the estimate of the rounding loss.
     """
 
     builder: Builder
     sink: Sink
     advance: Callable[[int], None]
     stop: threading.Event
+    sampled: int = _SAMPLED
 
     def make(self, node: Node, run: Callable[..., Iterable[Any]] = map) -> Facts:
         """Compute a node and write all of it; `run` maps over its segments."""
@@ -112,7 +114,7 @@ class Work:
         prepared = self.builder.prepare(node, self._watched(run))
         if node.scales:
             return self._encode(node, prepared)
-        losses = list(run(lambda segment: self._segment(node, prepared, segment), prepared.scan.segments))
+        losses = list(run(lambda segment: self.segment(node, prepared, segment), prepared.scan.segments))
         facts: Facts = prepared.told()
         if node.lift is not None:
             facts["scale"] = node.scale
@@ -160,7 +162,8 @@ class Work:
 
         return mapped
 
-    def _segment(self, node: Node, prepared: Prepared, segment: Segment) -> RoundingLoss:
+    def segment(self, node: Node, prepared: Prepared, segment: Segment) -> RoundingLoss:
+        """Compute a segment of a node and write it; what a sample of it loses by rounding."""
         loop = prepared.loop(node.dtype) if self.builder.nearest(node) else None
         with without_gradients():
             if loop is not None:
@@ -171,7 +174,7 @@ class Work:
         round_ = self.builder.rounding(node)
         itemsize = DTYPES[node.dtype].itemsize
         loss = RoundingLoss()
-        sampled = prepared.scan.numel >= _SAMPLED
+        sampled = prepared.scan.numel >= self.sampled
         for start, values in prepared.tiles(segment):
             if self.stop.is_set():
                 raise Interrupted
@@ -188,7 +191,7 @@ class Work:
     def _looped(self, node: Node, prepared: Prepared, loop: Loop, segment: Segment) -> RoundingLoss:
         """The same by a compiled loop, which writes the elements itself."""
         loss = RoundingLoss()
-        sampled = prepared.scan.numel >= _SAMPLED
+        sampled = prepared.scan.numel >= self.sampled
         stored = self.sink.stored(node)
         for place in prepared.scan.places(segment):
             if self.stop.is_set():
