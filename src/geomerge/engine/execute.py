@@ -13,7 +13,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any, Protocol
 
@@ -98,7 +98,7 @@ class Work:
     sink: Sink
     advance: Callable[[int], None]
     stop: threading.Event
-    sampled: int = _SAMPLED
+    sampled: int = field(default=_SAMPLED, kw_only=True)
 
     def make(self, node: Node, run: Callable[..., Iterable[Any]] = map) -> Facts:
         """Compute a node and write all of it; `run` maps over its segments."""
