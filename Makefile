@@ -46,6 +46,7 @@ lint: env
 
 bench: env
 	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/spectral.py
 
 claims: env
 	$(BIN)/python benchmarks/claims.py

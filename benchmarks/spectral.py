@@ -1,6 +1,7 @@
 """Spectral methods against the same mathematics with full singular value decompositions, as the published code does it.
 
     python benchmarks/spectral.py [--spectrum slow|power|noise] [--rounds N] [--methods tsvm,iso_c] [ROWSxCOLUMNS …]
+    python benchmarks/spectral.py --pieces    # what decompositions cost, in products of two square matrices
 
 By default all methods on 768x768 768x3072 3072x768 1536x1536. Both sides work on the same float64 task vectors on one thread,
 in turns; what counts is the median of each side's processor seconds, which other work on the machine disturbs least.
@@ -14,15 +15,15 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from geomerge.engine.memory import keep_freed_memory
-from geomerge.methods import registry
+from geomerge.methods import eigen, registry
 from geomerge.methods.direct import Function
-from geomerge.methods.eigen import eigh
 
 TASKS = 8
 SHAPES = ("768x768", "768x3072", "3072x768", "1536x1536")
@@ -123,6 +124,50 @@ def timed(
     return [statistics.median(times) for times in seconds], made
 
 
+def pieces(rounds: int = 5) -> None:
+    """Print what decompositions of square matrices cost in products of two such, and each routine of LAPACK in ours."""
+
+    def seconds(work: Callable[[], object]) -> float:
+        work()
+        return statistics.median(seconds_of(work) for _ in range(rounds))
+
+    call, spent = eigen._call, defaultdict[str, float](float)
+
+    def timed_call(library: str, name: str, *arguments: object) -> None:
+        begun = time.thread_time()
+        call(library, name, *arguments)
+        spent[name] += time.thread_time() - begun
+
+    for n in (768, 1536):
+        delta = task_vectors(n, n, "slow")[0]
+        square = eigen.gram(delta)
+        product = seconds(lambda: delta @ delta)  # noqa: B023
+        works: dict[str, Callable[[], object]] = {
+            "svd": lambda: svd(delta),  # noqa: B023
+            "torch's eigh": lambda: torch.linalg.eigh(square),  # noqa: B023
+            "all eigenvectors": lambda: eigen.eigh(square),  # noqa: B023
+            "an eighth": lambda: eigen.eigh(square, n // 8),  # noqa: B023
+            "a fortieth": lambda: eigen.eigh(square, n // 40),  # noqa: B023
+            "Gram matrix": lambda: eigen.gram(delta),  # noqa: B023
+            "Cholesky": lambda: torch.linalg.cholesky(square + torch.eye(n, dtype=torch.float64)),  # noqa: B023
+        }
+        told = ", ".join(f"{name} {seconds(work) / product:.1f}" for name, work in works.items())
+        eigen._call = timed_call
+        spent.clear()
+        whole = sum(seconds_of(lambda: eigen.eigh(square)) for _ in range(rounds))  # noqa: B023
+        eigen._call = call
+        parts = {**spent, "turning back and the rest": whole - sum(spent.values())}
+        said = ", ".join(f"{name} {total / rounds / product:.1f}" for name, total in parts.items())
+        print(f"n = {n}, a product {product * 1e3:.0f} ms: {told}; of all eigenvectors {said}", flush=True)
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    """Processor seconds."""
+    begun = time.thread_time()
+    work()
+    return time.thread_time() - begun
+
+
 def main() -> None:
     """Print the table."""
     references = (tsvm, iso_c, iso_cts, twin, knots)
@@ -130,11 +175,15 @@ def main() -> None:
     parser.add_argument("shapes", nargs="*", default=list(SHAPES))
     parser.add_argument("--spectrum", choices=("slow", "power", "noise"), default="slow")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--pieces", action="store_true")
     parser.add_argument("--methods", default=",".join(reference.__name__ for reference in references))
     given = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()  # as a merge does
-    eigh(torch.eye(1024, dtype=torch.float64))  # loads what is loaded once
+    eigen.eigh(torch.eye(1024, dtype=torch.float64))  # loads what is loaded once
+    if given.pieces:
+        pieces()
+        return
     print(f"{TASKS} task vectors, spectrum {given.spectrum}, float64, one thread")
     print(f"{'shape':>12s}  {'method':8s} {'ours':>9s} {'full SVD':>9s} {'faster':>7s} {'difference':>11s}")
     for name in given.shapes:

@@ -139,15 +139,15 @@ def _try(builder: Builder, node: Node) -> tuple[float, int, RoundingLoss]:
     """
     assert node.method is not None
     begun = time.perf_counter()
-    rows = node.shape[-1] if len(node.shape) > 1 else 1
-    corner = (min(node.shape[0], _MATRIX), min(rows, _MATRIX)) if _is_whole(node) else None
-    count = min(node.numel, max(_SAMPLE // rows, 1) * rows) if corner is None else corner[0] * rows
-    start = (node.numel - count) // 2 // rows * rows
-    shape = corner or ((count // rows, rows) if len(node.shape) > 1 else (count,))
+    width = node.shape[-1] if len(node.shape) > 1 else 1
+    corner = (min(node.shape[0], _MATRIX), min(width, _MATRIX)) if _is_whole(node) else None
+    count = min(node.numel, max(_SAMPLE // width, 1) * width) if corner is None else corner[0] * width
+    start = (node.numel - count) // 2 // width * width
+    shape = corner or ((count // width, width) if len(node.shape) > 1 else (count,))
     whole = [builder.source(operand, node) for operand in node.operands]
     sources: list[Source] = [_Piece(source, start) for source in whole]
     if corner is not None:
-        sources = [_corner(source, start, (corner[0], rows), corner[1]) for source in whole]
+        sources = [_corner(source, start, (corner[0], width), corner[1]) for source in whole]
 
     def open_scan(**tiling: Any) -> Scan:
         return Scan(sources, shape, name=node.name, seed=builder.plan.stages[node.stage].seed, **tiling)

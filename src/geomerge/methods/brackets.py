@@ -87,6 +87,7 @@ def _repeats(values: Floats) -> bool:
 
 
 _LOOK = 128
+"""Values that are looked at, at most."""
 
 
 def bounds_of(

@@ -72,6 +72,7 @@ def gram(matrix: Tensor, *, upper: bool = False) -> Tensor:
 
 
 _PANEL = 64
+"""Rows that are mirrored at a time."""
 
 
 def _ours(matrix: Tensor) -> bool:

@@ -7,9 +7,8 @@ tensors (`geomerge.engine.execute`).
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -39,14 +38,9 @@ def _torch_alone() -> Callable[[], object]:
 _alone = Setting(_torch_alone)
 
 
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Let torch, BLAS and LAPACK use one thread.
-
-    Several threads may be inside at a time: the setting is the process's, so only the last that leaves restores it.
-    """
-    with _alone:
-        yield
+def one_thread() -> Setting:
+    """Within, torch, BLAS and LAPACK use one thread."""
+    return _alone
 
 
 # -- the shorter side --------------------------------------------------------------------------------------------------
