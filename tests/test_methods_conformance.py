@@ -221,7 +221,7 @@ def test_the_suite_finds_what_depends_on_the_process(monkeypatch: pytest.MonkeyP
         "class Hashing(Linear):\n"
         "    name, aliases = 'hashing', ()\n\n"
         "    def coefficients(self, gram):\n"
-        "        return super().coefficients(gram) * (1 + hash('word') % 1000)\n"
+        "        return [c * (1 + hash('word') % 1000) for c in super().coefficients(gram)]\n"
     )
     monkeypatch.setattr(registry, "_registered", dict(registry._registered))
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -629,6 +629,23 @@ def test_can_be_turned_off() -> None:
 
 
 @compiled
+def test_no_process_sees_what_another_one_works_with() -> None:
+    """The buffers of a thread are its process's own, also when that is forked."""
+    code = """
+import os
+from geomerge.methods.native import call
+room = call.room(1 << 16)
+room[:] = 1
+if (child := os.fork()) == 0:
+    room[:] = 2
+    os._exit(0)
+os.waitpid(child, 0)
+assert (room == 1).all()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@compiled
 def test_windows_move_where_copies_would_be_slow(tmp_path: Path) -> None:
     """Wherever a file's bytes lie beside the windows in memory, what is read and written is the same."""
     values = np.random.default_rng(0).integers(0, 0x7F00, 70_000).astype(np.uint16)

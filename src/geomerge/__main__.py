@@ -22,6 +22,7 @@ def run() -> NoReturn:
     gc.set_threshold(100_000)
     os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
     put_off("torch")
+    put_off("numpy")
     from geomerge.cli.app import main
 
     code = main()

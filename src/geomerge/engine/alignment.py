@@ -24,10 +24,10 @@ from geomerge.errors import IncompatibleModels, RecipeError
 from geomerge.late import torch_alone
 from geomerge.methods.gram import Gram
 from geomerge.recipe.values import AlignSpec, Recipe
-from geomerge.tokens.rows import IntArray
 
 if TYPE_CHECKING:
     from geomerge.align.residual import Place, Residual
+    from geomerge.tokens.rows import IntArray
 
 TENSORS = 96
 """At most so many tensors are measured, spread evenly over the model."""

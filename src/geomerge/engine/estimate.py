@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from geomerge.checkpoint.checkpoint import Checkpoint
@@ -191,13 +190,13 @@ class _Nowhere:
 
     def __init__(self, numel: int, dtype: str) -> None:
         self._code = native.CODES.get(dtype)
-        self._room = np.empty(numel * DTYPES[dtype].itemsize, dtype=np.uint8)
+        self._room, self._first = native.pages(numel * DTYPES[dtype].itemsize)
 
     def write(self, node: Node, start: int, values: torch.Tensor) -> None:
         pass
 
     def stored(self, node: Node) -> native.Stored | None:
-        return None if self._code is None else native.Stored(self._code, self._room.ctypes.data, keeps=self._room)
+        return None if self._code is None else native.Stored(self._code, self._first, keeps=self._room)
 
 
 def _bytes_read(plan: Plan, node: Node, inputs: Sequence[Checkpoint]) -> int:

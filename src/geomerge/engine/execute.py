@@ -17,13 +17,12 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 
 from geomerge.checkpoint.dtypes import DTYPES, to_torch
 from geomerge.engine import codes
 from geomerge.engine.build import Builder
-from geomerge.engine.loss import SAMPLE, RoundingLoss, out_of_range
+from geomerge.engine.loss import RESIDUE, SAMPLE, RoundingLoss, out_of_range
 from geomerge.engine.matrices import ROOM, whole_matrices
 from geomerge.engine.memory import keep_freed_memory
 from geomerge.engine.plan import BUFFER, SCALES, Node
@@ -196,7 +195,7 @@ class Work:
         for place in prepared.scan.places(segment):
             if self.stop.is_set():
                 raise Interrupted
-            beginning = np.empty(min(SAMPLE, place.numel)) if sampled and place.start == segment.start else None
+            beginning = native.zeros(min(SAMPLE, place.numel)) if sampled and place.start == segment.start else None
             room = output(place.numel, to_torch(node.dtype), prepared.scan.level) if stored is None else None
             out = in_memory(room) if room is not None else stored and stored.at(place.start)
             assert out is not None
@@ -204,14 +203,14 @@ class Work:
                 merged = prepared.at(place)
                 room = merged.to(to_torch(node.dtype))
                 if beginning is not None:
-                    beginning[:] = merged[: len(beginning)]
+                    beginning[:] = merged[: len(beginning)].tolist()
             if room is not None or self.sink.readable:
                 _check_range(node, room if room is not None else native.Inputs([out], place.numel))
             if room is not None:
                 self.sink.write(node, place.start, room)
             if beginning is not None:
                 before = prepared.scan.stored_one(0, place.start, len(beginning))
-                loss.add_differences(beginning, *native.change(before, beginning, out.code))
+                loss.add_sums(*native.change(before, beginning, out.code, RESIDUE), len(beginning))
             self.advance(place.numel * DTYPES[node.dtype].itemsize)
         return loss
 

@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 SAMPLE = 1 << 10
 """Elements of a tile that are looked at: fewer than any tile has, so that the estimate does not depend on the tile's size."""
 
-
-_RESIDUE = 2.0**-44
+RESIDUE = 2.0**-44
 """Of an element: sums of a few float64 numbers are closer than this to what they should be."""
 
 
@@ -53,11 +52,15 @@ class RoundingLoss:
         with np.errstate(all="ignore"):
             changed, lost = _squared(change), _squared(error)
             if 4 * lost > changed:  # else there is a change beside which that is nothing
-                none = (np.abs(change) <= _RESIDUE * np.abs(merged)) & np.isfinite(merged)
+                none = (np.abs(change) <= RESIDUE * np.abs(merged)) & np.isfinite(merged)
                 changed, lost = _squared(np.where(none, 0.0, change)), _squared(np.where(none, 0.0, error))
-            self.change += changed
-            self.error += lost
-        self.elements += change.size
+        self.add_sums(changed, lost, change.size)
+
+    def add_sums(self, change: float, error: float, elements: int) -> None:
+        """The same, from the sums of squares."""
+        self.change += change
+        self.error += error
+        self.elements += elements
 
     def __add__(self, other: RoundingLoss) -> RoundingLoss:
         return RoundingLoss(self.change + other.change, self.error + other.error, self.elements + other.elements)
@@ -90,5 +93,11 @@ def _float64(x: Tensor) -> np.ndarray:
 
 
 def _squared(x: np.ndarray) -> float:
-    # Not by the linear algebra library, whose last bit depends on its number of threads.
-    return float(np.add.reduce(np.square(x)))
+    # In the order of `geomerge_change`, and not by the linear algebra library, whose last bit depends on its number of threads.
+    squares = np.zeros(-(-x.size // _PARALLEL) * _PARALLEL)
+    np.square(x, out=squares[: x.size])
+    return sum(np.add.reduce(squares.reshape(-1, _PARALLEL), axis=0).tolist(), 0.0)
+
+
+_PARALLEL = 8
+"""As in `places.h`."""

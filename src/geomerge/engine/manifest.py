@@ -12,8 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
-import numpy as np
-
 from geomerge.engine.loss import RoundingLoss
 from geomerge.engine.plan import InputModel, Plan
 from geomerge.methods.base import Elementwise, Method
@@ -133,16 +131,16 @@ def total_loss(facts: Mapping[int, Mapping[str, Any]]) -> RoundingLoss:
 
 def versions() -> dict[str, str]:
     """The versions that a result may depend on."""
-    return {"python": platform.python_version(), "torch": _torch_version(), "numpy": np.__version__}
+    return {"python": platform.python_version(), "torch": _version("torch"), "numpy": _version("numpy")}
 
 
-def _torch_version() -> str:
-    """That of the torch that would be imported, from where it lies: importlib.metadata takes longer to import than this."""
-    spec = importlib.util.find_spec("torch")
-    beside = Path(spec.origin).parents[1].glob("torch-*.dist-info") if spec is not None and spec.origin else ()
-    found = [folder.name.removeprefix("torch-").removesuffix(".dist-info") for folder in beside]
+def _version(package: str) -> str:
+    """That of the package that would be imported, from where it lies: importlib.metadata takes longer to import than this."""
+    spec = importlib.util.find_spec(package)
+    beside = Path(spec.origin).parents[1].glob(f"{package}-*.dist-info") if spec is not None and spec.origin else ()
+    found = [folder.name.removeprefix(f"{package}-").removesuffix(".dist-info") for folder in beside]
     if len(found) == 1:
         return found[0]
     from importlib import metadata
 
-    return metadata.version("torch")
+    return metadata.version(package)

@@ -11,12 +11,13 @@ import torch
 
 from geomerge.checkpoint.dtypes import to_torch
 from geomerge.errors import NotFiniteError
-from geomerge.tokens.rows import OMP, IntArray, RowPlan
+from geomerge.tokens.rows import OMP, RowPlan
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from geomerge.methods.tile import Source
+    from geomerge.tokens.rows import IntArray
 
 
 class Mixtures:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path, PurePath
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -21,8 +21,11 @@ from geomerge.errors import UsageError
 from geomerge.methods import registry
 from geomerge.methods.base import Method, Span
 from geomerge.methods.chain import Step
-from geomerge.tokens.rows import IntArray, RowPlan
+from geomerge.tokens.rows import RowPlan
 from geomerge.version import __version__
+
+if TYPE_CHECKING:
+    from geomerge.tokens.rows import IntArray
 
 M = TypeVar("M", bound=Method)
 

@@ -154,6 +154,7 @@ def in_workers(
     turn = context.Value("q", 0)
     gate = context.Event()
     keep_freed_memory()
+    load("numpy")
     if with_torch:
         load("torch")
     pipes: list[Connection] = []

@@ -7,6 +7,7 @@ buffer that each thread keeps; compiled loops that walk over them more than once
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import math
 import os
@@ -142,10 +143,10 @@ class FileSource:
         read_into(self._descriptor, raw, self._offset + start * self._itemsize, self.label)
         out.copy_(raw.view(to_torch(self.dtype)), non_blocking=pinned)
 
-    def whole(self, numel: int) -> np.ndarray:
+    def whole(self, numel: int) -> bytearray:
         """The bytes of all of the tensor."""
-        found = np.empty(numel * self._itemsize, dtype=np.uint8)
-        fill(self._descriptor, found.data, self._offset, self.label)
+        found = bytearray(numel * self._itemsize)
+        fill(self._descriptor, memoryview(found), self._offset, self.label)
         return found
 
     def stored(self) -> Stored | None:
@@ -172,24 +173,27 @@ class HeldSource:
         self.label, self.dtype = source.label, source.dtype
         self._source, self._numel = source, numel
         self._lock = threading.Lock()
-        self._held: np.ndarray | None = None
+        self._held: bytearray | None = None
 
     def read(self, start: int, out: Tensor) -> None:
-        values = torch.from_numpy(self._whole()).view(to_torch(self.dtype))
-        out.copy_(values[start : start + out.numel()])
+        if out.numel():
+            out.copy_(torch.frombuffer(self._whole(), dtype=to_torch(self.dtype))[start : start + out.numel()])
 
     def stored(self) -> Stored | None:
         code, held = CODES.get(self.dtype), self._whole()
-        return None if code is None or not held.size else Stored(code, memory=held.ctypes.data, keeps=held)
+        if code is None or not held:
+            return None
+        first = ctypes.c_char.from_buffer(held)  # which keeps it
+        return Stored(code, memory=ctypes.addressof(first), keeps=first)
 
-    def _whole(self) -> np.ndarray:
+    def _whole(self) -> bytearray:
         with self._lock:
             if self._held is None and isinstance(self._source, FileSource):
                 self._held = self._source.whole(self._numel)
             elif self._held is None:
                 values = empty(self._numel, to_torch(self.dtype))
                 self._source.read(0, values)
-                self._held = values.view(torch.uint8).numpy()
+                self._held = bytearray(values.view(torch.uint8).numpy())
             return self._held
 
 

@@ -15,10 +15,11 @@ from geomerge.checkpoint.checkpoint import Checkpoint
 from geomerge.engine.plan import Anchor, Operand, Rotation, Transform
 from geomerge.engine.stored import stored_source
 from geomerge.methods.tile import Source
-from geomerge.tokens.rows import IntArray
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from geomerge.tokens.rows import IntArray
 
 
 _AT_ONCE = 1 << 21

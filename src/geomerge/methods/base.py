@@ -381,7 +381,7 @@ class Span(Method):
             gram: The Gram matrix of the inputs; for all axes but ``tensor`` one matrix for each slice.
 
         Returns:
-            Shape ``(K,)`` for the axis ``tensor``, ``(slices, K)`` otherwise, float64.
+            Shape ``(K,)`` for the axis ``tensor``, ``(slices, K)`` otherwise: an array of float64, or a list.
         """
         raise NotImplementedError
 

@@ -31,7 +31,7 @@ _CANCELLED = {"BF16": 2.0**-11, "F16": 2.0**-9}
 _GAP = 2.0**-12
 """A difference of two 16-bit numbers, one of which is this much smaller, may not fit float32."""
 
-Exact = Callable[[np.ndarray], tuple["Tensor", "Tensor"]]
+Exact = Callable[["np.ndarray"], tuple["Tensor", "Tensor"]]
 """Gives the base's and the thinned task vectors' elements at flat indices of a tile in float64, exactly."""
 
 

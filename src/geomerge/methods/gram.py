@@ -8,6 +8,7 @@ smaller than the tensors, and angles computed from the raw products would be noi
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -88,6 +89,22 @@ class Gram:
         change = np.eye(k)
         change[1:, 0] = -1.0
         return Gram(change @ c @ change.T)
+
+
+class Unmeasured(Gram):
+    """Of so many inputs that nobody has looked at: NaN throughout."""
+
+    def __init__(self, count: int) -> None:
+        object.__setattr__(self, "_count", count)
+
+    @property
+    def count(self) -> int:
+        found: int = self.__dict__["_count"]
+        return found
+
+    @functools.cached_property
+    def centred(self) -> NDArray[np.float64]:
+        return np.full((self.count, self.count), np.nan)
 
 
 def measure(scan: Scan, axis: str, statistics: int = 0) -> Gram:

@@ -281,8 +281,10 @@ def measure_gram(open_scan: Open) -> gram.Gram:
 
 
 def _coefficients(method: Span, count: int, scale: float, measured: gram.Gram | None = None) -> tuple[float, ...]:
-    measured = measured or gram.Gram(np.full((count, count), np.nan))
-    return tuple(_scaled(np.asarray(method.coefficients(measured), dtype=np.float64), scale).tolist())
+    found = method.coefficients(measured or gram.Unmeasured(count))
+    if isinstance(found, list) and scale == 1.0:
+        return tuple(found)  # without NumPy, which few merges need
+    return tuple(_scaled(np.asarray(found, dtype=np.float64), scale).tolist())
 
 
 _unmeasured = functools.lru_cache(maxsize=256)(_coefficients)
@@ -319,7 +321,9 @@ def _combine(coefficients: tuple[float, ...], tile: Tile) -> Tensor:
     return tile.inputs[0].zero_() if total is None else total
 
 
-def _fused_sum(coefficients: tuple[float, ...], place: Place, out: native.Stored, beginning: np.ndarray | None) -> bool:
+def _fused_sum(
+    coefficients: tuple[float, ...], place: Place, out: native.Stored, beginning: native.Doubles | None
+) -> bool:
     """`_combine` from the inputs as they are stored."""
     used = [i for i, c in enumerate(coefficients) if c != 0.0]
     # What is used shows in the sum when it is not finite.

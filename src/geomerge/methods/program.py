@@ -235,17 +235,17 @@ class Program:
     ends: tuple[int, ...] = ()
     ranked: tuple[int, ...] = ()
 
-    def merge(self, place: Place, out: native.Stored, beginning: np.ndarray | None, *, check: bool) -> bool:
+    def merge(self, place: Place, out: native.Stored, beginning: native.Doubles | None, *, check: bool) -> bool:
         """Write the output at a place; whether all inputs are finite (looked at if `check`), as in all that follow."""
         return self._run(place, {}, out=out, beginning=beginning, check=check)
 
     def sums(self, place: Place, block: int, *, check: bool) -> tuple[bool, list[list[float]]]:
         """For each output its sums over blocks of so many elements (a multiple of 256, or all)."""
         blocks = -(-place.numel // block)
-        found = [np.zeros(_LANES + blocks) for _ in self.ends]
-        addresses = {step: each.ctypes.data for step, each in zip(self.ends, found, strict=True)}
+        found = [native.zeros(_LANES + blocks) for _ in self.ends]
+        addresses = {step: ctypes.addressof(each) for step, each in zip(self.ends, found, strict=True)}
         finite = self._run(place, addresses, block=block, check=check)
-        return finite, [each[_LANES:].tolist() for each in found]
+        return finite, [each[_LANES:] for each in found]
 
     def count(
         self, place: Place, brackets: dict[int, native.Bounds], starts: Sequence[int] = (0,), *, check: bool
@@ -264,7 +264,7 @@ class Program:
         starts: Sequence[int] = (0,),
         block: int = 0,
         out: native.Stored | None = None,
-        beginning: np.ndarray | None = None,
+        beginning: native.Doubles | None = None,
         check: bool,
     ) -> bool:
         steps = (Step * len(self.steps)).from_buffer_copy(self.steps)
@@ -315,7 +315,7 @@ def record(inputs: int, compute: Callable[[Tile], Any], end: str) -> Program:
             step.x, step.y = note.x, note.y
     for place, index in enumerate(layout.notes):
         held = notes[index].data
-        if isinstance(held, np.ndarray):
+        if notes[index].operation == "table":
             steps[place].data = held.ctypes.data
         if held is not None:
             data[place] = (notes[index].operation, held)
@@ -327,7 +327,7 @@ def loop(scan: Scan, compute: Callable[[Tile], Any]) -> Loop:
     """The compiled loop that does what a function does to the tiles of a scan, and stores the result."""
     program = record(len(scan.sources), compute, "store")
 
-    def looped(place: Place, out: native.Stored, beginning: np.ndarray | None) -> bool:
+    def looped(place: Place, out: native.Stored, beginning: native.Doubles | None) -> bool:
         done = program.merge(place, out, beginning, check=scan.checks)
         if not done:
             scan.look_again(place.start, place.numel)

@@ -135,7 +135,7 @@ class Place:
     carry: dict[Any, Any]
 
 
-Loop = Callable[[Place, native.Stored, np.ndarray | None], bool]
+Loop = Callable[[Place, native.Stored, native.Doubles | None], bool]
 """A compiled loop: writes the elements of a place, rounded to nearest, where they are to be, and the first of them as they are
 before that into an array, if there is one. `False`: it is left to torch."""
 

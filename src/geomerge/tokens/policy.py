@@ -14,16 +14,18 @@ from itertools import islice, repeat
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
-import numpy.typing as npt
 
 from geomerge.errors import IncompatibleModels, RecipeError, did_you_mean
 from geomerge.tokens.canonical import canonical, meanings, roles
-from geomerge.tokens.rows import MEAN, OMP, PAD, ZERO, IntArray, TokenPlan
+from geomerge.tokens.rows import MEAN, OMP, PAD, ZERO, TokenPlan
 from geomerge.tokens.vocabulary import AddedToken, Vocabulary
 from geomerge.tokens.write import OutputTokenizer, check_editable, check_removable
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from geomerge.recipe.values import ModelRef, TokenizerSpec, TokenRule
+    from geomerge.tokens.rows import IntArray
 
 _MAKE_TOKENIZER = "Make a tokenizer.json: `AutoTokenizer.from_pretrained(model).save_pretrained(model)`."
 _ENDS = ("bos", "eos", "unk", "sep", "cls", "mask", "pad")
@@ -400,7 +402,7 @@ def _fallback(
     """
     inside = owned[: inputs.inside]
     fallback, row = _default_fallback(inside, None if spec.missing == "average" else base_index)
-    known: npt.NDArray[np.bool_] = np.any(owned >= 0, axis=0)
+    known: NDArray[np.bool_] = np.any(owned >= 0, axis=0)
     if spec.missing in ("mean", "zero"):
         fallback[known], row[known] = (PAD if spec.missing == "mean" else ZERO), -1
     elif spec.missing == "omp":
@@ -418,7 +420,7 @@ def _fallback(
     return fallback, row
 
 
-def _check_anchors(inputs: _Inputs, owned: IntArray, donor: IntArray, known: npt.NDArray[np.bool_]) -> None:
+def _check_anchors(inputs: _Inputs, owned: IntArray, donor: IntArray, known: NDArray[np.bool_]) -> None:
     for k in range(inputs.inside):
         lacking = known & (owned[k] < 0)
         for j in np.unique(donor[lacking]).tolist():
@@ -475,6 +477,6 @@ def _note_lengths(notes: list[str], inputs: _Inputs, length: int, size: int, kee
         notes.append(f"{size - length:,} padding rows are added: each is the mean of the model's other rows")
 
 
-def _frozen(array: npt.NDArray[Any]) -> IntArray:
+def _frozen(array: NDArray[Any]) -> IntArray:
     array.flags.writeable = False
     return array

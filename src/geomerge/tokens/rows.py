@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from geomerge.tokens.write import OutputTokenizer
 
-IntArray = npt.NDArray[np.int64]
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    IntArray = NDArray[np.int64]
 
 MEAN = -2
 """The float64 mean of the rows of all models that have the token."""
@@ -90,7 +92,7 @@ class RowPlan:
         stop = np.append(start[1:], len(self))
         return np.stack((start, stop, self.source[start], self.row[start]), axis=1).astype(np.int64)
 
-    def apply(self, matrices: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    def apply(self, matrices: Sequence[NDArray[Any]]) -> NDArray[Any]:
         """Re-index in memory.
 
         Args:
@@ -118,7 +120,7 @@ class RowPlan:
             out[padded] = out[~padded].mean(axis=0, dtype=np.float64)
         return out
 
-    def _means(self, rows: IntArray, matrices: Sequence[npt.NDArray[Any]]) -> npt.NDArray[np.float64]:
+    def _means(self, rows: IntArray, matrices: Sequence[NDArray[Any]]) -> NDArray[np.float64]:
         total = np.zeros((len(rows), *matrices[self.model].shape[1:]), np.float64)
         for k, matrix in enumerate(matrices):
             has = self.owners[k, rows] >= 0

@@ -192,7 +192,7 @@ dtype: bfloat16
             return None
         rows = native.Rows(columns, divergences)
 
-        def looped(place: Place, out: native.Stored, beginning: np.ndarray | None) -> bool:
+        def looped(place: Place, out: native.Stored, beginning: native.Doubles | None) -> bool:
             inputs = scan.stored(place.start, place.numel)
             done = native.importance(inputs, place.start, rows, least, out, beginning, check=scan.checks)
             if not done:

@@ -20,7 +20,6 @@ from geomerge.methods.tile import Loop, Place, Scan, Tile
 from geomerge.methods.walk import Walk
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
 
 
@@ -169,7 +168,7 @@ dtype: bfloat16
         if contest is None or not any(each.counts for each in contest.experts):
             return None
 
-        def looped(place: Place, out: native.Stored, beginning: np.ndarray | None) -> bool:
+        def looped(place: Place, out: native.Stored, beginning: native.Doubles | None) -> bool:
             inputs = scan.stored(place.start, place.numel)
             done = native.competition(inputs, contest.experts, self.lambda_, out, beginning, check=scan.checks)
             if not done:

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
-
 from geomerge.methods import native
 from geomerge.methods.base import Elementwise, parameter, per_model
 from geomerge.methods.combine import cancelled, disjoint_merge, exactly, weighted_sum
@@ -114,7 +112,7 @@ class TaskVectors(Elementwise):
         )
         limit = cancelled(scan)
 
-        def thin(place: Place, out: native.Stored, beginning: np.ndarray | None) -> bool:
+        def thin(place: Place, out: native.Stored, beginning: native.Doubles | None) -> bool:
             thinned = place.carry.setdefault("thinned", native.whole(scan.experts))
             inputs = scan.stored(place.start, place.numel)
             if isinstance(step, MagPrune):
@@ -130,7 +128,7 @@ class TaskVectors(Elementwise):
                 inputs, thinned, rule, out, single=scan.single, limit=limit, check=scan.checks, beginning=beginning
             )
 
-        def fused(place: Place, out: native.Stored, beginning: np.ndarray | None) -> bool:
+        def fused(place: Place, out: native.Stored, beginning: native.Doubles | None) -> bool:
             done = thin(place, out, beginning)
             if not done:
                 scan.look_again(place.start, place.numel)

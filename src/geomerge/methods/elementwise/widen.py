@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from geomerge.methods import gram, native
 from geomerge.methods.base import Elementwise, parameter
@@ -20,6 +19,7 @@ from geomerge.methods.registry import register
 from geomerge.methods.tile import Scan, Tile
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor
 
 _TOKENS = re.compile(r"(?:^|\.)(?:embed_tokens\w*|(?:word|tok|token)_embeddings?|wte|embed_in|shared)\.weight$")

@@ -14,13 +14,26 @@ from typing import Any
 import numpy as np
 
 from geomerge.methods.native import call
-from geomerge.methods.native.call import CODES, MOST, Inputs, Stored, available, in_memory, missing, takes, turned_off
+from geomerge.methods.native.call import (
+    CODES,
+    MOST,
+    Doubles,
+    Inputs,
+    Stored,
+    available,
+    in_memory,
+    missing,
+    pages,
+    takes,
+    turned_off,
+    zeros,
+)
 from geomerge.methods.native.counting import Bounds, Brackets, Counted, bracket, survey, surveyed
 from geomerge.methods.native.sorting import largest, ranks, sort
 
 __all__ = [
-    "CODES", "MOST", "Bounds", "Brackets", "Counted", "Inputs", "Stored", "available", "bracket", "in_memory", "largest",
-    "missing", "ranks", "sort", "survey", "takes", "turned_off",
+    "CODES", "MOST", "Bounds", "Brackets", "Counted", "Doubles", "Inputs", "Stored", "available", "bracket", "in_memory",
+    "largest", "missing", "pages", "ranks", "sort", "survey", "takes", "turned_off", "zeros",
 ]  # fmt: skip
 
 
@@ -36,12 +49,14 @@ def finite(inputs: Inputs) -> bool:
     return inputs.call("finite", ctypes.c_int64(inputs.numel))
 
 
-def change(stored: Stored, merged: np.ndarray, code: int) -> tuple[np.ndarray, np.ndarray]:
-    """Of a few merged elements (float64): minus those that are stored, and what rounding to a dtype adds to them."""
-    found = np.empty((2, len(merged)))
-    pointers = [ctypes.c_void_p(each.ctypes.data) for each in (merged, found[0], found[1])]
+def change(stored: Stored, merged: Doubles, code: int, residue: float) -> tuple[float, float]:
+    """Of a few merged elements: ‖minus those that are stored‖², and ‖what rounding to a dtype adds to them‖².
+
+    Where the second is more than a quarter of the first, differences up to `residue` of an element are none.
+    """
+    found = (ctypes.c_double * 2)()
     Inputs([stored], len(merged)).call(
-        "change", ctypes.c_int64(len(merged)), pointers[0], ctypes.c_int(code), pointers[1], pointers[2]
+        "change", ctypes.c_int64(len(merged)), merged, ctypes.c_int(code), ctypes.c_double(residue), found
     )
     return found[0], found[1]
 
@@ -51,7 +66,7 @@ def copy(stored: Stored, count: int, out: Stored, *, unbounded: bool) -> bool:
     return Inputs([stored], count).call("copy", ctypes.c_int64(count), ctypes.c_int(unbounded), out=out)
 
 
-def span(inputs: Inputs, coefficients: Sequence[float], out: Stored, beginning: np.ndarray | None = None) -> bool:
+def span(inputs: Inputs, coefficients: Sequence[float], out: Stored, beginning: Doubles | None = None) -> bool:
     """Σ cᵢxᵢ, summed in float64 and rounded; whether all of the sum is finite.
 
     Args:
@@ -172,7 +187,7 @@ def task_vectors(
     single: bool,
     limit: float,
     check: bool,
-    beginning: np.ndarray | None = None,
+    beginning: Doubles | None = None,
 ) -> bool:
     """θ₀ + the combination of the thinned task vectors, rounded; whether all inputs are finite (looked at if `check`)."""
     return inputs.call(
@@ -205,7 +220,7 @@ def program(
     steps: ctypes.Array[Any],
     starts: Sequence[int] = (0,),
     out: Stored | None = None,
-    beginning: np.ndarray | None = None,
+    beginning: Doubles | None = None,
     *,
     check: bool,
 ) -> bool:
@@ -247,7 +262,7 @@ def pruned(
     prunings: ctypes.Array[Pruning],
     rule: Combination,
     out: Stored,
-    beginning: np.ndarray | None = None,
+    beginning: Doubles | None = None,
     *,
     check: bool,
 ) -> bool:
@@ -340,7 +355,7 @@ def importance(
     rows: Rows,
     least: float,
     out: Stored,
-    beginning: np.ndarray | None = None,
+    beginning: Doubles | None = None,
     *,
     check: bool,
 ) -> bool:
@@ -388,7 +403,7 @@ def competition(
     competitors: ctypes.Array[Competitor],
     factor: float,
     out: Stored,
-    beginning: np.ndarray | None = None,
+    beginning: Doubles | None = None,
     *,
     check: bool,
 ) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import mmap
 import os
 import sys
 import threading
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
     from geomerge.methods.native.mapped import Mapping
 
+
+Doubles = ctypes.Array[ctypes.c_double]
 
 CODES = {"BF16": 0, "F16": 1, "F32": 2, "F64": 3}
 """The dtypes that the loops read and write, by safetensors name."""
@@ -204,7 +207,7 @@ class Inputs:
         self.count = len(stored)
         self._places = (_Place * self.count)(*map(_place, stored))
 
-    def call(self, name: str, *arguments: Any, out: Stored | None = None, beginning: np.ndarray | None = None) -> bool:
+    def call(self, name: str, *arguments: Any, out: Stored | None = None, beginning: Doubles | None = None) -> bool:
         """Call a loop of this name with these inputs, and the output as its last argument.
 
         Returns:
@@ -212,7 +215,7 @@ class Inputs:
         """
         nbytes = sum(_SIZES[s.code] * WINDOW + _APART for s in self.stored if not s.memory)
         windows = address(nbytes if out is None or out.memory else nbytes + _SIZES[out.code] * _BATCH + _APART)
-        first = None if beginning is None else beginning.ctypes.data
+        first = None if beginning is None else ctypes.addressof(beginning)
         work = _Work(
             ctypes.addressof(self._places),
             windows,
@@ -238,7 +241,7 @@ _local = threading.local()
 
 def room(nbytes: int, use: str = "windows") -> np.ndarray:
     """So many bytes of this thread's buffer for a use: its pages need not be got and cleared again and again."""
-    return _kept(nbytes, use)[0][:nbytes]
+    return np.frombuffer(_kept(nbytes, use)[0], np.uint8, nbytes)
 
 
 def address(nbytes: int, use: str = "windows") -> int:
@@ -246,13 +249,18 @@ def address(nbytes: int, use: str = "windows") -> int:
     return _kept(nbytes, use)[1]
 
 
-def _kept(nbytes: int, use: str) -> tuple[np.ndarray, int]:
-    found: tuple[np.ndarray, int] | None = getattr(_local, use, None)
-    if found is None or found[0].size < nbytes:
-        memory = np.empty(nbytes, dtype=np.uint8)
-        found = memory, memory.ctypes.data
+def _kept(nbytes: int, use: str) -> tuple[mmap.mmap, int]:
+    found: tuple[mmap.mmap, int] | None = getattr(_local, use, None)
+    if found is None or len(found[0]) < nbytes:
+        found = pages(nbytes)
         setattr(_local, use, found)
     return found
+
+
+def pages(nbytes: int) -> tuple[mmap.mmap, int]:
+    """Memory that takes room only where it is touched, and where it begins. What is written to it no forked process sees."""
+    memory = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return memory, ctypes.addressof(ctypes.c_char.from_buffer(memory))
 
 
 def loaded() -> ctypes.CDLL:
@@ -261,5 +269,9 @@ def loaded() -> ctypes.CDLL:
     return library
 
 
-def doubles(values: Sequence[float]) -> ctypes.Array[ctypes.c_double]:
+def zeros(count: int) -> Doubles:
+    return (ctypes.c_double * count)()
+
+
+def doubles(values: Sequence[float]) -> Doubles:
     return (ctypes.c_double * len(values))(*values)

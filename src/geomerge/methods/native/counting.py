@@ -29,7 +29,7 @@ class _Bracket(ctypes.Structure):
 Bounds = tuple[float, float, tuple[float, float]]
 """Of a bracket: ``(low, high, common)``; NaN is for a value that is not there."""
 
-Counted = tuple[int, tuple[int, int], np.ndarray]
+Counted = tuple[int, tuple[int, int], "np.ndarray"]
 """How many magnitudes lie above `high`, how many equal each of `common`, and those others that lie between `low` and `high`."""
 
 

@@ -133,18 +133,40 @@ int geomerge_finite(struct work *work, int64_t n) {
     return bad == 0;
 }
 
-/* Of n <= WINDOW merged elements: minus those of the only input, and what rounding to a dtype adds to them. */
-int geomerge_change(struct work *work, int64_t n, const double *merged, int dtype, double *change, double *error) {
-    double x[CHUNK], room[CHUNK];
+#define PARALLEL 8 /* sums that the elements take turns in: the order of their addition (loss.py) */
+
+static double added(const double *squares) {
+    double sum = 0;
+    EACH(PARALLEL) sum += squares[i];
+    return sum;
+}
+
+/* Of n <= WINDOW merged elements: the sums of the squares of their difference from the only input's, and of what rounding to a dtype
+ * adds to them. Where the second is more than a quarter of the first, differences up to `residue` of an element are none. */
+int geomerge_change(struct work *work, int64_t n, const double *merged, int dtype, double residue, double *sums) {
+    double change[CHUNK], error[CHUNK], x[CHUNK], room[CHUNK];
     const void *raw[1];
     if (!fetch(work, 0, n, raw)) return -1;
-    for (int64_t s = 0; s < n; s += CHUNK) {
-        int64_t m = least(CHUNK, n - s);
-        load_double(raw[0], work->inputs[0].dtype, s, m, x);
-        EACH(m) change[s + i] = merged[s + i] - x[i];
-        store_double(merged + s, dtype, 0, m, room);
-        load_double(room, dtype, 0, m, x);
-        EACH(m) error[s + i] = x[i] - merged[s + i];
+    for (int again = 0; again < 2; again++) {
+        double changed[PARALLEL] = {0}, lost[PARALLEL] = {0};
+        for (int64_t s = 0; s < n; s += CHUNK) {
+            const double *here = merged + s;
+            int64_t m = least(CHUNK, n - s);
+            load_double(raw[0], work->inputs[0].dtype, s, m, x);
+            EACH(m) change[i] = here[i] - x[i];
+            store_double(here, dtype, 0, m, room);
+            load_double(room, dtype, 0, m, x);
+            EACH(m) error[i] = x[i] - here[i];
+            if (again) EACH(m) {
+                int none = fabs(change[i]) <= residue * fabs(here[i]) && fabs(here[i]) < INFINITY;
+                change[i] = none ? 0 : change[i], error[i] = none ? 0 : error[i];
+            }
+            for (int64_t i = m; i % PARALLEL; i++) change[i] = error[i] = 0;
+            for (int64_t i = 0; i < m; i += PARALLEL)
+                for (int j = 0; j < PARALLEL; j++) changed[j] += change[i + j] * change[i + j], lost[j] += error[i + j] * error[i + j];
+        }
+        sums[0] = added(changed), sums[1] = added(lost);
+        if (!(4 * sums[1] > sums[0])) break;
     }
     return 1;
 }

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
-
-import numpy as np
 
 from geomerge.methods.base import BaseUse, Span, parameter, per_model
 from geomerge.methods.gram import Gram
@@ -48,6 +47,6 @@ dtype: bfloat16
         if self.normalize and abs(sum(self.weight)) < 1e-8:
             raise ValueError(f"the weights {list(self.weight)} sum to zero; set normalize: false or change them")
 
-    def coefficients(self, gram: Gram) -> np.ndarray:
-        weights = np.array(self.weight, dtype=np.float64)
-        return weights / weights.sum() if self.normalize else weights
+    def coefficients(self, gram: Gram) -> list[float]:
+        total = math.fsum(self.weight) if self.normalize else 1.0
+        return [weight / total for weight in self.weight]

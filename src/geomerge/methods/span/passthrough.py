@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
-
 from geomerge.methods.base import BaseUse, Span, per_model
 from geomerge.methods.gram import Gram
 from geomerge.methods.properties import BASE, IDENTICAL, PERMUTATION, ROTATION, SCALE, SIGN, SINGLE
@@ -40,6 +38,6 @@ dtype: bfloat16
     def needs_gram(self) -> bool:
         return False
 
-    def coefficients(self, gram: Gram) -> np.ndarray:
+    def coefficients(self, gram: Gram) -> list[float]:
         scale = self.scale[0]
-        return np.array([1.0 if scale is None else scale])
+        return [1.0 if scale is None else scale]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
-
-import numpy as np
 
 from geomerge.methods.base import Span, parameter, per_model
 from geomerge.methods.gram import Gram
@@ -49,8 +48,8 @@ dtype: bfloat16
         if compat is None and self.normalize and abs(sum(self.weight)) < 1e-8:
             raise ValueError(f"the weights {list(self.weight)} sum to zero; set normalize: false or change them")
 
-    def coefficients(self, gram: Gram) -> np.ndarray:
-        w = np.array(self.weight, dtype=np.float64)
-        divides = self.normalize and abs(w.sum()) >= 1e-8
-        c = self.lambda_ * (w / w.sum() if divides else w)
-        return np.concatenate([[1 - c.sum()], c])
+    def coefficients(self, gram: Gram) -> list[float]:
+        total = math.fsum(self.weight)
+        divisor = total if self.normalize and abs(total) >= 1e-8 else 1.0
+        c = [self.lambda_ * (weight / divisor) for weight in self.weight]
+        return [1 - math.fsum(c), *c]
