@@ -390,6 +390,30 @@ def test_same_where_float32_does_not_hold_the_differences(method: str) -> None:
 
 
 @compiled
+@pytest.mark.parametrize("out", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("t", [1e-6, 2.0**-13, 2.0**-13 * (1 + 2.0**-26), 1.7e-4, 0.01, 3.0, 1e6, 1e30])
+def test_same_bytes_of_near(t: float, out: torch.dtype) -> None:
+    """NearSwap's own loop looks at float32 first: all finite numbers, beside their neighbours, others of their size and any."""
+    torch.manual_seed(0)
+    finite = torch.arange(1 << 16).to(torch.int32)
+    finite = finite[(finite & 0x7F80) != 0x7F80].to(torch.int16)
+    others = [finite, finite + 1, finite ^ 3, finite ^ 64, finite + (1 << 15), finite[torch.randperm(len(finite))]]
+    pairs = [(finite, other) for other in others] + [
+        (torch.zeros_like(finite), finite),
+        (finite, torch.zeros_like(finite)),
+    ]
+    base, other = (torch.cat(side).view(torch.bfloat16) for side in zip(*pairs, strict=True))
+    kept = other.isfinite()
+    tensors = [base[kept], other[kept]]
+    ready = registry.get("nearswap").make({"t": t}, count=1, extrapolate=True)
+    found = same(lambda: merge(ready, tensors, dtype=out))
+    near = (tensors[1].double() - tensors[0].double()).abs() <= t
+    plain = near & (tensors[0].double() + (tensors[1].double() - tensors[0].double()) == tensors[1].double())
+    assert plain.any()
+    assert torch.equal(found[plain].float(), tensors[1][plain].float())
+
+
+@compiled
 def test_same_pruning_where_sixteen_bits_do_not_decide() -> None:
     """Of two million elements' words some thirty are the first half of their limit."""
     torch.manual_seed(0)
@@ -410,7 +434,7 @@ LOOPS = {
     "breadcrumbs": {"geomerge_survey_float", "geomerge_task_vectors_float"},
     "breadcrumbs_ties": {"geomerge_survey_float", "geomerge_task_vectors_float"},
     "arcee_fusion": {"geomerge_importance_survey", "geomerge_importance"},
-    "nearswap": {"geomerge_program"},
+    "nearswap": {"geomerge_near"},
     "ram": {"geomerge_program"},
     "ramplus_tl": {"geomerge_program"},
     "sce": {"geomerge_program"},
@@ -510,7 +534,7 @@ def test_same_files(method: str, tmp_path: Path, called: set[str]) -> None:
 
 
 @compiled
-@pytest.mark.parametrize("method", ["linear", "slerp", "ties", "dare_ties", "breadcrumbs", "arcee_fusion"])
+@pytest.mark.parametrize("method", ["linear", "slerp", "ties", "dare_ties", "breadcrumbs", "arcee_fusion", "nearswap"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_names_the_same_damage(method: str, bad: float) -> None:
     """A parent with NaN or Inf is refused in the same words."""

@@ -5,15 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from geomerge.methods import native
 from geomerge.methods.base import Elementwise, parameter
 from geomerge.methods.properties import BASE, IDENTICAL, SIGN
 from geomerge.methods.registry import register
-from geomerge.methods.tile import Tile
+from geomerge.methods.tile import Loop, Place, Scan, Tile
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_FLOOR = 1e-6
+_FLOOR, _MOST = 1e-6, 1e30
+"""The smallest t that the formula's floor leaves as it is, and the largest that float32 is asked to hold."""
 
 
 @register
@@ -48,3 +50,17 @@ dtype: bfloat16
             return tile.base.add_(delta.clamp_(-self.t, self.t))
         share = delta.abs().clamp_(min=_FLOOR).reciprocal_().mul_(self.t).clamp_(0.0, 1.0)
         return tile.base.addcmul_(share, delta)
+
+    def compiled(self, scan: Scan, stats: None) -> Loop | None:
+        narrow = scan.compiled and {source.dtype for source in scan.sources} == {"BF16"}
+        if not narrow or not _FLOOR <= self.t <= _MOST:
+            return None
+
+        def looped(place: Place, out: native.Stored, beginning: native.Doubles | None) -> bool:
+            inputs = scan.stored(place.start, place.numel)
+            done = native.near(inputs, self.t, out, beginning, check=scan.checks)
+            if not done:
+                scan.look_again(place.start, place.numel)
+            return done
+
+        return looped

@@ -366,6 +366,13 @@ def importance(
     )  # fmt: skip
 
 
+def near(inputs: Inputs, most: float, out: Stored, beginning: Doubles | None = None, *, check: bool) -> bool:
+    """θ₀ + min(max(θ₁ − θ₀, −most), most), rounded; both are bfloat16. Whether they are finite (looked at if `check`)."""
+    return inputs.call(
+        "near", ctypes.c_int64(inputs.numel), ctypes.c_double(most), ctypes.c_int(check), out=out, beginning=beginning
+    )
+
+
 COMPETITORS = 8
 """Experts that compete at most: see `competition.h`."""
 

@@ -54,3 +54,4 @@ const char geomerge_source[] = GEOMERGE_SOURCE;
 #include "divergences.h"
 #include "importance.h"
 #include "competition.h"
+#include "near.h"

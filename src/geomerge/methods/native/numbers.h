@@ -168,6 +168,7 @@ typedef int32_t ints __attribute__((vector_size(REGISTER)));
 typedef int64_t longs __attribute__((vector_size(REGISTER)));
 
 static inline lanes_double every(double value) { return value - (lanes_double){0}; }
+static inline ints all_ints(int32_t value) { return value - (ints){0}; }
 static inline floats all(float value) { return value - (floats){0}; }
 static inline floats where(ints mask, floats x) { return (floats)(mask & (ints)x); } /* and 0 elsewhere */
 static inline floats size_of(floats x) { return (floats)((ints)x & 0x7FFFFFFF); }
@@ -219,12 +220,30 @@ static inline uint32_t lanes_in(ints mask) {
 #endif
 }
 
-/* The larger of both, neither a NaN; a sum and another number where x is greater than 0. */
+static inline ints smaller_int(ints a, ints b) {
+#ifdef __AVX512BW__
+    return (ints)_mm512_min_epi32((__m512i)a, (__m512i)b);
+#elif defined __AVX2__ && defined __FMA__
+    return (ints)_mm256_min_epi32((__m256i)a, (__m256i)b);
+#else
+    return (a & (a < b)) | (b & ~(a < b));
+#endif
+}
+
+/* The larger and the smaller of both, neither a NaN; a sum and another number where x is greater than 0. */
 static inline floats larger_float(floats a, floats b) {
 #ifdef __AVX512BW__
     return (floats)_mm512_max_ps((__m512)a, (__m512)b);
 #else
     return (floats)(((ints)a & (a > b)) | ((ints)b & ~(a > b)));
+#endif
+}
+
+static inline floats smaller_float(floats a, floats b) {
+#ifdef __AVX512BW__
+    return (floats)_mm512_min_ps((__m512)a, (__m512)b);
+#else
+    return (floats)(((ints)a & (a < b)) | ((ints)b & ~(a < b)));
 #endif
 }
 
