@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import subprocess
 import sys
 import threading
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,7 +39,7 @@ def matrix(values: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("scale", [1e-60, 1.0, 1e60])
 @pytest.mark.parametrize("spectrum", SPECTRA)
-@pytest.mark.parametrize("k", [1, 5, K, N // 2, N])
+@pytest.mark.parametrize("k", [1, 5, K, N // 3, N // 2, N])
 def test_are_eigenvectors(spectrum: str, k: int, scale: float) -> None:
     """The values are right, the vectors orthonormal, and their residuals rounding; task vectors of norm 10⁻³⁰ and 10³⁰."""
     values = SPECTRA[spectrum] * scale
@@ -84,6 +86,27 @@ def test_without_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
         assert refused[-1] == broken
         assert vectors.shape == (N, k)
         assert torch.allclose(values, SPECTRA["noise"][:k], rtol=1e-12)
+
+
+@pytest.mark.parametrize("broken", ["dsterf", "dstein", "orthogonal"])
+def test_without_the_result_of_an_iteration(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where inverse iteration does not converge, or its vectors are not orthogonal, torch does it."""
+    real, called = eigen._call, []
+
+    def fails(library: str, name: str, *arguments: Any) -> None:
+        called.append(name)
+        real(library, name, *arguments)
+        if name == broken:
+            ctypes.cast(arguments[-1], ctypes.POINTER(ctypes.c_int)).contents.value = 1
+
+    monkeypatch.setattr(eigen, "_call", fails)
+    if broken == "orthogonal":
+        monkeypatch.setattr(eigen, "_ORTHOGONAL", 0.0)
+    expected = torch.linalg.eigh(matrix(SPECTRA["noise"]), UPLO="U")
+    values, vectors = eigen.eigh(matrix(SPECTRA["noise"]), K)
+    assert called[-1] == ("dstein" if broken == "orthogonal" else broken)
+    assert torch.equal(values, expected.eigenvalues.flip(0)[:K])
+    assert torch.equal(vectors, expected.eigenvectors.flip(1)[:, :K])
 
 
 @pytest.mark.parametrize("shape", [(N, N), (N, 7), (N, 1), (N, 0), (N, 900), (300, N), (5, 900)])
