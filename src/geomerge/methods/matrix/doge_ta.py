@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from geomerge.methods.base import Matrix, parameter
+from geomerge.methods.linalg import largest
 from geomerge.methods.matrix.quadratic import adam, norms
 from geomerge.methods.order import nth_smallest_of_all
 from geomerge.methods.properties import BASE, PERMUTATION, SIGN
@@ -23,9 +24,6 @@ if TYPE_CHECKING:
 _TIE = 1e-10
 """How much more the leading directions of a task weigh in the shared subspace: nothing where the tasks decide, and what
 decides where they do not (a single task, or tasks whose column spaces are equal or orthogonal)."""
-
-_NULL = 1e-12
-"""A singular value of this share of the largest is a rounding error of zero, and its vector stands for nothing."""
 
 
 @register
@@ -137,12 +135,10 @@ dtype: float32
         rank = min(deltas.shape[1:])
         bases = []
         for delta in deltas:
-            u, s, _ = torch.linalg.svd(delta, full_matrices=False)
-            there = s[: rank // len(deltas)] > _NULL * s[0]
-            bases.append(u[:, : len(there)][:, there] * (1 + _TIE * s[: len(there)][there] / s[0]))
-        shared, s, _ = torch.linalg.svd(torch.cat(bases, 1), full_matrices=False)
-        basis: Tensor = shared[:, s > _NULL][:, : rank // self.subspace]
-        return basis
+            found = largest(delta, rank // len(deltas))
+            bases.append(found.u * (1 + _TIE * found.s / found.s[:1]))
+        side_by_side = torch.cat(bases, 1)
+        return largest(side_by_side, min(rank // self.subspace, side_by_side.shape[1])).u
 
 
 def rank_of(n: int, density: float) -> int:
