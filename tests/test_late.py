@@ -131,6 +131,7 @@ PARAMETERS = {
     "ties_global": "weight: 0.5, density: 0.4, scope: global",
     "passthrough": "",
     "sce": "select_topk: 0.5",
+    "sce_whole": "",
     "emr": "task: 2",
     "tall_mask": "task: 1",
     "consensus": "",
@@ -145,7 +146,7 @@ PARAMETERS = {
 
 WITHOUT_NUMPY = (
     "linear", "task_arithmetic", "passthrough", "nearswap", "ram", "ramplus_tl", "emr", "tall_mask", "consensus",
-    "dare_linear", "dare_ties", "della", "della_linear",
+    "dare_linear", "dare_ties", "della", "della_linear", "sce_whole",
 )  # fmt: skip
 
 
@@ -153,8 +154,9 @@ def run(root: Path, method: str) -> subprocess.CompletedProcess[str]:
     """Merge two models, of several segments and of one tile, as the program does."""
     names = ("a",) if method in ("passthrough", "slerp", "nearswap", "arcee_fusion") else ("a", "b")
     base = "" if method in ("linear", "passthrough", "karcher", "multislerp") else f"base_model: {root / 'base'}\n"
+    models = ", ".join(f"{{model: {root / n}}}" for n in names)
     (root / "recipe.yml").write_text(
-        f"merge_method: {method.removesuffix('_global')}\nmodels: [{', '.join(f'{{model: {root / n}}}' for n in names)}]\n"
+        f"merge_method: {method.removesuffix('_global').removesuffix('_whole')}\nmodels: [{models}]\n"
         f"{base}parameters: {{{PARAMETERS[method]}}}\n"
     )
     return program("merge", str(root / "recipe.yml"), str(root / "out"), "--quiet", "--force")

@@ -189,14 +189,16 @@ class _Nowhere:
     readable = False
 
     def __init__(self, numel: int, dtype: str) -> None:
-        self._code = native.CODES.get(dtype)
-        self._room, self._first = native.pages(numel * DTYPES[dtype].itemsize)
+        self._code, self._nbytes = native.CODES.get(dtype), numel * DTYPES[dtype].itemsize
 
     def write(self, node: Node, start: int, values: torch.Tensor) -> None:
         pass
 
     def stored(self, node: Node) -> native.Stored | None:
-        return None if self._code is None else native.Stored(self._code, self._first, keeps=self._room)
+        if self._code is None or not native.available():
+            return None
+        room, first = native.pages(self._nbytes)
+        return native.Stored(self._code, first, keeps=room)
 
 
 def _bytes_read(plan: Plan, node: Node, inputs: Sequence[Checkpoint]) -> int:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
-
-import numpy as np
 
 from geomerge.methods.base import Elementwise, parameter
 from geomerge.methods.combine import added, elected_sign
@@ -89,11 +88,11 @@ dtype: bfloat16
             self._select(deltas, tile, selection, "energy")
             return [d.square_() for d in deltas]
 
-        energy = np.array(scan.sums(energies, recorded=True) if scan.numel else [0.0] * scan.experts)
-        total = energy.sum()
+        energy = scan.sums(energies, recorded=True) if scan.numel else [0.0] * scan.experts
+        total = math.fsum(energy)
         if total == 0 or total / max(scan.numel, 1) < self.energy_floor:
             return selection, [1 / scan.experts] * scan.experts
-        return selection, (energy / total).tolist()
+        return selection, [each / total for each in energy]
 
     @staticmethod
     def _select(deltas: Sequence[Tensor], tile: Tile, selection: Selection | None, label: str) -> None:
