@@ -139,7 +139,7 @@ def test_brackets_that_overflow(name: str, k: int, counted: list[int], monkeypat
     """Brackets that may hold 16 different values and are made to hold everything: folding and counting take over."""
     monkeypatch.setattr(order, "_COLLECT", 16)
     monkeypatch.setattr(
-        order, "_brackets", lambda scan, m, counts, experts: dict.fromkeys(counts, (0.0, np.inf, (np.nan, np.nan)))
+        order, "_brackets", lambda scan, m, counts, *more: dict.fromkeys(counts, (0.0, np.inf, (np.nan, np.nan)))
     )
     scan = scan_of(HOSTILE[name])
     (found,) = largest(scan, absolute, [k])
@@ -210,9 +210,9 @@ def test_what_is_ranked_twice_is_sampled_once(loops: bool, monkeypatch: pytest.M
     asked: list[int] = []
     bounds_of = order.bounds_of
 
-    def spy(strata: Sequence[Array], counts: Sequence[int], n: int, floor: float) -> list[tuple[native.Bounds, float]]:
+    def spy(strata: Sequence[Array], counts: Sequence[int], *more: float) -> list[tuple[native.Bounds, float]]:
         asked.append(len(counts))
-        return bounds_of(strata, counts, n, floor)
+        return bounds_of(strata, counts, *more)
 
     monkeypatch.setattr(order, "bounds_of", spy)
     scan = scan_of(np.zeros(N), HOSTILE["normal"], HOSTILE["any size"])
@@ -233,6 +233,21 @@ def test_what_is_ranked_twice_is_sampled_once(loops: bool, monkeypatch: pytest.M
     for k, which, selection in zip((2, 3, 4, 5), (1, 2, 1, 2), found, strict=True):
         values = np.abs(HOSTILE["normal" if which == 1 else "any size"])
         assert selection.threshold == np.sort(values)[N - N // k]
+
+
+@pytest.mark.parametrize("loops", [True, False])
+@pytest.mark.parametrize(("spreads", "again"), [((-5.0, 8.0), 0), ((-6.0, -5.0), 3)])
+def test_what_brackets_missed_is_looked_at_once_more(
+    spreads: tuple[float, float], again: int, loops: bool, counted: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By wider ones; only what these miss, too, is counted bit by bit."""
+    monkeypatch.setattr(order, "_SPREADS", spreads)
+    scan = scan_of(np.zeros(N), HOSTILE["normal"])
+    with contextlib.nullcontext() if loops else native.turned_off():
+        found = largest(scan, lambda tile: magnitudes(tile) * 3, [N // 2, N // 3, N // 50], [0, 0, 0])
+    assert len(counted) == again
+    ordered = np.sort(np.abs(HOSTILE["normal"]))[::-1]
+    assert [s.threshold for s in found] == [ordered[N // k - 1] for k in (2, 3, 50)]
 
 
 def test_what_repeats_is_kept_once() -> None:

@@ -1,7 +1,7 @@
 """Bounds around a threshold: what lies above and between them is counted and collected, and the threshold chosen from that.
 
 A sample gives bounds that very probably hold the k-th largest value; one pass over all values narrows that down to a few. Where
-the bounds missed it, values are counted by 16 bits of their patterns at a time.
+the bounds missed it, wider ones are tried, and where these do, values are counted by 16 bits of their patterns at a time.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ _LOOK = 128
 
 
 def bounds_of(
-    strata: Sequence[Floats], counts: Sequence[int], n: int, floor: float
+    strata: Sequence[Floats], counts: Sequence[int], n: int, floor: float, spread: float
 ) -> list[tuple[native.Bounds, float]]:
     """Bounds from a sample, for the k-th largest of n values.
 
@@ -101,20 +101,23 @@ def bounds_of(
         counts: Each k, from 1 to n.
         n: Of how many values.
         floor: No value lies below it.
+        spread: How many of the sample's standard deviations lie to either side of what it says.
 
     Returns:
         For each k the bounds, and the share of the values that is to be expected between them.
     """
     values = _sorted(np.concatenate([pieces.reshape(-1) for pieces in strata]))
-    return [_bounds(values, strata, k, n, floor) for k in counts]
+    return [_bounds(values, strata, k, n, floor, spread) for k in counts]
 
 
-def _bounds(values: Floats, strata: Sequence[Floats], k: int, n: int, floor: float) -> tuple[native.Bounds, float]:
+def _bounds(
+    values: Floats, strata: Sequence[Floats], k: int, n: int, floor: float, spread: float
+) -> tuple[native.Bounds, float]:
     size = len(values)
     centre = min(max(int(size * (1 - k / n)), 0), size - 1)
     variance = max(size * (k / n) * (1 - k / n), _variance(strata, values[centre]))
-    spread = 4 * math.sqrt(variance) + 16
-    low, high = int(centre - spread), int(centre + spread)
+    reach = spread * math.sqrt(variance) + 16
+    low, high = int(centre - reach), int(centre + reach)
     inner = values[max(low, 0) : high + 1]
     distinct = inner[_starts(inner)]
     number = np.searchsorted(values, distinct, side="right") - np.searchsorted(values, distinct)

@@ -1,8 +1,8 @@
 """Exact order statistics in bounded memory: which elements of a tensor, or of a model, are the k largest?
 
 No sort of a tensor, ever. A sample predicts a narrow bracket for each threshold; one pass counts what lies above it and
-collects the few values inside; a selection among those is exact. When the bracket misses (or more falls into it than
-memory should hold), the answer is found by counting the magnitudes' bit patterns 16 bits at a time: a non-negative
+collects the few values inside; a selection among those is exact. When the bracket misses, a wider one is tried; when that does (or more
+falls into one than memory should hold), the answer is found by counting the magnitudes' bit patterns 16 bits at a time: a non-negative
 float's bits, read as an integer, are in the order of the values.
 
 The k largest are well defined down to the last element: of equal magnitudes the one with the lowest flat index wins.
@@ -55,6 +55,10 @@ _WIDE = 0.12
 """Bounds that hold a larger share of the values come from too small a sample."""
 _MOST = 1 << 20
 """Elements in the largest sample of a tensor; of a model four times as many."""
+_SPREADS = (3.0, 8.0)
+"""How many standard deviations a tensor's brackets reach to either side: those that missed are looked at once more, wider."""
+_OF_ALL = 4.0
+"""The same for a model's."""
 _COLLECT = 1 << 20
 """Values a bracket of a tensor is meant to hold at most, and one of a model two and a half times as many; beyond four times so
 many (of a model, sixteen times), counting takes over."""
@@ -94,18 +98,23 @@ def largest(
     n = scan.numel
     look = loop or _look(scan, magnitudes, experts, recorded=recorded)
     found = [NOTHING if k <= 0 else Selection(0.0, n, (n,)) for k in counts]
-    wanted = [i for i, k in enumerate(counts) if 0 < k < n]
-    if wanted:
+    left = {i: k for i, k in enumerate(counts) if 0 < k < n}
+    for spread in _SPREADS if left else ():
         small = n <= 2 * _SAMPLE
-        brackets = (
-            dict.fromkeys(wanted, _EVERYTHING)
-            if small
-            else _brackets(scan, magnitudes, {i: counts[i] for i in wanted}, look)
-        )
-        budget = dict.fromkeys(wanted, 4 * _COLLECT)
+        brackets = dict.fromkeys(left, _EVERYTHING) if small else _brackets(scan, magnitudes, left, look, spread)
+        budget = dict.fromkeys(left, 4 * _COLLECT)
         segments = _collect(scan, magnitudes, brackets, budget, _COLLECT // 2 // len(scan.segments), look)
-        for i in wanted:
-            found[i] = choose([s[i] for s in segments], counts[i]) or by_counting(scan.over, magnitudes, i, counts[i])
+        missed = {}
+        for i, k in left.items():
+            inside = [s[i] for s in segments]
+            selection = choose(inside, k)
+            if selection is None and spread < _SPREADS[-1] and not any(s.overflow for s in inside):
+                missed[i] = k
+            else:
+                found[i] = selection or by_counting(scan.over, magnitudes, i, k)
+        left = missed
+        if not left:
+            break
     return found
 
 
@@ -211,7 +220,7 @@ def _select(
     samples = walk.over(sample)
     floor = -math.inf if signed else 0.0
     together = {i: [pieces for each in samples for pieces in each.get(i, ())] for i in wanted}
-    brackets = {i: bounds for i, (bounds, _) in _bounds(together, wanted, n, floor, walk.side_by_side).items()}
+    brackets = {i: bounds for i, (bounds, _) in _bounds(together, wanted, n, floor, _OF_ALL, walk.side_by_side).items()}
     del samples, together
     budget = dict.fromkeys(wanted, 16 * _COLLECT)
     most = _COLLECT // 2 // (len(walk.names) + n // SEGMENT)
@@ -260,13 +269,14 @@ def _bounds(
     counts: dict[int, int],
     n: int,
     floor: float,
+    spread: float,
     run: Callable[[Callable[[list[int]], Any], Iterable[list[int]]], Iterable[Any]] = map,
 ) -> dict[int, tuple[native.Bounds, float]]:
     """`bounds_of` for each selection; what several have in common is sorted once."""
     alike: dict[tuple[int, ...], list[int]] = {}
     for i, pieces in samples.items():
         alike.setdefault(tuple(map(id, pieces)), []).append(i)
-    found = run(lambda of: bounds_of(samples[of[0]], [counts[i] for i in of], n, floor), alike.values())
+    found = run(lambda of: bounds_of(samples[of[0]], [counts[i] for i in of], n, floor, spread), alike.values())
     return {
         i: bounds
         for of, all_of in zip(alike.values(), found, strict=True)
@@ -288,14 +298,14 @@ def nth_smallest(
 
 
 def _brackets(
-    scan: Scan, magnitudes: Magnitudes, counts: dict[int, int], look: Look | None
+    scan: Scan, magnitudes: Magnitudes, counts: dict[int, int], look: Look | None, spread: float
 ) -> dict[int, native.Bounds]:
     """For each selection bounds that very probably hold its threshold, and the values that are common between them."""
     n = scan.numel
     each = 1.0 if look is None else len(counts) / len({_ranked(look)[i] for i in counts})  # selections of a magnitude
     size = min(max(_SAMPLE, int((n / 3 * each) ** (2 / 3))), _MOST)  # costs about as much as what is collected by it
     while True:
-        found = _bounds(_sample(scan, magnitudes, counts, size, look), counts, n, 0.0)
+        found = _bounds(_sample(scan, magnitudes, counts, size, look), counts, n, 0.0, spread)
         share = max(share for _, share in found.values())
         if (share < _WIDE and share * n <= 2 * _COLLECT) or size >= min(n, _MOST):
             return {i: bounds for i, (bounds, _) in found.items()}
