@@ -1,9 +1,9 @@
 """Exact order statistics in bounded memory: which elements of a tensor, or of a model, are the k largest?
 
 No sort of a tensor, ever. A sample predicts a narrow bracket for each threshold; one pass counts what lies above it and
-collects the few values inside; a selection among those is exact. When the bracket misses, a wider one is tried; when that does (or more
-falls into one than memory should hold), the answer is found by counting the magnitudes' bit patterns 16 bits at a time: a non-negative
-float's bits, read as an integer, are in the order of the values.
+collects the few values inside; a selection among those is exact. When the bracket misses, a wider one is tried; when that
+does (or more falls into one than memory should hold), the answer is found by counting the magnitudes' bit patterns 16 bits at
+a time: a non-negative float's bits, read as an integer, are in the order of the values.
 
 The k largest are well defined down to the last element: of equal magnitudes the one with the lowest flat index wins.
 """

@@ -48,17 +48,19 @@ static inline void scale_bounds(struct bracket *b, int brackets, double scale) {
 
 /* `bracket_doubles` does as `bracket_double`, and `bracket_bf16` as `bracket_float` of |x - base|, for a whole number of registers;
  * `found` has room for one more. `two`: both of `common` are numbers. `bracket_scaled` does as `bracket_double` of the products of
- * |x - base|, which float32 holds (`exact`), and a number that is at least SCALES; `size` is for that. */
+ * |x - base|, which float32 holds (`exact`), and a number that is at least SCALES; `size` is for that. `rare`: mostly none of a register
+ * is collected. */
 #ifdef __AVX512BW__
 #define BOUNDS_float(b) {b->size[0], b->size[1], b->size[2], b->size[3]}
 #define BOUNDS_double(b) {b->low, b->high, b->common[0], b->common[1]}
-#define QUICK_BRACKET(name, T, Found, end, lanes, magnitudes, store, ...)                                  \
+#define QUICK_BRACKET(name, T, Found, end, lanes, magnitudes, first, when, stored, ...)                    \
     FUSED name(const int two, struct bracket *b, int64_t m, __VA_ARGS__) {                                 \
         const T bounds[4] = BOUNDS_##T(b);                                                                 \
         const lanes low = _mm512_set1_##end(bounds[0]), high = _mm512_set1_##end(bounds[1]);               \
         const lanes common = _mm512_set1_##end(bounds[2]), other = _mm512_set1_##end(bounds[3]);           \
         int64_t over = 0, same = 0, alike = 0;                                                             \
-        Found *found = (Found *)b->found + b->collected;                                                   \
+        first;                                                                                             \
+        Found *found = begin;                                                                              \
         for (int64_t i = 0; i < m; i += LANES(T)) {                                                        \
             lanes y = magnitudes;                                                                          \
             unsigned above = _mm512_cmp_##end##_mask(y, high, _CMP_NLE_UQ);                                \
@@ -67,26 +69,25 @@ static inline void scale_bounds(struct bracket *b, int brackets, double scale) {
             unsigned inside = _mm512_cmp_##end##_mask(y, low, _CMP_GE_OQ) & ~(above | equal | second);     \
             over += __builtin_popcount(above);                                                             \
             same += __builtin_popcount(equal), alike += __builtin_popcount(second);                        \
-            y = _mm512_maskz_compress_##end(inside, y);                                                    \
-            store;                                                                                         \
+            if (when) _mm512_storeu_##end(found, _mm512_maskz_compress_##end(inside, y));                  \
             found += __builtin_popcount(inside);                                                           \
         }                                                                                                  \
         b->above += over, b->equal[0] += same, b->equal[1] += alike;                                       \
-        b->collected = found - (Found *)b->found;                                                          \
+        stored;                                                                                            \
+        b->collected += found - begin;                                                                     \
     }
 
+/* The products of a few floats. */
+static inline void products(const float *x, int64_t n, double scale, double *to) { EACH(n) to[i] = x[i] * scale; }
+
 #define DIFFERENCE _mm512_sub_ps((__m512)widened_float(x + i), _mm512_loadu_ps(base + i))
-#define PRODUCTS(from) _mm512_mul_pd(_mm512_cvtps_pd(_mm512_extractf32x8_ps(y, from)), _mm512_set1_pd(scale))
-#define WIDE_STORE                                                                       \
-    if (inside) {                                                                        \
-        _mm512_storeu_pd(found, PRODUCTS(0));                                            \
-        if (__builtin_popcount(inside) > 8) _mm512_storeu_pd(found + 8, PRODUCTS(1));    \
-    }
-QUICK_BRACKET(bracket_doubles, double, double, pd, __m512d, _mm512_loadu_pd(x + i), _mm512_storeu_pd(found, y), const double *restrict x)
-QUICK_BRACKET(bracket_bf16, float, float, ps, __m512, _mm512_abs_ps(DIFFERENCE), _mm512_storeu_ps(found, y), const uint16_t *restrict x,
+#define IN_PLACE(Found) Found *begin = (Found *)b->found + b->collected
+QUICK_BRACKET(bracket_doubles, double, double, pd, __m512d, _mm512_loadu_pd(x + i), IN_PLACE(double), 1, (void)0, const double *restrict x)
+QUICK_BRACKET(bracket_bf16, float, float, ps, __m512, _mm512_abs_ps(DIFFERENCE), IN_PLACE(float), 1, (void)0, const uint16_t *restrict x,
               const float *restrict base)
-QUICK_BRACKET(bracket_scaled, float, double, ps, __m512, _mm512_abs_ps(DIFFERENCE), WIDE_STORE, const uint16_t *restrict x,
-              const float *restrict base, double scale)
+QUICK_BRACKET(bracket_scaled, float, float, ps, __m512, _mm512_abs_ps(DIFFERENCE), float begin[CHUNK + LANES(float)],
+              !rare || inside, products(begin, found - begin, scale, (double *)b->found + b->collected), const uint16_t *restrict x,
+              const float *restrict base, double scale, const int rare)
 
 #define QUICK 1
 #define SCALED 1 /* there is `bracket_scaled` */
@@ -166,11 +167,11 @@ FUSED bracket_bf16(const int two, struct bracket *b, int64_t m, const uint16_t *
 }
 #define QUICK 1
 #define SCALED 0
-#define bracket_scaled(two, b, m, x, base, scale) (void)0
+#define bracket_scaled(two, b, m, x, base, scale, rare) (void)0
 #else
 #define QUICK 0
 #define SCALED 0
-#define bracket_scaled(two, b, m, x, base, scale) (void)0
+#define bracket_scaled(two, b, m, x, base, scale, rare) (void)0
 #define bracket_bf16(two, b, m, x, base) (void)0
 #define bracket_doubles(two, b, m, x) (void)0
 #endif
@@ -259,8 +260,8 @@ static int exact(int64_t m, const uint16_t *x, const uint16_t *base) {
                             if (check) bad += odd_##T(raw[k + 1], BF16, s, m, 0);                     \
                             const uint16_t *x = (const uint16_t *)raw[k + 1] + s;                     \
                             for (; j < brackets && b[j].expert == k; j++)                             \
-                                if (b[j].common[1] == b[j].common[1]) bracket_scaled(1, b + j, m, x, single, 1); \
-                                else bracket_scaled(0, b + j, m, x, single, 1);                       \
+                                if (b[j].common[1] == b[j].common[1]) bracket_scaled(1, b + j, m, x, single, 1, 1); \
+                                else bracket_scaled(0, b + j, m, x, single, 1, 1);                       \
                             continue;                                                                 \
                         }                                                                             \
                         load_##T(raw[k + 1], in[k + 1].dtype, s, m, d);                               \

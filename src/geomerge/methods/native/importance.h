@@ -60,8 +60,8 @@ int geomerge_importance_survey(struct work *work, int64_t pieces, const int64_t 
                     if (narrow && narrow_base(raw, from, m, single)) {
                         const uint16_t *x = (const uint16_t *)raw[1] + from;
                         for (int j = 0; j < brackets; j++)
-                            if (b[j].common[1] == b[j].common[1]) bracket_scaled(1, b + j, m, x, single, *scale);
-                            else bracket_scaled(0, b + j, m, x, single, *scale);
+                            if (b[j].common[1] == b[j].common[1]) bracket_scaled(1, b + j, m, x, single, *scale, 0);
+                            else bracket_scaled(0, b + j, m, x, single, *scale, 0);
                         continue;
                     }
                     differences_double(raw, dtypes, from, m, base, d);
