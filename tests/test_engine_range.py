@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 import geomerge as gm
 import tiny
-from geomerge.engine.loss import RoundingLoss
+from geomerge.engine.loss import RESIDUE, RoundingLoss
 from geomerge.methods import native
 
 TA = """\
@@ -59,6 +59,20 @@ def test_no_change_has_no_rounding_loss() -> None:
     assert loss.share is None
     loss.add_differences(before + 1e-6, np.full(100, 1e-6), np.full(100, -1e-6))
     assert loss.share == pytest.approx(1)
+
+
+@pytest.mark.skipif(not native.available(), reason="the compiled loops were not built")
+@pytest.mark.parametrize("n", [1, 7, 8, 255, 256, 1000, 1024])
+@pytest.mark.parametrize("step", [1e-3, 1e-17])
+def test_the_loop_adds_up_the_same_rounding_loss(n: int, step: float) -> None:
+    """To the last bit, with and without changes that are none but for float64's rounding."""
+    random = np.random.default_rng(n)
+    before = torch.from_numpy(random.standard_normal(n)).bfloat16()
+    merged = before.double() * (1 + step * torch.from_numpy(random.random(n)))
+    loss = RoundingLoss()
+    loss.add(merged, merged.bfloat16(), before)
+    found = native.change(native.in_memory(before), native.call.doubles(merged.tolist()), native.CODES["BF16"], RESIDUE)
+    assert found == (loss.change, loss.error)
 
 
 def test_configurations_that_contradict_are_told(tmp_path: Path) -> None:

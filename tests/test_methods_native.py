@@ -391,7 +391,9 @@ def test_same_where_float32_does_not_hold_the_differences(method: str) -> None:
 
 @compiled
 @pytest.mark.parametrize("out", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("t", [1e-6, 2.0**-13, 2.0**-13 * (1 + 2.0**-26), 1.7e-4, 0.01, 3.0, 1e6, 1e30])
+@pytest.mark.parametrize(
+    "t", [1e-6, 2.0**-13, 2.0**-13 * (1 + 2.0**-26), 1 + 2.0**-8 + 0.6 * 2.0**-23, 1.7e-4, 0.01, 3.0, 1e6, 1e30]
+)
 def test_same_bytes_of_near(t: float, out: torch.dtype) -> None:
     """NearSwap's own loop looks at float32 first: all finite numbers, beside their neighbours, others of their size and any."""
     torch.manual_seed(0)

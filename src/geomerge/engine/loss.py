@@ -96,7 +96,8 @@ def _squared(x: np.ndarray) -> float:
     # In the order of `geomerge_change`, and not by the linear algebra library, whose last bit depends on its number of threads.
     squares = np.zeros(-(-x.size // _PARALLEL) * _PARALLEL)
     np.square(x, out=squares[: x.size])
-    return sum(np.add.reduce(squares.reshape(-1, _PARALLEL), axis=0).tolist(), 0.0)
+    # One after the other: Python's own `sum` makes up for rounding from 3.12 on.
+    return float(np.add.accumulate(np.add.reduce(squares.reshape(-1, _PARALLEL), axis=0))[-1])
 
 
 _PARALLEL = 8

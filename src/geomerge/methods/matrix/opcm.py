@@ -30,7 +30,7 @@ def cleaned(total: Tensor, delta: Tensor, alpha: float, *, zero_diagonal: bool =
         alpha: From 0 to 1; from 1 on no block is removed.
         zero_diagonal: Remove the diagonal.
     """
-    # In full: the diagonal tells nearly equal singular values apart, which a Gram matrix does to 10⁻⁴ at worst.
+    # In full: the diagonal tells nearly equal singular values apart, where a Gram matrix was off by 4·10⁻⁴.
     u, sigma, vt = torch.linalg.svd(total, full_matrices=False)
     rank = int((sigma > torch.finfo(sigma.dtype).eps * max(total.shape) * sigma[0]).sum())
     u, sigma, vt = u[:, :rank], sigma[:rank], vt[:rank]

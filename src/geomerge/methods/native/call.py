@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 
 Doubles = ctypes.Array[ctypes.c_double]
+"""Float64 numbers that loops read or write, without NumPy."""
 
 CODES = {"BF16": 0, "F16": 1, "F32": 2, "F64": 3}
 """The dtypes that the loops read and write, by safetensors name."""
