@@ -404,6 +404,11 @@ def test_same_bytes_of_near(t: float, out: torch.dtype) -> None:
         (torch.zeros_like(finite), finite),
         (finite, torch.zeros_like(finite)),
     ]
+    apart = (
+        torch.full((64,), -0.2 * 2.0**-23).bfloat16(),
+        torch.full((64,), 2.0).bfloat16(),
+    )  # a block with nothing else
+    pairs.append((apart[0].view(torch.int16), apart[1].view(torch.int16)))
     base, other = (torch.cat(side).view(torch.bfloat16) for side in zip(*pairs, strict=True))
     kept = other.isfinite()
     tensors = [base[kept], other[kept]]
