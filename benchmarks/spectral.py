@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from geomerge.engine.memory import keep_freed_memory
-from geomerge.methods import eigen, registry
+from geomerge.methods import eigen, registry, roots
 from geomerge.methods.direct import Function
 
 TASKS = 8
@@ -139,7 +139,7 @@ def pieces(rounds: int = 5) -> None:
         spent[name] += time.thread_time() - begun
 
     for n in (768, 1536):
-        delta = task_vectors(n, n, "slow")[0]
+        delta = task_vectors(n, n, "slow").sum(0)
         square = eigen.gram(delta)
         product = seconds(lambda: delta @ delta)  # noqa: B023
         works: dict[str, Callable[[], object]] = {
@@ -149,16 +149,25 @@ def pieces(rounds: int = 5) -> None:
             "an eighth": lambda: eigen.eigh(square, n // 8),  # noqa: B023
             "a fortieth": lambda: eigen.eigh(square, n // 40),  # noqa: B023
             "Gram matrix": lambda: eigen.gram(delta),  # noqa: B023
+            "inverse root": lambda: root(square),  # noqa: B023
             "Cholesky": lambda: torch.linalg.cholesky(square + torch.eye(n, dtype=torch.float64)),  # noqa: B023
         }
-        told = ", ".join(f"{name} {seconds(work) / product:.1f}" for name, work in works.items())
+        print(f"n = {n}, a product {product * 1e3:.0f} ms:", flush=True)
+        print("  ", ", ".join(f"{name} {seconds(work) / product:.1f}" for name, work in works.items()), flush=True)
         eigen._call = timed_call
-        spent.clear()
-        whole = sum(seconds_of(lambda: eigen.eigh(square)) for _ in range(rounds))  # noqa: B023
+        for name in ("all eigenvectors", "inverse root"):
+            spent.clear()
+            whole = sum(seconds_of(works[name]) for _ in range(rounds))
+            parts = {**spent, "the rest": whole - sum(spent.values())}
+            said = ", ".join(f"{part} {total / rounds / product:.1f}" for part, total in parts.items())
+            print(f"   of {name}: {said}", flush=True)
         eigen._call = call
-        parts = {**spent, "turning back and the rest": whole - sum(spent.values())}
-        said = ", ".join(f"{name} {total / rounds / product:.1f}" for name, total in parts.items())
-        print(f"n = {n}, a product {product * 1e3:.0f} ms: {told}; of all eigenvectors {said}", flush=True)
+
+
+def root(square: Tensor) -> Tensor | None:
+    """The inverse square root of a Gram matrix."""
+    form = eigen.tridiagonal(square)
+    return roots.inverse_root(form) if form else None
 
 
 def seconds_of(work: Callable[[], object]) -> float:

@@ -148,15 +148,19 @@ def test_memory_does_not_grow_and_transformers_stays_out(tmp_path: Path) -> None
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
-@pytest.mark.parametrize("method", ["linear", "ties"])
+@pytest.mark.parametrize("method", ["linear", "ties", "dare_ties", "sce", "tsvm", "iso_c"])
 def test_cuda_agrees_with_the_processor(method: str, tmp_path: Path) -> None:
-    """The same tile code on a device, with transfers that overlap: tensors of several tiles and segments."""
+    """The same code on a device, with transfers that overlap: tensors of several tiles and segments, and whole matrices."""
     shapes = {f"model.layers.{i}.mlp.up_proj.weight": (1500, 1024) for i in range(2)} | {"model.norm.weight": (1024,)}
     base = tiny.random_tensors(shapes, 0, dtype=torch.bfloat16)
     for seed, name in enumerate(("base", "a", "b")):
         tiny.save(tmp_path / name, tiny.random_tensors(shapes, seed, like=base, dtype=torch.bfloat16) if seed else base)
-    head = f"base_model: {tmp_path}/base\n" if method == "ties" else ""
-    parameters = "{weight: 0.5, density: 0.4}" if method == "ties" else "{weight: 0.5}"
+    head = f"base_model: {tmp_path}/base\n" if method != "linear" else ""
+    parameters = {
+        "linear": "{weight: 0.5}",
+        "ties": "{weight: 0.5, density: 0.4}",
+        "dare_ties": "{weight: 0.5, density: 0.4}",
+    }.get(method, "{}")
     text = f"merge_method: {method}\n{head}models:\n" + "".join(
         f"  - {{model: {tmp_path}/{n}, parameters: {parameters}}}\n" for n in "ab"
     )

@@ -219,4 +219,4 @@ def test_methods_either_way(method: str, shape: tuple[int, int], monkeypatch: py
     assert used
     monkeypatch.setattr(eigen, "_SMALL", 1 << 40)
     exact = function(base, taus)
-    assert float((ours - exact).norm() / exact.norm()) < 1e-9
+    assert float((ours - exact).norm() / exact.norm()) < (1e-7 if method == "iso_c" else 1e-9)

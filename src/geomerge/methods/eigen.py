@@ -15,7 +15,7 @@ import importlib
 import math
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,10 +47,10 @@ def eigh(matrix: Tensor, k: int | None = None) -> tuple[Tensor, Tensor]:
     k = n if k is None else k
     if not math.isfinite(float(matrix.trace())):
         return matrix.new_full((k,), math.nan), matrix.new_full((n, k), math.nan)
-    if _ours(matrix):
-        found = _largest(matrix, k if _FEW * k <= n else n)
-        if found is not None:
-            return found[0][:k], found[1][:, :k]
+    form = tridiagonal(matrix)
+    found = form.largest(k) if form else None
+    if found is not None:
+        return found[0][:k], found[1][:, :k]
     values, vectors = torch.linalg.eigh(matrix, UPLO="U")
     return values.flip(0)[:k], vectors.flip(1)[:, :k]
 
@@ -83,22 +83,54 @@ def _ours(matrix: Tensor) -> bool:
     return _SMALL <= len(matrix) <= _LARGE and matrix.device.type == "cpu" and matrix.dtype == torch.float64
 
 
-def _largest(matrix: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
-    """By way of a tridiagonal matrix."""
+class Tridiagonal(NamedTuple):
+    """T = QᵀAQ of a symmetric matrix A, as LAPACK finds it.
+
+    Attributes:
+        diagonal, beside: T: shapes ``(n,)`` and ``(n - 1,)``.
+        reflections, factors: Q, the product of as many Householder reflections.
+    """
+
+    diagonal: Tensor
+    beside: Tensor
+    reflections: Tensor
+    factors: Tensor
+
+    def largest(self, k: int) -> tuple[Tensor, Tensor] | None:
+        """As `eigh` finds them, or `None` where LAPACK does not; they use it up."""
+        n = len(self.diagonal)
+        k = k if _FEW * k <= n else n
+        find = _all if k == n else _some if k * _FEWEST > n else _few
+        found = find(self.diagonal, self.beside, k)
+        if found is None:
+            return None
+        values, vectors = found
+        # The reflections leave the first element alone.
+        vectors[:, 1:] = torch.ormqr(self.reflections.T[1:, :-1], self.factors, vectors.T[1:]).T
+        return values.flip(0), vectors.flip(0).T
+
+    def basis(self) -> Tensor:
+        """Qᵀ, which uses up the reflections."""
+        order = _int(len(self.diagonal))
+        _lapack("dorgtr", b"L", order, self.reflections.data_ptr(), order, self.factors.data_ptr())
+        return self.reflections
+
+
+def tridiagonal(matrix: Tensor) -> Tridiagonal | None:
+    """The tridiagonal form of a symmetric matrix of which only the upper triangle is looked at.
+
+    Returns:
+        `None` of what is left to torch, and where LAPACK finds none.
+    """
+    if not (_ours(matrix) and math.isfinite(float(matrix.trace()))):
+        return None
     n = len(matrix)
     reflections, (diagonal, beside, factors) = _copied(matrix), matrix.new_empty(3, n)
     order = _int(n)
     places = (diagonal.data_ptr(), beside.data_ptr(), factors.data_ptr())
     if not _lapack("dsytrd", b"L", order, reflections.data_ptr(), order, *places):
         return None
-    find = _all if k == n else _some if k * _FEWEST > n else _few
-    found = find(diagonal, beside, k)
-    if found is None:
-        return None
-    values, vectors = found
-    # The reflections leave the first element alone.
-    vectors[:, 1:] = torch.ormqr(reflections.T[1:, :-1], factors[:-1], vectors.T[1:]).T
-    return values.flip(0), vectors.flip(0).T
+    return Tridiagonal(diagonal, beside[:-1], reflections, factors[:-1])
 
 
 Rows = tuple[Tensor, Tensor]

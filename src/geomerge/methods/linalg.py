@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from geomerge.methods.eigen import Setting, eigh, gram
+from geomerge.methods.eigen import Setting, eigh, gram, tridiagonal
+from geomerge.methods.roots import inverse_root
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -207,7 +208,12 @@ def complement(vectors: Tensor) -> Tensor:
 
 def polar(matrix: Tensor) -> Tensor:
     """UVᵀ of A = UΣVᵀ over the singular values above 10⁻⁶ of the largest: the nearest (partial) isometry."""
-    return scaled(matrix, lambda s: 1.0 / s)
+    wide = _wide(matrix)
+    form = tridiagonal(gram(wide, upper=True))
+    root = inverse_root(form) if form else None
+    if root is None:
+        return scaled(matrix, lambda s: 1.0 / s)
+    return root @ matrix if wide is matrix else matrix @ root
 
 
 def shrink(matrix: Tensor, threshold: float) -> Tensor:

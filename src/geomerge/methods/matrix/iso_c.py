@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
+
 from geomerge.methods.base import Matrix, parameter
-from geomerge.methods.linalg import scaled, svd
+from geomerge.methods.linalg import polar, svd
 from geomerge.methods.properties import BASE, PERMUTATION, ROTATION, SCALE, SIGN
 from geomerge.methods.registry import register
 
@@ -54,4 +56,7 @@ dtype: bfloat16
 
 def isotropic(total: Tensor) -> Tensor:
     """σ̄·UVᵀ of UΣVᵀ, over the singular values that count."""
-    return scaled(total, lambda s: s.mean() / s)
+    made = polar(total)
+    # All its own are 1, so their squares' sum is their number; ⟨UVᵀ, UΣVᵀ⟩ is the sum of the others.
+    rank = round(float(torch.linalg.vector_norm(made)) ** 2)
+    return made.mul_(torch.dot(made.flatten(), total.flatten()) / max(rank, 1))

@@ -55,3 +55,4 @@ const char geomerge_source[] = GEOMERGE_SOURCE;
 #include "importance.h"
 #include "competition.h"
 #include "near.h"
+#include "resolvents.h"

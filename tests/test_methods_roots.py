@@ -1,0 +1,142 @@
+"""Inverse square roots of Gram matrices by rational functions of their tridiagonal form."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from geomerge.methods import eigen, linalg, native, roots
+from geomerge.methods.matrix.iso_c import isotropic
+
+N = 293  # not of whole strips, panels or registers
+
+
+def orthogonal(n: int, seed: int) -> Tensor:
+    return torch.linalg.qr(torch.from_numpy(np.random.default_rng(seed).standard_normal((n, n)))).Q
+
+
+U, V = orthogonal(N, 1), orthogonal(N + 40, 2)[:, :N]
+SPECTRA: dict[str, Callable[[], Tensor]] = {
+    "ones": lambda: torch.ones(N, dtype=torch.float64),
+    "1e-2": lambda: torch.logspace(0, -2, N, dtype=torch.float64),
+    "1e-4": lambda: torch.logspace(0, -4, N, dtype=torch.float64),
+    "1/i": lambda: 1 / torch.arange(1, N + 1, dtype=torch.float64),
+    "one strong": lambda: torch.tensor([1.0, *[1e-3] * (N - 1)], dtype=torch.float64),
+    "one weak": lambda: torch.tensor([*[1.0] * (N - 1), 1e-4], dtype=torch.float64),
+}
+HOPELESS: dict[str, Callable[[], Tensor]] = {
+    "half weak": lambda: torch.tensor([*[1.0] * (N // 2), *[1e-5] * (N - N // 2)], dtype=torch.float64),
+    "1e-6": lambda: torch.logspace(0, -6, N, dtype=torch.float64),
+    "a rank": lambda: torch.where(torch.arange(N) < 17, 1.0, 0.0).double(),
+    "zero": lambda: torch.zeros(N, dtype=torch.float64),
+}
+
+
+def form_of(matrix: Tensor) -> eigen.Tridiagonal:
+    made = eigen.tridiagonal(eigen.gram(matrix, upper=True))
+    assert made is not None
+    return made
+
+
+def far(found: Tensor, expected: Tensor) -> float:
+    return float(torch.linalg.matrix_norm(found - expected) / torch.linalg.matrix_norm(expected))
+
+
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_is_the_inverse_root(spectrum: str, size: float) -> None:
+    """Symmetric, and together with A an isometry, to what rounding of A costs."""
+    s = SPECTRA[spectrum]() * size
+    matrix = (U * s) @ V.T
+    root = roots.inverse_root(form_of(matrix))
+    assert root is not None
+    assert far(root, root.T) < 1e-13
+    bound = 2e-16 * float((s[0] / s).square().sum()) / math.sqrt(2 * N)
+    assert far(root @ matrix, U @ V.T) < 4 * bound + 1e-12
+    assert bound < 1e-7
+
+
+@pytest.mark.parametrize("spectrum", HOPELESS)
+def test_none_where_rounding_decides(spectrum: str) -> None:
+    """And the form is as it was, so that its eigenvectors can be looked for."""
+    form = form_of((U * HOPELESS[spectrum]()) @ V.T)
+    before = [part.clone() for part in form]
+    assert roots.inverse_root(form) is None
+    assert all(torch.equal(part, old) for part, old in zip(form, before, strict=True))
+
+
+def test_a_refusal_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is refused would be wrong by more than is promised."""
+    monkeypatch.setattr(roots, "_ERROR", 1.0)
+    matrix = (U * HOPELESS["half weak"]()) @ V.T
+    root = roots.inverse_root(form_of(matrix))
+    assert root is not None
+    assert far(root @ matrix, U @ V.T) > 1e-7
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("spectrum", [*SPECTRA, *HOPELESS])
+def test_polar_factors_of_large_matrices(spectrum: str, transposed: bool) -> None:
+    """With or without eigenvectors; and Iso-C's with the mean of the values that count."""
+    s = (SPECTRA | HOPELESS)[spectrum]()
+    counts = s > 1e-6 * s[0]
+    matrix, expected = (U * s) @ V.T, (U * counts) @ V.T
+    if transposed:
+        matrix, expected = matrix.T.contiguous(), expected.T
+    if spectrum == "1e-6":  # the last value is 10⁻⁶ of the first or is not
+        assert far(linalg.polar(matrix), expected) < 0.1
+        return
+    mean = float(s[counts].mean()) if bool(counts.any()) else 0.0
+    for found, scale in ((linalg.polar(matrix), 1.0), (isotropic(matrix.clone()), mean)):
+        assert torch.linalg.matrix_norm(found - expected * scale) <= 2e-7 * torch.linalg.matrix_norm(expected * scale)
+
+
+@pytest.mark.parametrize(("least", "most"), [(1.0, 1.0), (1e-3, 2.0), (1e-9, 1.0), (1e-65, 1e-56), (3e50, 1e61)])
+def test_partial_fractions(least: float, most: float) -> None:
+    """x^(−1/2) on the whole interval."""
+    shifts, weights = (np.array(part) for part in roots._partial_fractions(least, most))
+    x = np.geomspace(least, most, 1001)
+    found = (weights / (x[:, None] + shifts)).sum(1)
+    assert np.abs(found * np.sqrt(x) - 1).max() < 1e-10
+    assert (shifts >= 0).all()
+    assert (weights > 0).all()
+
+
+def test_trace_of_the_inverse() -> None:
+    """From the pivots; infinite of what has no inverse."""
+    rng = np.random.default_rng(3)
+    for n in (1, 2, 40):
+        diagonal, beside = 2 + rng.random(n), rng.standard_normal(n)[: n - 1] / 2
+        whole = np.diag(diagonal) + np.diag(beside, 1) + np.diag(beside, -1)
+        expected = np.trace(np.linalg.inv(whole))
+        assert roots._trace_of_inverse(diagonal.tolist(), beside.tolist()) == pytest.approx(expected, rel=1e-12)
+        for bad in (-1.0, 0.0, math.nan):
+            diagonal[n // 2] = bad
+            assert roots._trace_of_inverse(diagonal.tolist(), beside.tolist()) == math.inf
+
+
+@pytest.mark.skipif(not native.available(), reason="there are no compiled loops")
+@pytest.mark.parametrize("count", [1, 2, 7, 30])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 8), (5, 16), (33, 17), (40, 293)])
+def test_same_bits_without_compiled_loops(shape: tuple[int, int], count: int) -> None:
+    """And both are the sum of resolvents."""
+    rng = np.random.default_rng(4)
+    (n, columns), draw = shape, lambda *size: torch.from_numpy(rng.standard_normal(size))
+    diagonal, beside, shifts, weights = 3 + draw(n).abs(), draw(n - 1), draw(count).abs(), draw(count)
+    diagonal[1:] += beside.abs()
+    diagonal[:-1] += beside.abs()
+    right = draw(n, columns)
+    found = roots._resolvents(diagonal, beside, shifts, weights, right)
+    with native.turned_off():
+        assert torch.equal(roots._resolvents(diagonal, beside, shifts, weights, right), found)
+    whole = torch.diag(diagonal) + torch.diag(beside, 1) + torch.diag(beside, -1)
+    eye = torch.eye(n, dtype=torch.float64)
+    expected = sum(
+        w * torch.linalg.solve(whole + t * eye, right) for w, t in zip(weights.tolist(), shifts.tolist(), strict=True)
+    )
+    assert torch.allclose(found, torch.as_tensor(expected), rtol=1e-11, atol=1e-12)
