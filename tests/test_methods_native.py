@@ -420,6 +420,77 @@ def test_same_bytes_of_near(t: float, out: torch.dtype) -> None:
     assert torch.equal(found[plain].float(), tensors[1][plain].float())
 
 
+def moved(base: Tensor, most: int) -> Tensor:
+    """A model whose numbers are up to so many last places away."""
+    bits = base.view(torch.int16) + torch.randint(-most, most + 1, base.shape).to(torch.int16)
+    made = bits.view(torch.bfloat16)
+    return torch.where(made.isfinite(), made, base)
+
+
+def agreeing(kind: str, count: int) -> list[Tensor]:
+    """A base and experts whose changes are such that float32 does not tell how a mean is rounded, or which sign is elected."""
+    torch.manual_seed(count)
+    n = 1 << 15
+    base = (torch.randn(n) * 0.02).bfloat16()
+    if kind == "ties":  # last places: means lie in the middle between two, or as near as weights are alike
+        return [base, *(moved(base, 3) for _ in range(count))]
+    if kind == "alike":  # so are the energies
+        change = moved(base, 3)
+        turns = [torch.cat([base.roll(0), change]).roll(k * n) for k in range(2)]
+        return [torch.cat([base, base]), *(turns[k % 2] for k in range(count))]
+    if kind == "apart":  # votes are lost
+        sizes = 2.0 ** torch.randint(-60, 20, (count + 1, n)).float()
+        made = (torch.randn(count + 1, n) * sizes).bfloat16()
+        made[:, : n // 2 : 3] = 0.0
+        if count > 2:  # a large one, its opposite, and a small one
+            made[1, ::2], made[3, ::2] = made[1, ::2].abs() + 1, -made[1, ::2].abs() - 1
+            made[0, ::2] = 2.0**-30
+        return list(made)
+    if kind == "tiny":  # products that float32 does not hold
+        return [*((torch.randn(count + 1, n) * 1e-38).bfloat16())]
+    return [*((base.float() + torch.randn(n) * 0.03 * k).bfloat16() for k in range(count + 1))]
+
+
+@compiled
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8])
+@pytest.mark.parametrize("kind", ["ties", "alike", "apart", "tiny", "far"])
+def test_same_bytes_of_agreement(kind: str, count: int, called: set[str]) -> None:
+    """SCE's own loop looks at float32 first."""
+    tensors = agreeing(kind, count)
+    for values in ({}, {"divisor_floor": 1e-6, "energy_floor": 1e-6}, {"divisor_floor": 0.4}):
+        ready = registry.get("sce").make(values, count=count)
+        for out in (torch.bfloat16, torch.float32):
+            same(lambda: merge(ready, tensors, dtype=out))  # noqa: B023 - called at once
+    assert "geomerge_agreement" in called
+
+
+@compiled
+def test_same_agreement_next_to_a_tie() -> None:
+    """Means half a float32 from the middle between two bfloat16, where the error of a mean decides; small and large ones."""
+    torch.manual_seed(0)
+    blocks, n = 1 << 9, 1 << 15  # of equal elements: any in doubt has its block made in float64
+    one = (128 + torch.arange(blocks) % 128).float().bfloat16()
+    ready = registry.get("sce").make({}, count=2)
+    decided = 0
+    for most, far in itertools.product((2, 8, 30, 120), (False, True)):
+        near = one + torch.randint(0 if far else 1, most, (blocks,))
+        base = (-8 * one if far else one).repeat_interleave(64)
+        tensors = [base, *(t.repeat_interleave(64) for t in (near, near + 1 + 2 * torch.randint(0, 2, (blocks,))))]
+        for exponent, share in itertools.product(range(12, 18), np.linspace(-3e-2, 3e-2, 21)):
+            off = 2.0**-exponent * (1 + share)
+            rule = native.Agreement(floor=0.0, quick=1)
+            rule.weight[:2] = weights = [0.35 * (1 - off), 0.35 * (1 + off)]
+            scan = Scan([TensorSource(t, "model") for t in tensors], (n,))
+            (inputs,) = scan.tiles(scan.segments[0])
+            expected = ready.blend(inputs, (None, weights)).float().bfloat16()
+            found = torch.empty_like(expected)
+            places = [native.in_memory(t) for t in tensors]
+            native.agreement(native.Inputs(places, n), rule, native.in_memory(found))  # type: ignore[arg-type]
+            assert torch.equal(found, expected)
+            decided += len(set((expected - base).tolist()))
+    assert decided > 1000
+
+
 @compiled
 def test_same_pruning_where_sixteen_bits_do_not_decide() -> None:
     """Of two million elements' words some thirty are the first half of their limit."""

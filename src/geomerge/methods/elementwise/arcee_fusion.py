@@ -18,6 +18,7 @@ from geomerge.methods.properties import BASE, IDENTICAL
 from geomerge.methods.registry import register
 from geomerge.methods.sums import lane_sums
 from geomerge.methods.tile import Loop, Place, Scan, Tile
+from geomerge.methods.watched import watched
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -192,11 +193,7 @@ dtype: bfloat16
             return None
         rows = native.Rows(columns, divergences)
 
-        def looped(place: Place, out: native.Stored, beginning: native.Doubles | None) -> bool:
-            inputs = scan.stored(place.start, place.numel)
-            done = native.importance(inputs, place.start, rows, least, out, beginning, check=scan.checks)
-            if not done:
-                scan.look_again(place.start, place.numel)
-            return done
+        def choose(inputs: native.Inputs, place: Place, out: native.Stored, beginning: native.Doubles | None) -> bool:
+            return native.importance(inputs, place.start, rows, least, out, beginning, check=scan.checks)
 
-        return looped
+        return watched(scan, choose)

@@ -9,7 +9,8 @@ from geomerge.methods import native
 from geomerge.methods.base import Elementwise, parameter
 from geomerge.methods.properties import BASE, IDENTICAL, SIGN
 from geomerge.methods.registry import register
-from geomerge.methods.tile import Loop, Place, Scan, Tile
+from geomerge.methods.tile import Loop, Scan, Tile
+from geomerge.methods.watched import watched
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,11 +57,4 @@ dtype: bfloat16
         if not narrow or not _FLOOR <= self.t <= _MOST:
             return None
 
-        def looped(place: Place, out: native.Stored, beginning: native.Doubles | None) -> bool:
-            inputs = scan.stored(place.start, place.numel)
-            done = native.near(inputs, self.t, out, beginning, check=scan.checks)
-            if not done:
-                scan.look_again(place.start, place.numel)
-            return done
-
-        return looped
+        return watched(scan, lambda inputs, _, *where: native.near(inputs, self.t, *where, check=scan.checks))

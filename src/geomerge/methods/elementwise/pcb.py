@@ -18,6 +18,7 @@ from geomerge.methods.registry import register
 from geomerge.methods.sparsify import magnitudes
 from geomerge.methods.tile import Loop, Place, Scan, Tile
 from geomerge.methods.walk import Walk
+from geomerge.methods.watched import watched
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -168,14 +169,11 @@ dtype: bfloat16
         if contest is None or not any(each.counts for each in contest.experts):
             return None
 
-        def looped(place: Place, out: native.Stored, beginning: native.Doubles | None) -> bool:
-            inputs = scan.stored(place.start, place.numel)
-            done = native.competition(inputs, contest.experts, self.lambda_, out, beginning, check=scan.checks)
-            if not done:
-                scan.look_again(place.start, place.numel)
-            return done
-
-        return looped
+        lambda_ = self.lambda_
+        return watched(
+            scan,
+            lambda inputs, _, *where: native.competition(inputs, contest.experts, lambda_, *where, check=scan.checks),
+        )
 
     def _contest(self, scan: Scan, bounds: Bounds) -> _Contest | None:
         """The loop of its own, where it is right: float32 is to tell what most scores are like."""

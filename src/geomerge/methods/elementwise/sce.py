@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from geomerge.methods import native
 from geomerge.methods.base import Elementwise, parameter
 from geomerge.methods.combine import added, elected_sign
 from geomerge.methods.order import largest
@@ -17,6 +18,11 @@ from geomerge.methods.tile import Scan, Tile
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from geomerge.methods.tile import Loop
+
+_LEAST = 2.0**-60
+"""A smaller weight may be none in float32."""
 
 
 def _variance(deltas: Sequence[Tensor]) -> Tensor:
@@ -114,3 +120,16 @@ dtype: bfloat16
             divisor.clamp_(min=self.divisor_floor)
         divisor.add_((divisor == 0.0).to(divisor.dtype))
         return tile.base.addcdiv_(total.mul_(elected), divisor)
+
+    def compiled(self, scan: Scan, stats: tuple[Selection | None, list[float]]) -> Loop | None:
+        selection, weights = stats
+        whole = selection is None or self.select_only_for_weights
+        narrow = scan.compiled and {source.dtype for source in scan.sources} == {"BF16"}
+        if not (whole and narrow and len(weights) <= native.AGREEING):
+            return None
+        rule = native.Agreement(floor=self.divisor_floor)
+        rule.weight[: len(weights)] = weights
+        given = [w for w in weights if w]
+        rule.quick = min(given, default=0.0) >= max(_LEAST, self.divisor_floor)
+        # What was measured has been looked at.
+        return lambda place, *where: native.agreement(scan.stored(place.start, place.numel), rule, *where)

@@ -12,6 +12,7 @@ from geomerge.methods.base import Elementwise, parameter, per_model
 from geomerge.methods.combine import cancelled, disjoint_merge, exactly, weighted_sum
 from geomerge.methods.sparsify import Magnitude, MagPrune, Outliers, Rescale, Sparsifier, Thins, measure
 from geomerge.methods.tile import Loop, Place, Scan, Tile
+from geomerge.methods.watched import watched
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -112,9 +113,8 @@ class TaskVectors(Elementwise):
         )
         limit = cancelled(scan)
 
-        def thin(place: Place, out: native.Stored, beginning: native.Doubles | None) -> bool:
+        def thin(inputs: native.Inputs, place: Place, out: native.Stored, beginning: native.Doubles | None) -> bool:
             thinned = place.carry.setdefault("thinned", native.whole(scan.experts))
-            inputs = scan.stored(place.start, place.numel)
             if isinstance(step, MagPrune):
                 pruned = step.prunings(thinned, place)
                 columns = max(scan.columns or 1, 1)
@@ -128,10 +128,4 @@ class TaskVectors(Elementwise):
                 inputs, thinned, rule, out, single=scan.single, limit=limit, check=scan.checks, beginning=beginning
             )
 
-        def fused(place: Place, out: native.Stored, beginning: native.Doubles | None) -> bool:
-            done = thin(place, out, beginning)
-            if not done:
-                scan.look_again(place.start, place.numel)
-            return done
-
-        return fused
+        return watched(scan, thin)

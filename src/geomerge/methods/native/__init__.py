@@ -373,6 +373,21 @@ def near(inputs: Inputs, most: float, out: Stored, beginning: Doubles | None = N
     )
 
 
+AGREEING = 8
+"""Experts that `agreement` takes at most: see `agreement.h`."""
+
+
+class Agreement(ctypes.Structure):
+    """What SCE merges by: see `agreement.h`."""
+
+    _fields_ = (("weight", ctypes.c_double * AGREEING), ("floor", ctypes.c_double), ("quick", ctypes.c_int32))
+
+
+def agreement(inputs: Inputs, rule: Agreement, out: Stored, beginning: Doubles | None = None) -> bool:
+    """θ₀ + the weighted mean of what agrees with the majority, rounded; all inputs are bfloat16 and finite."""
+    return inputs.call("agreement", ctypes.c_int64(inputs.numel), ctypes.byref(rule), out=out, beginning=beginning)
+
+
 COMPETITORS = 8
 """Experts that compete at most: see `competition.h`."""
 

@@ -55,4 +55,5 @@ const char geomerge_source[] = GEOMERGE_SOURCE;
 #include "importance.h"
 #include "competition.h"
 #include "near.h"
+#include "agreement.h"
 #include "resolvents.h"

@@ -255,6 +255,14 @@ static inline floats plus_where_positive(floats sum, floats x, floats more) {
 #endif
 }
 
+static inline floats plus_product_where_positive(floats sum, floats x, floats factor) { /* x times that, where x is greater than 0 */
+#ifdef __AVX512BW__
+    return (floats)_mm512_mask3_fmadd_ps((__m512)x, (__m512)factor, (__m512)sum, _mm512_cmp_ps_mask((__m512)x, _mm512_setzero_ps(), _CMP_GT_OQ));
+#else
+    return sum + where(x > 0, x * factor);
+#endif
+}
+
 /* Bits of the lanes of a that are less than those of b, and of those that equal them. */
 static inline uint32_t less(floats a, floats b) {
 #ifdef __AVX512BW__
@@ -288,6 +296,47 @@ static inline void packed_bf16(const uint16_t *x, floats *to) {
     packed_halves(_mm512_loadu_si512(x), to);
 #else
     for (int r = 0; r < PACKED; r++) to[r] = widened_float(x + r * LANES(float));
+#endif
+}
+
+static inline floats one_packed_bf16(const uint16_t *x, int r) { /* one of these registers */
+#ifdef __AVX512BW__
+    const __m512i both = _mm512_loadu_si512(x);
+    return (floats)(r ? _mm512_and_si512(both, _mm512_set1_epi32(~0xFFFF)) : _mm512_slli_epi32(both, 16));
+#else
+    return widened_float(x + r * LANES(float));
+#endif
+}
+
+typedef uint16_t words __attribute__((vector_size(REGISTER)));
+typedef int16_t whether __attribute__((vector_size(REGISTER)));
+static inline words all_words(uint16_t value) { return value - (words){0}; }
+
+static inline words smaller_words(words a, words b) {
+#ifdef __AVX512BW__
+    return (words)_mm512_min_epu16((__m512i)a, (__m512i)b);
+#else
+    const whether less = a < b;
+    return (a & (words)less) | (b & ~(words)less);
+#endif
+}
+
+static inline words larger_words(words a, words b) {
+#ifdef __AVX512BW__
+    return (words)_mm512_max_epu16((__m512i)a, (__m512i)b);
+#else
+    const whether more = a > b;
+    return (a & (words)more) | (b & ~(words)more);
+#endif
+}
+
+static inline int any_word_above(words a, uint16_t limit) {
+#ifdef __AVX512BW__
+    return _mm512_cmpgt_epu16_mask((__m512i)a, _mm512_set1_epi16((int16_t)limit)) != 0;
+#else
+    int found = 0;
+    for (int i = 0; i < REGISTER / 2; i++) found |= a[i] > limit;
+    return found;
 #endif
 }
 
