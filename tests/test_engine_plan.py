@@ -287,6 +287,7 @@ def test_plans_that_are_none(tmp_path: Path, family: dict[str, tiny.Tensors]) ->
         (good | {"nodes": [[1]]}, "damaged"),
         ({k: v for k, v in good.items() if k != "stages"}, "damaged"),
         (good | {"methods": [{"name": "linear", "parameters": {"wieght": 1}}]}, "damaged"),
+        (good | {"stages": [[None, "linaer", 0, "nearest", None]]}, "damaged: there is no method 'linaer'"),
     ]:
         (tmp_path / "plan.json").write_text(json.dumps(data))
         with pytest.raises(gm.UsageError, match=message):
@@ -297,6 +298,16 @@ def test_plans_that_are_none(tmp_path: Path, family: dict[str, tiny.Tensors]) ->
     in_memory = gm.plan(LINEAR, models={"a": family["a"], "b": family["b"]})
     with pytest.raises(gm.UsageError, match="in memory"):
         gm.merge(in_memory, tmp_path / "out")
+
+
+def test_models_go_by_the_names_that_the_user_gave(tmp_path: Path, family: dict[str, tiny.Tensors]) -> None:
+    """A link's own, not its target's; but a path with .. leads where the system says."""
+    (tmp_path / "code").symlink_to(Path("a").resolve())
+    (tmp_path / "deep").mkdir()
+    text = LINEAR.replace("model: a", f"model: {tmp_path}/code").replace("model: b", f"model: {tmp_path}/deep/../code")
+    assert [i.name for i in gm.plan(text).inputs] == ["code", "a"]
+    gm.merge(text, tmp_path / "out")
+    assert "| code |" in (tmp_path / "out" / "README.md").read_text("utf-8")
 
 
 # -- rounding ----------------------------------------------------------------------------------------------------------

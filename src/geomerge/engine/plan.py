@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path, PurePath
@@ -32,6 +32,8 @@ M = TypeVar("M", bound=Method)
 FORMAT = 6
 """The version of the saved form. A plan of another version is refused, not guessed at."""
 
+MIXTURE = "moe"
+"""What a stage that puts a mixture of experts together has in place of a method."""
 SCALES = "scales of codes"
 """The rule of tensors that are written together with the codes they belong to."""
 
@@ -304,46 +306,16 @@ class Plan:
         try:
             methods = [None if m is None else _made(registry.get(m["name"]), m) for m in data["methods"]]
             steps = [_made(before.get(s["name"]), s) for s in data["steps"]]
-            nodes = tuple(
-                Node(
-                    name,
-                    tuple(shape),
-                    dtype,
-                    tuple(Operand(*o) for o in operands),
-                    methods[m],
-                    scale,
-                    rule,
-                    stage,
-                    group,
-                    tuple(Operand(*o) for o in statistics),
-                    scales,
-                    lift,
-                    tuple(steps[s] for s in before),
-                    tuple(Columns(Operand(*o), omega, axis) for o, omega, axis in columns),
-                )
-                for (
-                    name,
-                    shape,
-                    dtype,
-                    operands,
-                    m,
-                    scale,
-                    rule,
-                    stage,
-                    group,
-                    statistics,
-                    scales,
-                    lift,
-                    before,
-                    columns,
-                ) in data["nodes"]
-            )
+            nodes = tuple(_node(row, methods, steps) for row in data["nodes"])
+            stages = tuple(Stage(*s) for s in data["stages"])
+            for method in {s.method for s in stages} - {MIXTURE}:
+                registry.get(method)  # which the model card will name
             return cls(
                 inputs=tuple(
                     InputModel(**{**i, "files": tuple((str(a), int(b), str(c)) for a, b, c in i["files"])})
                     for i in data["inputs"]
                 ),
-                stages=tuple(Stage(*s) for s in data["stages"]),
+                stages=stages,
                 nodes=nodes,
                 outputs=tuple(data["outputs"]),
                 left_out=data["left_out"],
@@ -486,6 +458,27 @@ def _from_runs(runs: Iterable[Iterable[int]]) -> IntArray:
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
+def _node(row: Sequence[Any], methods: Sequence[Method | None], steps: Sequence[Step]) -> Node:
+    """A node from its row in `Plan.to_dict`."""
+    name, shape, dtype, operands, m, scale, rule, stage, group, statistics, scales, lift, before, columns = row
+    return Node(
+        name,
+        tuple(shape),
+        dtype,
+        tuple(Operand(*o) for o in operands),
+        methods[m],
+        scale,
+        rule,
+        stage,
+        group,
+        tuple(Operand(*o) for o in statistics),
+        scales,
+        lift,
+        tuple(steps[s] for s in before),
+        tuple(Columns(Operand(*o), omega, axis) for o, omega, axis in columns),
+    )
 
 
 def _made(cls: type[M], data: Mapping[str, Any]) -> M:

@@ -127,12 +127,19 @@ def _copies_of_each_other(inputs: Iterable[InputModel]) -> list[str]:
     ]
 
 
+def _located(path: Path | None) -> str:
+    """Where a directory is, by the names that the user knows: a link is not followed."""
+    if path is None:
+        return ""
+    return str(path.resolve() if ".." in path.parts else path.absolute())
+
+
 def input_model(checkpoint: Checkpoint) -> InputModel:
     """What a plan says of an opened model."""
     return InputModel(
         ref=checkpoint.ref,
-        path=str(checkpoint.path.resolve()) if checkpoint.path else "",
-        adapter=str(checkpoint.adapter.resolve()) if checkpoint.adapter else "",
+        path=_located(checkpoint.path),
+        adapter=_located(checkpoint.adapter),
         hub_id=checkpoint.hub_id,
         revision=checkpoint.revision,
         files=tuple((f.path.name, f.size, f.header_sha256) for f in checkpoint.files),

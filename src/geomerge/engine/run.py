@@ -27,7 +27,7 @@ from geomerge.engine.execute import Executor, Threads, Work, cores
 from geomerge.engine.journal import Journal
 from geomerge.engine.manifest import as_text, manifest, notes, total_loss
 from geomerge.engine.matrices import whole_matrices
-from geomerge.engine.plan import InputModel, Node, Plan
+from geomerge.engine.plan import MIXTURE, InputModel, Node, Plan
 from geomerge.engine.processes import Processes, interpreted, suitable
 from geomerge.engine.sinks import FileSink, MemorySink
 from geomerge.engine.survey import survey_bytes, surveyed
@@ -44,8 +44,6 @@ logger = logging.getLogger(__name__)
 
 RECIPE_NAME = "geomerge.yml"
 MANIFEST_NAME = "geomerge.json"
-MIXTURE = "moe"
-"""What a stage that puts a mixture of experts together has in place of a method."""
 EXECUTORS = ("threads", "processes", "ray")
 
 
@@ -455,8 +453,7 @@ def _card(plan: Plan, name: str, said: Sequence[str]) -> str:
     bases = {n.operands[0].input for n in plan.output_nodes() if n.method is not None and n.operands}
     parents = [
         Parent(
-            name=(i.hub_id or (Path(i.path).name if i.path else i.ref))
-            + (f"+{Path(i.adapter).name}" if i.adapter else ""),
+            name=i.name,
             fingerprint=i.fingerprint,
             hub_id=i.hub_id,
             revision=i.revision,

@@ -17,9 +17,9 @@ from geomerge.checkpoint.output_place import check_free
 from geomerge.checkpoint.reader import from_state_dict
 from geomerge.engine.models import Model, Models
 from geomerge.engine.output import donor_files
-from geomerge.engine.plan import Node, Operand, Plan, Stage
+from geomerge.engine.plan import MIXTURE, Node, Operand, Plan, Stage
 from geomerge.engine.planner import input_model
-from geomerge.engine.run import MIXTURE, Progress, Report, run_plan
+from geomerge.engine.run import Progress, Report, run_plan
 from geomerge.engine.stored import stored_source
 from geomerge.errors import IncompatibleModels
 from geomerge.methods import registry
