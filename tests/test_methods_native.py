@@ -465,10 +465,50 @@ def test_same_bytes_of_agreement(kind: str, count: int, called: set[str]) -> Non
 
 
 @compiled
+@pytest.mark.parametrize(
+    ("models", "weights"),
+    [
+        ([-3e38, 3e38], None),  # a difference that float32 does not hold
+        ([2.0**115, *[1.5 * 2.0**127] * 2, *[-1.5 * 2.0**127] * 3], None),  # a sum of votes
+        ([-(2.0**-96), -(2.0**-96), 2.0**-96], [1 - 2.0**-60, 2.0**-60]),  # a product that is nothing
+        # A sum above a power of two, below which bfloat16 numbers are twice as dense, so far smaller than what is added that
+        # the error of that takes it there.
+        (
+            [3424, 1 - 2.0**-8, 1, 1, 1, 1, 1, 1, 3424],
+            [float.fromhex("0x1.35fd382db2610p-2"), float.fromhex("0x1.3004062fce716p-2")]
+            + [float.fromhex("0x1.0150ae6b6c458p-25")] * 5
+            + [float.fromhex("0x1.99feb795585d4p-2")],
+        ),
+    ],
+)
+def test_same_agreement_at_the_ends_of_float32(models: list[float], weights: list[float] | None) -> None:
+    """What float32 cannot tell is found, of the largest and the smallest numbers, too."""
+    tensors = [torch.full((128,), x, dtype=torch.float64).bfloat16() for x in models]
+    ready = registry.get("sce").make({}, count=len(models) - 1)
+    if weights is None:
+        same(lambda: merge(ready, tensors, dtype=torch.bfloat16))
+        return
+    assert torch.equal(*both_agree(ready, tensors, weights))
+
+
+def both_agree(ready: Any, tensors: list[Tensor], weights: list[float]) -> tuple[Tensor, Tensor]:
+    """What SCE's loop makes of models with these weights, and what torch does."""
+    n = tensors[0].numel()
+    rule = native.Agreement(floor=0.0, quick=1)
+    rule.weight[: len(weights)] = weights
+    scan = Scan([TensorSource(t, "model") for t in tensors], (n,))
+    (inputs,) = scan.tiles(scan.segments[0])
+    found = torch.empty_like(tensors[0])
+    places = [native.in_memory(t) for t in tensors]
+    native.agreement(native.Inputs(places, n), rule, native.in_memory(found))  # type: ignore[arg-type]
+    return found, ready.blend(inputs, (None, weights)).float().bfloat16()
+
+
+@compiled
 def test_same_agreement_next_to_a_tie() -> None:
     """Means half a float32 from the middle between two bfloat16, where the error of a mean decides; small and large ones."""
     torch.manual_seed(0)
-    blocks, n = 1 << 9, 1 << 15  # of equal elements: any in doubt has its block made in float64
+    blocks = 1 << 9  # of 64 equal elements: an element in doubt has its block made in float64
     one = (128 + torch.arange(blocks) % 128).float().bfloat16()
     ready = registry.get("sce").make({}, count=2)
     decided = 0
@@ -478,14 +518,7 @@ def test_same_agreement_next_to_a_tie() -> None:
         tensors = [base, *(t.repeat_interleave(64) for t in (near, near + 1 + 2 * torch.randint(0, 2, (blocks,))))]
         for exponent, share in itertools.product(range(12, 18), np.linspace(-3e-2, 3e-2, 21)):
             off = 2.0**-exponent * (1 + share)
-            rule = native.Agreement(floor=0.0, quick=1)
-            rule.weight[:2] = weights = [0.35 * (1 - off), 0.35 * (1 + off)]
-            scan = Scan([TensorSource(t, "model") for t in tensors], (n,))
-            (inputs,) = scan.tiles(scan.segments[0])
-            expected = ready.blend(inputs, (None, weights)).float().bfloat16()
-            found = torch.empty_like(expected)
-            places = [native.in_memory(t) for t in tensors]
-            native.agreement(native.Inputs(places, n), rule, native.in_memory(found))  # type: ignore[arg-type]
+            found, expected = both_agree(ready, tensors, [0.35 * (1 - off), 0.35 * (1 + off)])
             assert torch.equal(found, expected)
             decided += len(set((expected - base).tolist()))
     assert decided > 1000

@@ -47,7 +47,7 @@ def far(found: Tensor, expected: Tensor) -> float:
     return float(torch.linalg.matrix_norm(found - expected) / torch.linalg.matrix_norm(expected))
 
 
-@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+@pytest.mark.parametrize("size", [1e-120, 1e-30, 1.0, 1e30, 1e70])
 @pytest.mark.parametrize("spectrum", SPECTRA)
 def test_is_the_inverse_root(spectrum: str, size: float) -> None:
     """Symmetric, and together with A an isometry, to what rounding of A costs."""
@@ -79,11 +79,12 @@ def test_a_refusal_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert far(root @ matrix, U @ V.T) > 1e-7
 
 
+@pytest.mark.parametrize("size", [1e-120, 1.0, 1e120])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("spectrum", [*SPECTRA, *HOPELESS])
-def test_polar_factors_of_large_matrices(spectrum: str, transposed: bool) -> None:
+def test_polar_factors_of_large_matrices(spectrum: str, transposed: bool, size: float) -> None:
     """With or without eigenvectors; and Iso-C's with the mean of the values that count."""
-    s = (SPECTRA | HOPELESS)[spectrum]()
+    s = (SPECTRA | HOPELESS)[spectrum]() * size
     counts = s > 1e-6 * s[0]
     matrix, expected = (U * s) @ V.T, (U * counts) @ V.T
     if transposed:

@@ -64,10 +64,10 @@ def _trace_of_inverse(diagonal: list[float], beside: list[float]) -> float:
     for d, b in zip(diagonal[1:], beside, strict=True):
         if not above[-1] > 0.0:
             return math.inf
-        above.append(d - b * b / above[-1])
+        above.append(d - b / above[-1] * b)  # whose square may be too small
     below = math.inf
     for d, pivot, b in zip(reversed(diagonal), reversed(above), [0.0, *reversed(beside)], strict=True):
-        below = d - b * b / below
+        below = d - b / below * b
         if not (below > 0.0 and pivot + below > d):
             return math.inf
         total += 1 / (pivot + below - d)

@@ -10,10 +10,10 @@ struct agreement {
     int32_t quick; /* float32 holds the weights, and none of them is below the floor */
 };
 
-/* Whether of NEAR elements no input is so many times another that the sums of differences might not fit float32: up to 2^14 times the
- * smallest, of whose last place all are multiples. */
+/* Whether of NEAR elements no input is so large, or so many times another, that the sums of differences might not fit float32: all are
+ * less than 2^124, and up to 2^14 times the smallest, of whose last place all are multiples. */
 static inline int alike_in_size(const int t, const uint16_t *const *x, int64_t s) {
-    words apart = all_words(0);
+    words apart = all_words(0), largest = all_words(0);
     for (int i = 0; i < NEAR; i += REGISTER / 2) {
         words low, high;
         for (int k = 0; k <= t; k++) {
@@ -24,8 +24,9 @@ static inline int alike_in_size(const int t, const uint16_t *const *x, int64_t s
             high = k ? larger_words(high, size) : size;
         }
         apart = larger_words(apart, high - low);
+        largest = larger_words(largest, high);
     }
-    return !any_word_above(apart, 13 << 7);
+    return !any_word_above(apart, 13 << 7) && !any_word_above(largest, (0xFB << 7) - 1);
 }
 
 /* Of NEAR bfloat16 elements, in float32; whether that tells how those of float64 are rounded.
@@ -55,12 +56,13 @@ static inline int agree_quickly(const int t, const struct agreement *rule, const
             const ints bits = (ints)sum;
             rounded[r] = bits + 0x7FFF + (bits >> 16 & 1);
             const floats last = (floats)(bits & 0x7F800000) * all(0x1p-23f); /* the sum's last place */
-            const floats from_tie = size_of(sum - (floats)(bits & ~0xFFFF | 0x8000));
+            /* That of its own interval, or the one below a power of two, where places are half as far apart. */
+            const floats from_tie = smaller_float(size_of(sum - (floats)(bits & ~0xFFFF | 0x8000)), last * all(0x1p14f));
             const floats lost = size_of(signed_change - (sum - base)), to_next = size_of(plus_product_float(lost, last, all(-0.5f)));
             const ints near = from_tie < last + last;
             const floats room = (floats)(((ints)to_next & near) | ((ints)(from_tie - last) & ~near));
             doubt = larger_float(doubt, plus_product_float(-room, change, all((2 * t + 3) * 0x1p-24f)));
-            least = smaller_float(least, total + where(total == 0, all(1)));
+            least = smaller_float(least, total + where(divisor == 0, all(1)));
         }
         unpacked_uppers(rounded, out + i);
     }
