@@ -306,7 +306,7 @@ def thresholds(rows: int = 4864, width: int = 896, rounds: int = 9) -> None:
 
 
 def scores(rows: int = 4096, width: int = 896, rounds: int = 9) -> None:
-    """The loops of PCB, DELLA, DARE (three experts) and Arcee Fusion, in memory, on one core: what they measure and make."""
+    """The loops of PCB, DELLA, DARE, SCE (three experts), Arcee Fusion and NearSwap, in memory, on one core."""
     from geomerge.methods import registry
     from geomerge.methods.tile import Scan, TensorSource
 
@@ -328,6 +328,8 @@ def scores(rows: int = 4096, width: int = 896, rounds: int = 9) -> None:
         ("arcee_fusion", 1, {}),
         ("della", 3, thinned),
         ("dare_ties", 3, thinned),
+        ("sce", 3, {}),
+        ("nearswap", 1, {"t": 1e-4}),
     ):
         made: Any = registry.get(name).make(values, count=count)
         scan = Scan(

@@ -131,12 +131,18 @@ def pieces(rounds: int = 5) -> None:
         work()
         return statistics.median(seconds_of(work) for _ in range(rounds))
 
-    call, spent = eigen._call, defaultdict[str, float](float)
+    call, resolvents, spent = eigen._call, roots._resolvents, defaultdict[str, float](float)
 
     def timed_call(library: str, name: str, *arguments: object) -> None:
         begun = time.thread_time()
         call(library, name, *arguments)
         spent[name] += time.thread_time() - begun
+
+    def timed_resolvents(*given: Tensor) -> Tensor:
+        begun = time.thread_time()
+        made = resolvents(*given)
+        spent[f"{len(given[2])} systems"] += time.thread_time() - begun
+        return made
 
     for n in (768, 1536):
         delta = task_vectors(n, n, "slow").sum(0)
@@ -155,19 +161,22 @@ def pieces(rounds: int = 5) -> None:
         print(f"n = {n}, a product {product * 1e3:.0f} ms:", flush=True)
         print("  ", ", ".join(f"{name} {seconds(work) / product:.1f}" for name, work in works.items()), flush=True)
         eigen._call = timed_call
+        roots._resolvents = timed_resolvents
         for name in ("all eigenvectors", "inverse root"):
             spent.clear()
             whole = sum(seconds_of(works[name]) for _ in range(rounds))
             parts = {**spent, "the rest": whole - sum(spent.values())}
             said = ", ".join(f"{part} {total / rounds / product:.1f}" for part, total in parts.items())
             print(f"   of {name}: {said}", flush=True)
-        eigen._call = call
+        eigen._call, roots._resolvents = call, resolvents
 
 
-def root(square: Tensor) -> Tensor | None:
+def root(square: Tensor) -> Tensor:
     """The inverse square root of a Gram matrix."""
     form = eigen.tridiagonal(square)
-    return roots.inverse_root(form) if form else None
+    made = roots.inverse_root(form) if form else None
+    assert made is not None
+    return made
 
 
 def seconds_of(work: Callable[[], object]) -> float:

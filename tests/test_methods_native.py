@@ -436,7 +436,7 @@ def agreeing(kind: str, count: int) -> list[Tensor]:
         return [base, *(moved(base, 3) for _ in range(count))]
     if kind == "alike":  # so are the energies
         change = moved(base, 3)
-        turns = [torch.cat([base.roll(0), change]).roll(k * n) for k in range(2)]
+        turns = [torch.cat([base, change]).roll(k * n) for k in range(2)]
         return [torch.cat([base, base]), *(turns[k % 2] for k in range(count))]
     if kind == "apart":  # votes are lost
         sizes = 2.0 ** torch.randint(-60, 20, (count + 1, n)).float()

@@ -70,6 +70,15 @@ def test_none_where_rounding_decides(spectrum: str) -> None:
     assert all(torch.equal(part, old) for part, old in zip(form, before, strict=True))
 
 
+@pytest.mark.parametrize("spectrum", ["1/i", "a rank"])
+def test_a_matrix_is_made_tridiagonal_once(spectrum: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a root and without."""
+    real, called = eigen._lapack, []
+    monkeypatch.setattr(eigen, "_lapack", lambda *a, **b: called.append(a[0]) or real(*a, **b))
+    linalg.polar((U * (SPECTRA | HOPELESS)[spectrum]()) @ V.T)
+    assert called == ["dsytrd", "dorgtr" if spectrum == "1/i" else "dstedc"]
+
+
 def test_a_refusal_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is refused would be wrong by more than is promised."""
     monkeypatch.setattr(roots, "_ERROR", 1.0)

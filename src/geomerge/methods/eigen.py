@@ -32,12 +32,13 @@ _ORTHOGONAL = 1e-12
 """The largest product of two eigenvectors that are taken for orthogonal."""
 
 
-def eigh(matrix: Tensor, k: int | None = None) -> tuple[Tensor, Tensor]:
+def eigh(matrix: Tensor, k: int | None = None, form: Tridiagonal | None = None) -> tuple[Tensor, Tensor]:
     """The k largest eigenvalues of a symmetric, positive semidefinite matrix, and their vectors.
 
     Args:
         matrix: Shape ``(n, n)``; only the upper triangle is looked at.
         k: From 1 to n; by default all.
+        form: Its tridiagonal form, if that is known; it is used up.
 
     Returns:
         The values, the largest first, and the vectors as orthonormal columns: shapes ``(k,)`` and ``(n, k)``. All NaN where
@@ -47,7 +48,7 @@ def eigh(matrix: Tensor, k: int | None = None) -> tuple[Tensor, Tensor]:
     k = n if k is None else k
     if not math.isfinite(float(matrix.trace())):
         return matrix.new_full((k,), math.nan), matrix.new_full((n, k), math.nan)
-    form = tridiagonal(matrix)
+    form = form or tridiagonal(matrix)
     found = form.largest(k) if form else None
     if found is not None:
         return found[0][:k], found[1][:, :k]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from geomerge.methods.eigen import Setting, eigh, gram, tridiagonal
+from geomerge.methods.eigen import Setting, Tridiagonal, eigh, gram, tridiagonal
 from geomerge.methods.roots import inverse_root
 
 if TYPE_CHECKING:
@@ -71,7 +71,19 @@ class _Left(NamedTuple):
         return len(self.s) - len(self.tail)
 
 
-def _left(wide: Tensor, k: int, floor: float = 0.0) -> _Left:
+class _Square(NamedTuple):
+    """AAᵀ of a wide matrix, its upper triangle, and its tridiagonal form."""
+
+    product: Tensor
+    form: Tridiagonal | None
+
+    @classmethod
+    def of(cls, wide: Tensor) -> _Square:
+        product = gram(wide, upper=True)
+        return cls(product, tridiagonal(product))
+
+
+def _left(wide: Tensor, k: int, floor: float = 0.0, square: _Square | None = None) -> _Left:
     """The k largest, from the eigenvectors of AAᵀ: several times faster than a decomposition of A.
 
     That squares the condition: an error ε·σ₁² in AAᵀ mixes directions i and j by ε·σ₁²/(σᵢσⱼ), as good as nothing for strong
@@ -80,9 +92,9 @@ def _left(wide: Tensor, k: int, floor: float = 0.0) -> _Left:
 
     Values below `floor` are not wanted: where all weak ones are such, none is looked for.
     """
-    product = gram(wide, upper=True)
+    product, form = square or _Square.of(wide)
     rows = len(product)
-    values, vectors = eigh(product, k)
+    values, vectors = eigh(product, k, form)
     first = float(values[0])
     lost = max(_NOISE * first, floor * floor)
 
@@ -209,10 +221,10 @@ def complement(vectors: Tensor) -> Tensor:
 def polar(matrix: Tensor) -> Tensor:
     """UVᵀ of A = UΣVᵀ over the singular values above 10⁻⁶ of the largest: the nearest (partial) isometry."""
     wide = _wide(matrix)
-    form = tridiagonal(gram(wide, upper=True))
-    root = inverse_root(form) if form else None
+    square = _Square.of(wide)
+    root = inverse_root(square.form) if square.form else None
     if root is None:
-        return scaled(matrix, lambda s: 1.0 / s)
+        return scaled(matrix, lambda s: 1.0 / s, square=square)
     return root @ matrix if wide is matrix else matrix @ root
 
 
@@ -223,16 +235,19 @@ def shrink(matrix: Tensor, threshold: float) -> Tensor:
     return scaled(matrix, lambda s: (1.0 - threshold / s).clamp_(min=0.0), floor=threshold)
 
 
-def scaled(matrix: Tensor, factor: Callable[[Tensor], Tensor], floor: float = 0.0) -> Tensor:
+def scaled(
+    matrix: Tensor, factor: Callable[[Tensor], Tensor], floor: float = 0.0, square: _Square | None = None
+) -> Tensor:
     """Σ f(σᵢ)·σᵢ·uᵢvᵢᵀ over σᵢ > floor that are above 10⁻⁶ of the largest: for the strong ones as U f(Σ) Uᵀ·A.
 
     Args:
         matrix: A.
         factor: f ≥ 0 of all those singular values, the largest first.
         floor: Smaller ones are left out.
+        square: The product of A's shorter side with itself, if that is known.
     """
     wide = _wide(matrix)
-    left = _left(wide, wide.shape[0], floor)
+    left = _left(wide, wide.shape[0], floor, square)
     kept = int((left.s > floor).sum())
     head = min(left.head, kept)
     f = factor(left.s[:kept])

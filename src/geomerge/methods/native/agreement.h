@@ -69,6 +69,7 @@ static inline int agree_quickly(const int t, const struct agreement *rule, const
     return !lanes_in((doubt > 0) | (least < 0x1p-100f));
 }
 
+/* The same in float64, which always tells. */
 static inline int agree_exactly(const int t, const struct agreement *rule, const uint16_t *const *x, int64_t s, int64_t m, double *restrict sum) {
     ALIKE for (int64_t i = 0; i < m; i++) {
         const double base = from_bf16(x[0][s + i]);

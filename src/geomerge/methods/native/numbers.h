@@ -308,6 +308,7 @@ static inline floats one_packed_bf16(const uint16_t *x, int r) { /* one of these
 #endif
 }
 
+/* Registers of numbers of 16 bits. */
 typedef uint16_t words __attribute__((vector_size(REGISTER)));
 typedef int16_t whether __attribute__((vector_size(REGISTER)));
 static inline words all_words(uint16_t value) { return value - (words){0}; }
