@@ -1,6 +1,7 @@
 """Spectral methods against the same mathematics with full singular value decompositions, as the published code does it.
 
     python benchmarks/spectral.py [--spectrum slow|power|noise] [--rounds N] [--methods tsvm,iso_c] [ROWSxCOLUMNS …]
+    python benchmarks/spectral.py --layers    # all weights of a layer of two models together
     python benchmarks/spectral.py --pieces    # what decompositions cost, in products of two square matrices
 
 By default all methods on 768x768 768x3072 3072x768 1536x1536. Both sides work on the same float64 task vectors on one thread,
@@ -17,6 +18,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +29,11 @@ from geomerge.methods.direct import Function
 
 TASKS = 8
 SHAPES = ("768x768", "768x3072", "3072x768", "1536x1536")
+LAYERS = {
+    "ViT-B": {"768x768": 4, "3072x768": 1, "768x3072": 1},
+    "Qwen2.5-0.5B": {"896x896": 2, "128x896": 2, "4864x896": 2, "896x4864": 1},
+}
+"""The weights of a layer of the models that most papers merge, and of a language model."""
 
 
 def task_vectors(rows: int, columns: int, spectrum: str) -> Tensor:
@@ -138,7 +145,7 @@ def pieces(rounds: int = 5) -> None:
         call(library, name, *arguments)
         spent[name] += time.thread_time() - begun
 
-    def timed_resolvents(*given: Tensor) -> Tensor:
+    def timed_resolvents(*given: Any) -> tuple[Tensor, Tensor]:
         begun = time.thread_time()
         made = resolvents(*given)
         spent[f"{len(given[2])} systems"] += time.thread_time() - begun
@@ -194,6 +201,7 @@ def main() -> None:
     parser.add_argument("--spectrum", choices=("slow", "power", "noise"), default="slow")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--pieces", action="store_true")
+    parser.add_argument("--layers", action="store_true")
     parser.add_argument("--methods", default=",".join(reference.__name__ for reference in references))
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -204,18 +212,27 @@ def main() -> None:
         return
     print(f"{TASKS} task vectors, spectrum {given.spectrum}, float64, one thread")
     print(f"{'shape':>12s}  {'method':8s} {'ours':>9s} {'full SVD':>9s} {'faster':>7s} {'difference':>11s}")
-    for name in given.shapes:
+    shapes = dict.fromkeys(shape for layer in LAYERS.values() for shape in layer) if given.layers else given.shapes
+    seconds = defaultdict[str, dict[str, list[float]]](dict)
+    for name in shapes:
         rows, columns = (int(side) for side in name.split("x"))
         deltas = task_vectors(rows, columns, given.spectrum)
         for reference in (r for r in references if r.__name__ in given.methods.split(",")):
             method = registry.get(reference.__name__).make({}, count=TASKS)
             sides = method.merge, reference  # type: ignore[attr-defined]
-            (ours, theirs), (found, expected) = timed(sides, deltas, given.rounds)
-            difference = float((found - expected).norm() / expected.norm())
-            print(
-                f"{name:>12s}  {reference.__name__:8s} {ours:8.2f}s {theirs:8.2f}s {theirs / ours:6.1f}x {difference:11.1e}",
-                flush=True,
-            )
+            taken, (found, expected) = timed(sides, deltas, given.rounds)
+            seconds[reference.__name__][name] = taken
+            row(name, reference.__name__, taken, f" {float((found - expected).norm() / expected.norm()):11.1e}")
+    for name, layer in LAYERS.items() if given.layers else ():
+        for method_name, taken_by in seconds.items():
+            sums = [sum(count * taken_by[shape][side] for shape, count in layer.items()) for side in (0, 1)]
+            row(name, method_name, sums)
+
+
+def row(name: str, method: str, seconds: list[float], more: str = "") -> None:
+    """Print a row of the table."""
+    ours, theirs = seconds
+    print(f"{name:>12s}  {method:8s} {ours:8.2f}s {theirs:8.2f}s {theirs / ours:6.1f}x{more}", flush=True)
 
 
 if __name__ == "__main__":

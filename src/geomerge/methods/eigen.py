@@ -68,12 +68,17 @@ def gram(matrix: Tensor, *, upper: bool = False) -> Tensor:
         "blas", "dsyrk", b"L", transposed, _int(rows), _int(columns), _double(1.0), matrix.data_ptr(), _int(lead),
         _double(0.0), made.data_ptr(), _int(rows),
     )  # fmt: skip
-    for first in () if upper else range(0, rows, _PANEL):
-        last = min(first + _PANEL, rows)
-        block = made[first:last, first:last]
+    return made if upper else mirrored(made)
+
+
+def mirrored(matrix: Tensor) -> Tensor:
+    """A square matrix whose lower triangle is made its upper one, in place."""
+    for first in range(0, len(matrix), _PANEL):
+        last = min(first + _PANEL, len(matrix))
+        block = matrix[first:last, first:last]
         block.copy_(block.triu() + block.triu(1).T)
-        made[first:last, :first] = made[:first, first:last].T
-    return made
+        matrix[first:last, :first] = matrix[:first, first:last].T
+    return matrix
 
 
 _PANEL = 64
@@ -110,11 +115,29 @@ class Tridiagonal(NamedTuple):
         vectors[:, 1:] = torch.ormqr(self.reflections.T[1:, :-1], self.factors, vectors.T[1:]).T
         return values.flip(0), vectors.flip(0).T
 
-    def basis(self) -> Tensor:
-        """Qᵀ, which uses up the reflections."""
-        order = _int(len(self.diagonal))
-        _lapack("dorgtr", b"L", order, self.reflections.data_ptr(), order, self.factors.data_ptr())
-        return self.reflections
+    def turn(self, matrix: Tensor, rows: Tensor, first: int, end: int) -> None:
+        """Apply the reflections that begin in some rows, H of Q = …H…, of which those that begin later were applied before.
+
+        Args:
+            matrix: S, of which the upper triangle from `first` on becomes that of HSHᵀ.
+            rows: X, whose columns from `first` on become those of XHᵀ.
+            first, end: The rows. No reflection begins in the first of all.
+        """
+        count, n = end - first, len(matrix)
+        number, size, lead, one = _int(count), _int(n - first), _int(n), _double(1.0)
+        # H = I − VᵀFV; Fᵀ is what Fortran's F is here.
+        v, factor = self.reflections[first - 1 : end - 1, first:].triu(), matrix.new_zeros(count, count)
+        v.diagonal().fill_(1.0)
+        own = self.factors[first - 1 : end - 1].data_ptr()
+        _call("lapack", "dlarft", b"F", b"C", size, number, v.data_ptr(), size, own, factor.data_ptr(), number)
+        fv = factor.T @ v
+        rows[:, first:].addmm_(rows[:, first:] @ fv.T, v, alpha=-1.0)
+        # HSHᵀ = S − VᵀW − WᵀV with W = FVS − ½FVS(FV)ᵀV.
+        s, w = matrix[first:, first:].data_ptr(), torch.empty_like(v)
+        none, less = _double(0.0), _double(-1.0)
+        _call("blas", "dsymm", b"L", b"L", size, number, one, s, lead, fv.data_ptr(), size, none, w.data_ptr(), size)
+        w.addmm_(w @ fv.T, v, alpha=-0.5)
+        _call("blas", "dsyr2k", b"L", b"N", size, number, less, v.data_ptr(), size, w.data_ptr(), size, one, s, lead)
 
 
 def tridiagonal(matrix: Tensor) -> Tridiagonal | None:

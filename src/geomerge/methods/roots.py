@@ -1,22 +1,28 @@
 """The inverse square root of a Gram matrix, by a rational function of its tridiagonal form: eigenvectors are not needed.
 
-On an interval, x^(−1/2) ≈ Σ wⱼ/(x + tⱼ), with an error that falls exponentially with the number of terms (Hale, Higham and
+On an interval, x^(−1/2) ≈ Σ wₜ/(x + t), with an error that falls exponentially with the number of terms (Hale, Higham and
 Trefethen 2008, Computing A^α, log(A), and related matrix functions by contour integrals, method 3). With A = QTQᵀ,
-A^(−1/2) ≈ Q (Σ wⱼ (T + tⱼ)⁻¹) Qᵀ, and systems with a tridiagonal matrix cost next to nothing: thirty of them take a third of
-a product of two matrices, where the eigenvectors of T take one.
+A^(−1/2) ≈ QSQᵀ with S = Σ wₜ (T + t)⁻¹. The inverse of a tridiagonal matrix is, on each side of the diagonal, of rank one. So a
+block of S beside the diagonal is a product of two matrices with a column for each t, of which there are about thirty; S costs
+next to nothing, and QSQᵀ what making a matrix tridiagonal costs, the other way round: with Q = H₁H₂…, the reflections H that
+leave the first rows alone are made first, of a matrix that has only the last ones.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import TYPE_CHECKING
 
 import torch
 
+from geomerge.methods.eigen import mirrored
 from geomerge.methods.native import call
 from geomerge.methods.native.resolvents import resolvents
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from geomerge.methods.eigen import Tridiagonal
@@ -25,8 +31,8 @@ _ERROR = 1e-7
 """Where rounding may cost more than this, which is what float32 holds, there is no root."""
 _LOST = 29.0
 """Of x^(−1/2), the share e to this power negative may be wrong: 10⁻¹² and a little."""
-_PANEL = 192
-"""Rows of a symmetric product that are made at a time."""
+_BLOCK = 64
+"""Reflections that are made together."""
 
 
 def inverse_root(form: Tridiagonal) -> Tensor | None:
@@ -36,7 +42,7 @@ def inverse_root(form: Tridiagonal) -> Tensor | None:
     E ≈ ε‖A‖ that is up to ε‖A‖·tr(A⁻¹)/√(2n) of its norm.
 
     Args:
-        form: A's tridiagonal form. It is used up, unless there is no root.
+        form: A's tridiagonal form.
 
     Returns:
         Shape ``(n, n)``, or `None` where rounding may cost more than 10⁻⁷, or A has no inverse.
@@ -48,29 +54,34 @@ def inverse_root(form: Tridiagonal) -> Tensor | None:
         return None
     # The smallest eigenvalue is at least 1/tr(A⁻¹).
     shifts, weights = _partial_fractions(1 / trace, largest)
-    basis = form.basis()
-    found = _resolvents(diagonal, beside, diagonal.new_tensor(shifts), diagonal.new_tensor(weights), basis)
-    made = torch.empty_like(found)
-    for first in range(0, n, _PANEL):
-        last = min(first + _PANEL, n)
-        made[first:last, :last] = basis[:, first:last].T @ found[:, :last]
-        made[:first, first:last] = made[first:last, :first].T
-    return made
+    edges = [0, *range(1, n, _BLOCK), n]
+    made = diagonal.new_empty(n, n)
+    starts, ends = _resolvents(diagonal, beside, diagonal.new_tensor(shifts), diagonal.new_tensor(weights), edges, made)
+    for first, end in reversed(list(itertools.pairwise(edges))):
+        # What is below `first` is turned already, with the rows of `starts`, which have to begin a block higher up.
+        torch.mm(ends[:, first:end].T, starts[:, end:], out=made[first:end, end:])
+        starts[:, end:] *= starts[:, end - 1 : end]
+        if first:
+            form.turn(made, starts, first, end)
+    return mirrored(made)
 
 
 def _trace_of_inverse(diagonal: list[float], beside: list[float]) -> float:
-    """tr(T⁻¹) from the pivots of T from above and from below; infinite where T is not positive definite."""
-    above, total = [diagonal[0]], 0.0
-    for d, b in zip(diagonal[1:], beside, strict=True):
-        if not above[-1] > 0.0:
+    """tr(T⁻¹) from the pivots of T from below (see native/resolvents.h); infinite where T is not positive definite."""
+    hops: list[float] = []
+    pivot, found, total = diagonal[-1], 0.0, 0.0
+    pivots = [pivot]
+    for d, b in zip(reversed(diagonal[:-1]), reversed(beside), strict=True):
+        if not pivot > 0.0:
             return math.inf
-        above.append(d - b / above[-1] * b)  # whose square may be too small
-    below = math.inf
-    for d, pivot, b in zip(reversed(diagonal), reversed(above), [0.0, *reversed(beside)], strict=True):
-        below = d - b / below * b
-        if not (below > 0.0 and pivot + below > d):
-            return math.inf
-        total += 1 / (pivot + below - d)
+        hops.append(b / pivot)
+        pivot = d - hops[-1] * b
+        pivots.append(pivot)
+    if not pivot > 0.0:
+        return math.inf
+    for pivot, hop in zip(reversed(pivots), [0.0, *reversed(hops)], strict=True):
+        found = 1 / pivot + hop * hop * found
+        total += found
     return total
 
 
@@ -98,24 +109,38 @@ def _partial_fractions(least: float, most: float) -> tuple[list[float], list[flo
     return (least * (sn / cn) ** 2).tolist(), (factor * dn / cn**2).tolist()
 
 
-def _resolvents(diagonal: Tensor, beside: Tensor, shifts: Tensor, weights: Tensor, right: Tensor) -> Tensor:
-    """Σ wⱼ (T + tⱼ)⁻¹ C, with T + tⱼ = LDLᵀ."""
+def _resolvents(
+    diagonal: Tensor, beside: Tensor, shifts: Tensor, weights: Tensor, edges: Sequence[int], out: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Blocks on the diagonal of Σ wₜ (T + t)⁻¹, and what the rest is made of: see native/resolvents.h.
+
+    Args:
+        diagonal, beside: T.
+        shifts, weights: t and w.
+        edges: Where blocks begin, and n.
+        out: Shape ``(n, n)``; the upper triangles of the blocks are set.
+
+    Returns:
+        `starts` and `ends`, a row for each shift. Where e begins a block or is in one that begins later, the sum's element
+        of column j in a block that ends at e and a row i of that which begins there is Σₜ starts[t, i]·ends[t, j].
+    """
     if call.available():
-        return resolvents(diagonal, beside, shifts, weights, right)
-    n, count = len(diagonal), len(shifts)
-    beneath, pivots = diagonal.new_zeros(n, count), diagonal[:, None] + shifts
+        return resolvents(diagonal, beside, shifts, weights, edges, out)
+    n = len(diagonal)
+    hops, ends = diagonal.new_zeros(len(shifts), n), diagonal.new_empty(len(shifts), n)
+    pivot = diagonal[-1] + shifts
+    for i in range(n - 1, 0, -1):
+        hops[:, i] = -beside[i - 1] / pivot
+        ends[:, i] = 1 / pivot
+        pivot = diagonal[i - 1] + shifts + hops[:, i] * beside[i - 1]
+    ends[:, 0] = 1 / pivot
     for i in range(1, n):
-        beneath[i] = beside[i - 1] / pivots[i - 1]
-        pivots[i] -= beneath[i] * beside[i - 1]
-    over, out = weights / pivots, torch.zeros_like(right)
-    for first in range(0, right.shape[1], _PANEL):
-        total = out[:, first : first + _PANEL]
-        found = right[:, None, first : first + _PANEL].repeat(1, count, 1)
-        for i in range(1, n):
-            found[i] -= beneath[i][:, None] * found[i - 1]
-        found[-1] *= over[-1][:, None]
-        for i in range(n - 2, -1, -1):
-            found[i] = found[i] * over[i][:, None] - beneath[i + 1][:, None] * found[i + 1]
-        for term in found.unbind(1):
-            total.add_(term)
-    return out
+        ends[:, i] += hops[:, i] * hops[:, i] * ends[:, i - 1]
+    ends *= weights[:, None]
+    for first, end in itertools.pairwise(edges):
+        for i in range(first, end):
+            ends[:, first:i] *= hops[:, i, None]
+            out[first : i + 1, i] = ends[:, first : i + 1].cumsum(0)[-1]
+        for i in range(first + 1, end):
+            hops[:, i] *= hops[:, i - 1]
+    return hops, ends

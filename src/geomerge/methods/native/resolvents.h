@@ -1,63 +1,42 @@
-/* Sums of resolvents of a tridiagonal matrix (methods/roots.py): Σ wⱼ (T + tⱼ)⁻¹ C, with T + tⱼ = LDLᵀ. */
+/* Sums of resolvents of a tridiagonal matrix (methods/roots.py): blocks on the diagonal of S = Σ wₜ (T + t)⁻¹, and what the rest is made of.
+ *
+ * With the pivots p of T + t from below, and b beside its diagonal, each element of M = (T + t)⁻¹ is the one above it times hᵢ = −bᵢ₋₁/pᵢ,
+ * and Mᵢᵢ = 1/pᵢ + hᵢ²Mᵢ₋₁,ᵢ₋₁. So for j before a place e, and i from there on, Mᵢⱼ = (wMⱼⱼhⱼ₊₁…hₑ₋₁)(hₑ…hᵢ). Nothing is subtracted. */
 
 #pragma once
 
-#define STRIP_REGISTERS 2
-#define STRIP (STRIP_REGISTERS * LANES(double)) /* columns of C that are solved for together */
-
-/* Of one shift: L's elements beside the diagonal, the first of which is 0, and w over the pivots. */
-static void factorise(int64_t n, const double *diagonal, const double *beside, double shift, double weight, double *beneath, double *over) {
-    double pivot = diagonal[0] + shift;
-    beneath[0] = 0;
-    over[0] = weight / pivot;
-    for (int64_t i = 1; i < n; i++) {
-        const double factor = beside[i - 1] / pivot;
-        pivot = diagonal[i] + shift - factor * beside[i - 1];
-        beneath[i] = factor;
-        over[i] = weight / pivot;
+/* Of one shift: h, the first of which is 0, and w times M's diagonal. */
+static void hops_of(int64_t n, const double *diagonal, const double *beside, double shift, double weight, double *hops, double *own) {
+    double pivot = diagonal[n - 1] + shift;
+    for (int64_t i = n - 1; i > 0; i--) {
+        hops[i] = -beside[i - 1] / pivot;
+        own[i] = 1 / pivot;
+        pivot = diagonal[i - 1] + shift + hops[i] * beside[i - 1];
     }
+    hops[0] = 0;
+    own[0] = 1 / pivot;
+    for (int64_t i = 1; i < n; i++) own[i] = own[i] + hops[i] * hops[i] * own[i - 1];
+    EACH(n) own[i] = own[i] * weight;
 }
 
-/* Of two shifts, whose factors lie one after the other: what they add to a strip. */
-static void add_solutions(int64_t n, const double *beneath, const double *over, const lanes_double *strip, lanes_double *a, lanes_double *b,
-                          lanes_double *sum) {
-    lanes_double x[STRIP_REGISTERS], y[STRIP_REGISTERS];
-    for (int r = 0; r < STRIP_REGISTERS; r++) x[r] = y[r] = (lanes_double){0};
-    for (int64_t i = 0; i < n; i++)
-        for (int r = 0; r < STRIP_REGISTERS; r++) {
-            const int64_t at = i * STRIP_REGISTERS + r;
-            a[at] = x[r] = strip[at] - beneath[i] * x[r];
-            b[at] = y[r] = strip[at] - beneath[n + i] * y[r];
+/* `edges`: where blocks of at most CHUNK rows begin, and n. `out`: n rows, of which the blocks' upper triangles are set. `ends` and `starts`:
+ * a row for each shift; wMⱼⱼhⱼ₊₁…h to the end of j's block, and hₑ…hᵢ from the start of i's. */
+void geomerge_resolvents(int64_t n, const double *diagonal, const double *beside, int64_t shifts, const double *shift, const double *weight,
+                         const int64_t *edges, double *starts, double *ends, double *out) {
+    for (int64_t t = 0; t < shifts; t++) hops_of(n, diagonal, beside, shift[t], weight[t], starts + t * n, ends + t * n);
+    for (int64_t from = 0; from < n; from = *edges) {
+        const int64_t to = *++edges;
+        for (int64_t i = from; i < to; i++) {
+            double sum[CHUNK] = {0};
+            for (int64_t t = 0; t < shifts; t++) {
+                double *end = ends + t * n + from;
+                const double hop = starts[t * n + i];
+                for (int64_t j = 0; j < i - from; j++) end[j] = end[j] * hop;
+                for (int64_t j = 0; j <= i - from; j++) sum[j] = sum[j] + end[j];
+            }
+            for (int64_t j = from; j <= i; j++) out[j * n + i] = sum[j - from];
         }
-    double below = 0, other = 0;
-    for (int r = 0; r < STRIP_REGISTERS; r++) x[r] = y[r] = (lanes_double){0};
-    for (int64_t i = n; i--;) {
-        for (int r = 0; r < STRIP_REGISTERS; r++) {
-            const int64_t at = i * STRIP_REGISTERS + r;
-            x[r] = a[at] * over[i] - below * x[r];
-            y[r] = b[at] * over[n + i] - other * y[r];
-            sum[at] = sum[at] + x[r] + y[r];
-        }
-        below = beneath[i];
-        other = beneath[n + i];
-    }
-}
-
-/* `c` and `out`: rows of `columns`. Room, of whole registers: strips of C, of two solutions and of the sum; then the factors of all shifts,
- * of an even number. */
-void geomerge_resolvents(int64_t n, int64_t columns, const double *diagonal, const double *beside, int64_t shifts, const double *shift,
-                         const double *weight, const double *c, lanes_double *room, double *out) {
-    const int64_t even = shifts + shifts % 2, size = n * STRIP_REGISTERS;
-    lanes_double *strip = room, *a = strip + size, *b = a + size, *sum = b + size;
-    double *beneath = (double *)(sum + size), *over = beneath + even * n;
-    for (int64_t j = 0; j < even; j++)
-        factorise(n, diagonal, beside, j < shifts ? shift[j] : shift[0], j < shifts ? weight[j] : 0, beneath + j * n, over + j * n);
-    for (int64_t s = 0; s < columns; s += STRIP) {
-        const int64_t m = least(STRIP, columns - s);
-        memset(strip, 0, size * sizeof *strip);
-        memset(sum, 0, size * sizeof *sum);
-        for (int64_t i = 0; i < n; i++) memcpy((double *)strip + i * STRIP, c + i * columns + s, m * sizeof *c);
-        for (int64_t j = 0; j < even; j += 2) add_solutions(n, beneath + j * n, over + j * n, strip, a, b, sum);
-        for (int64_t i = 0; i < n; i++) memcpy(out + i * columns + s, (double *)sum + i * STRIP, m * sizeof *out);
+        for (int64_t t = 0; t < shifts; t++)
+            for (int64_t i = from + 1; i < to; i++) starts[t * n + i] = starts[t * n + i - 1] * starts[t * n + i];
     }
 }
