@@ -6,7 +6,7 @@
 
 /* How many of a float32 sum's last places its rounding to bfloat16 has to be away from a tie: the difference, t and the sum are each
  * rounded, by 33 of them at most where the difference is up to 16 times the sum, as is what this stands for, in float64. */
-#define DOUBT 40
+#define PLACES_LOST 40
 
 /* Of bfloat16 elements, in float32; whether that tells how the sum in float64 is rounded, and all are finite. */
 static inline int near_quickly(const uint16_t *base, const uint16_t *other, float t, uint16_t *out) {
@@ -20,13 +20,13 @@ static inline int near_quickly(const uint16_t *base, const uint16_t *other, floa
         for (int r = 0; r < PACKED; r++) {
             const floats whole = y[r] - x[r], d = smaller_float(larger_float(whole, all(-t)), all(t)), sum = x[r] + d;
             rounded[r] = (ints)sum + 0x8000; /* but for ties */
-            from_tie = smaller_int(from_tie, rounded[r] + DOUBT & 0xFFFF);
+            from_tie = smaller_int(from_tie, rounded[r] + PLACES_LOST & 0xFFFF);
             too_large = larger_float(too_large, plus_product_float(size_of(d), size_of(sum), all(-16)));
             odd = plus_product_float(odd, whole, all(0));
         }
         unpacked_uppers(rounded, out + i);
     }
-    return !lanes_in((from_tie <= 2 * DOUBT) | (too_large > 0) | ~(odd == 0));
+    return !lanes_in((from_tie <= 2 * PLACES_LOST) | (too_large > 0) | ~(odd == 0));
 }
 
 static void near_exactly(const double *restrict base, const double *restrict other, int64_t n, double t, double *restrict sum) {
