@@ -188,6 +188,16 @@ def test_merges_by_loops_do_without_torch(method: str, models: Path) -> None:
         assert done.stderr.splitlines()[-1] == needed, done.stderr
 
 
+@pytest.mark.parametrize(
+    "words", ["--help", "methods", "methods --json", "methods tsvm", "methods opcm", "search --help"]
+)
+def test_verbs_that_only_tell(words: str) -> None:
+    """What methods there are is known without anything that computes."""
+    done = program(*words.split())
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[-1] == "", done.stderr
+
+
 @pytest.mark.skipif(not native.available(), reason="the compiled loops were not built (no C compiler?)")
 @pytest.mark.parametrize("verb", ["inspect", "diagnose"])
 def test_verbs_that_only_read(verb: str, models: Path) -> None:

@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from geomerge.checkpoint.checkpoint import Checkpoint
 from geomerge.checkpoint.dtypes import DTYPES
@@ -27,6 +26,9 @@ from geomerge.errors import NotFiniteError
 from geomerge.late import without_gradients
 from geomerge.methods.tile import BLOCK, Segment, Source, block_sums
 from geomerge.version import __version__
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PIECE = 1 << 18
 """Elements of a tensor that are worked on at a time, where a step does not need all of them. A multiple of `BLOCK`."""

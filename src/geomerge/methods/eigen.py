@@ -15,10 +15,15 @@ import importlib
 import math
 import threading
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    Rows = tuple[Tensor, Tensor]
+    """The largest eigenvalues of a tridiagonal matrix in ascending order, and their vectors as rows."""
 
 _SMALL = 256
 """Matrices with fewer rows are not worth a library that takes a fifth of a second to load."""
@@ -155,10 +160,6 @@ def tridiagonal(matrix: Tensor) -> Tridiagonal | None:
     if not _lapack("dsytrd", b"L", order, reflections.data_ptr(), order, *places):
         return None
     return Tridiagonal(diagonal, beside[:-1], reflections, factors[:-1])
-
-
-Rows = tuple[Tensor, Tensor]
-"""The largest eigenvalues of a tridiagonal matrix in ascending order, and their vectors as rows."""
 
 
 def _all(diagonal: Tensor, beside: Tensor, k: int) -> Rows | None:
