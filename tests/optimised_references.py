@@ -59,10 +59,10 @@ def rank_k(matrix: Array, k: int) -> tuple[Array, Array]:
 
 
 def optmerge(taus: Sequence[Array], mode: str, steps: int = 300) -> Array:
-    """Both variants, step by step."""
-    mean, k = np.mean(taus, 0), max(1, min(taus[0].shape) // len(taus))
+    """All variants, step by step."""
+    mean, k = np.mean(taus, 0), max(1, min(taus[0].shape) // (5 if mode == "modality" else len(taus)))
     targets = [rank_k(v - mean, k)[0] + mean if mode == "full" else rank_k(v, k)[0] for v in taus]
-    probes = [rank_k(v, k)[1] for v in taus]
+    probes = [v if mode == "modality" else rank_k(v, k)[1] for v in taus]
 
     def gradient(theta: Array) -> Array:
         terms = zip(taus, targets, probes, strict=True)
@@ -73,7 +73,7 @@ def optmerge(taus: Sequence[Array], mode: str, steps: int = 300) -> Array:
     theta, momentum = mean, np.zeros_like(mean)
     for _ in range(steps):
         momentum = 0.9 * momentum + gradient(theta)
-        theta = theta - 1e-4 * momentum
+        theta = theta - (0.05 if mode == "modality" else 1e-4) * momentum
     return theta
 
 

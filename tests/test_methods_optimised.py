@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +81,31 @@ def test_slow_references(shape: tuple[int, int], tasks: int) -> None:
         ("aswudi", {"reference_floor": True}, ref.spectral(arrays, lambda x: (np.arange(n) < participation(x)) * 1.0)),
         ("optmerge", {"steps": 60}, ref.optmerge(arrays, "full", 60)),
         ("optmerge", {"steps": 60, "mode": "lora"}, ref.optmerge(arrays, "lora", 60)),
+        ("optmerge", {"steps": 60, "mode": "modality"}, ref.optmerge(arrays, "modality", 60)),
+        (
+            "swudi",
+            {"ratio": 1, "rho": 0.5, "lambda_ref": 2, "gamma": 3, "start": "zero"},
+            ref.spectral(arrays, lambda x: (1 - np.exp(-1300 * (2 / x[0]) ** 0.5 * x)) ** 3, np.zeros(shape)),
+        ),
     ]
     for method, parameters, expected in cases:
         assert close(merged(method, taus, **parameters), expected, 1e-7), (method, parameters)
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "response"),
+    [
+        ("iwudi", {}, lambda x: 1 - np.exp(-300 * x)),
+        ("iwudi", {"filter": "tikhonov"}, lambda x: x / (x + 0.01)),
+        ("iwudi", {"filter": "none"}, np.ones_like),
+        ("swudi", {"ratio": 1}, lambda x: 1 - np.exp(-1300 * x)),
+    ],
+)
+def test_weak_directions(method: str, parameters: dict[str, Any], response: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Task vectors of low rank, rounded to seven decimals: what the noise's directions do is written down, too."""
+    # With f = 1 they are divided by 10⁻⁸, and so is rounding, here and in the reference.
+    error = 1e-6 if response is np.ones_like else 1e-9
+    assert close(merged(method, LOW, **parameters), ref.spectral(list(LOW.numpy()), response), error)
 
 
 def participation(values: np.ndarray) -> int:

@@ -114,13 +114,13 @@ def knots(taus: list[Array]) -> Array:
 
 
 def lore(thetas: list[Array]) -> Array:
-    """Five rounds of coordinate descent, literally."""
-    changes, centre = [np.zeros_like(t) for t in thetas], np.mean(thetas, axis=0)
+    """Five rounds of coordinate descent, literally: the base, then the changes."""
+    changes = [np.zeros_like(t) for t in thetas]
     for _ in range(5):
+        centre = np.mean([t - c for t, c in zip(thetas, changes, strict=True)], axis=0)
         for i, t in enumerate(thetas):
             u, s, vh = np.linalg.svd(t - centre, full_matrices=False)
             changes[i] = (u * np.maximum(s - 0.05, 0)) @ vh
-        centre = np.mean([t - c for t, c in zip(thetas, changes, strict=True)], axis=0)
     return np.asarray(centre + sum(changes))
 
 
@@ -130,7 +130,7 @@ ROWS: list[tuple[str, Callable[[list[Array]], Array], dict[str, Any]]] = [
     ("iso_cts", iso_cts, {}),
     ("twin", twin, {"lambda": 0.4, "density": 0.3}),
     ("svd_compress", compress, {"ratio": 0.25}),
-    ("resm", resm, {"kappa": 1.5}),
+    ("resm", resm, {"kappa": 1.5, "rank_mode": "task"}),
     ("knots", knots, {"density": 0.5}),
     ("lore", lore, {"mu": 0.1, "sweeps": 5, "tolerance": 0}),
 ]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from geomerge.methods.base import Matrix, parameter
-from geomerge.methods.matrix.quadratic import interference
+from geomerge.methods.matrix.quadratic import FLOOR, interference, start_of
 from geomerge.methods.properties import BASE, PERMUTATION, ROTATION, SCALE, SIGN, SINGLE
 from geomerge.methods.registry import register
 
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _SMALL = 1e-6
-_FLOOR = 1e-8
 
 
 @register
@@ -49,8 +48,10 @@ dtype: bfloat16
         False, doc="raise all eigenvalues to 1e-8 before K is counted (the authors' code)"
     )
 
+    start: str = parameter("sum", choices=("sum", "zero"), doc="what the other directions keep: Σ τ_t or 0")
+
     def merge(self, deltas: Tensor) -> Tensor:
-        start = deltas.sum(0)
+        start = start_of(deltas, self.start)
         objective = interference(deltas, spectral=True)
         if objective is None:
             return start
@@ -66,9 +67,9 @@ dtype: bfloat16
         """K from the eigenvalues of C, of which those that are zero for want of rank may be missing."""
         if self.reference_floor:
             absent = columns - len(values)
-            values = values.clamp(min=_FLOOR)
-            roots = values.sqrt().sum().item() + absent * math.sqrt(_FLOOR)
-            total = values.sum().item() + absent * _FLOOR
+            values = values.clamp(min=FLOOR)
+            roots = values.sqrt().sum().item() + absent * math.sqrt(FLOOR)
+            total = values.sum().item() + absent * FLOOR
         else:
             values = values[values >= _SMALL * values[0]]
             roots, total = values.sqrt().sum().item(), values.sum().item()

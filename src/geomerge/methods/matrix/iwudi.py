@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from geomerge.methods.base import Matrix, parameter
-from geomerge.methods.matrix.quadratic import flow, interference
+from geomerge.methods.matrix.quadratic import flow, interference, start_of
 from geomerge.methods.properties import BASE, PERMUTATION, ROTATION, SCALE, SIGN, SINGLE
 from geomerge.methods.registry import register
 
@@ -56,7 +56,7 @@ dtype: bfloat16
     start: str = parameter("sum", choices=("sum", "zero"), doc="where the flow begins: Σ τ_t or 0")
 
     def merge(self, deltas: Tensor) -> Tensor:
-        start = deltas.sum(0) if self.start == "sum" else torch.zeros_like(deltas[0])
+        start = start_of(deltas, self.start)
         objective = interference(deltas, spectral=True)
         return start if objective is None else objective.filtered(start, self._response)
 

@@ -74,15 +74,13 @@ def low_rank_base(experts: Tensor, mu: float, sweeps: int, tolerance: float) -> 
     changes = torch.zeros_like(experts)
     mean = experts.mean(0)
     base = mean
-    for _ in range(sweeps):
-        moved = 0.0
+    for sweep in range(sweeps):
+        before, base = base, mean - changes.mean(0)
+        moved = len(experts) * float((base - before).square_().sum())
         for expert, change in zip(experts, changes, strict=True):
             found = shrink(expert - base, mu / 2)
             moved += float((found - change).square_().sum())
             change.copy_(found)
-        size = sum(float(change.square().sum()) for change in changes)
-        before, base = base, mean - changes.mean(0)
-        moved += len(experts) * float((base - before).square_().sum())
-        if moved <= tolerance**2 * size:
+        if sweep and moved <= tolerance**2 * sum(float(change.square().sum()) for change in changes):
             break
     return base, changes

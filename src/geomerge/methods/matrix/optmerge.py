@@ -29,6 +29,8 @@ class Optmerge(Matrix):
     task vectors.
     *LoRA* fine-tunes: a_t is the rank-k part of τ_t; 300 steps of gradient descent (lr 10⁻⁴, momentum 0.9) from the mean task
     vector. This mode scales and rotates with the task vectors, and identical experts come back as they are.
+    *Modality*, for experts of different inputs (image, sound, video): as LoRA, with steps of 0.05, k = ⌊min(m, n)/5⌋ whatever
+    the number of experts, and all of τ_t as L_t.
     With `closed_form` the steps go on for ever: the minimiser that lies closest to the start.
     """
 
@@ -58,9 +60,15 @@ dtype: bfloat16
         choices=("mean", "sum", "base", "scaled_sum"),
         doc="what becomes of tensors that are no weight matrices (norms, biases, embeddings, heads)",
     )
-    mode: str = parameter("full", choices=("full", "lora"), doc="how the experts were trained: all weights, or LoRA")
-    lr: float | None = parameter(None, within=(0, math.inf), doc="step size; by default 1e-5 (full) or 1e-4 (lora)")
-    steps: int = parameter(300, within=(0, math.inf), doc="steps of Adam (full) or of descent with momentum (lora)")
+    mode: str = parameter(
+        "full",
+        choices=("full", "lora", "modality"),
+        doc="how the experts were trained: all weights, or LoRA; or that they have different inputs",
+    )
+    lr: float | None = parameter(
+        None, within=(0, math.inf), doc="step size; by default 1e-5 (full), 1e-4 (lora) or 0.05 (modality)"
+    )
+    steps: int = parameter(300, within=(0, math.inf), doc="steps of Adam (full) or of descent with momentum")
     full_weights: bool = parameter(
         False, doc="take whole checkpoints with mode lora, such as those that adapters were merged into"
     )
@@ -73,7 +81,8 @@ dtype: bfloat16
     def merge(self, deltas: Tensor) -> Tensor:
         full = self.mode == "full"
         start = deltas.sum(0) if full else deltas.mean(0)
-        k = max(1, min(deltas.shape[1:]) // len(deltas))
+        modality = self.mode == "modality"
+        k = max(1, min(deltas.shape[1:]) // (5 if modality else len(deltas)))
         mean = deltas.mean(0)
         size = norms(deltas)
         targets, probes = [], []
@@ -81,17 +90,19 @@ dtype: bfloat16
             if norm > 0:
                 part, probe = _leading(delta, k)
                 targets.append(mean + _leading(delta - mean, k)[0] if full else part)
-                probes.append(probe / norm)
+                probes.append((delta if modality else probe) / norm)
         if not targets:
             return start
         objective = Quadratic(
-            torch.stack(targets), torch.stack(probes), factored=2 * k * len(targets) < deltas.shape[2]
+            torch.stack(targets),
+            torch.stack(probes),
+            factored=2 * probes[0].shape[0] * len(targets) < deltas.shape[2],
         )
         if self.closed_form:
-            return objective.filtered(start, torch.ones_like)
+            return objective.nearest(start)
         if full:
             return objective.adam(start, 1e-5 if self.lr is None else self.lr, self.steps)
-        return objective.momentum(start, 1e-4 if self.lr is None else self.lr, self.steps)
+        return objective.momentum(start, (0.05 if modality else 1e-4) if self.lr is None else self.lr, self.steps)
 
 
 def _leading(matrix: Tensor, k: int) -> tuple[Tensor, Tensor]:

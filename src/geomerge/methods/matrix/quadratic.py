@@ -22,8 +22,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+FLOOR = 1e-8
+"""Smaller eigenvalues count as this. Those of WUDI's C do not depend on the task vectors' size: its trace is their number."""
+
+ROUNDING = 1e-14
+"""Eigenvalues below this share of the largest have vectors of rounding errors."""
+
 NULL = 1e-10
-"""Eigenvalues of C below this share of the largest are rounding errors of zero: no task says anything in their directions."""
+"""Eigenvalues below this share of the largest are rounding errors of zero, for whoever divides by them."""
 
 SETTLED = 1e-7
 """A gradient that is this much smaller than D is rounding, which Adam would blow up to steps of full size."""
@@ -83,17 +89,36 @@ class Quadratic:
 
         Args:
             start: Shape ``(rows, columns)``.
-            response: f for the eigenvalues of C, largest first: shape ``(e,)`` → ``(e,)``, e ≤ columns. Those that are
-                zero may be missing, and where they are not, what it says of them does not matter.
+            response: f for the eigenvalues of C, none below `FLOOR`, largest first: shape ``(e,)`` → ``(e,)``, e ≤ columns.
+                Those that are zero may be missing: no task says anything in their directions.
         """
-        values, vectors = eigh(gram(self.stacked, upper=True) if self.factored else self.gram)
-        values = values.clamp(min=0.0)
-        there = values > NULL * values[0]
-        response_ = torch.where(there, response(values), 0.0) / torch.where(there, values, 1.0)
+        values, vectors = self._spectrum()
+        counted = values.clamp(min=FLOOR)
+        shares = response(counted)
+        found = self._moved(start, vectors, shares / counted)
+        weak = (values < FLOOR) & (values > ROUNDING * values[0])
+        if bool(weak.any()):
+            # With an eigenvalue that is raised, θC/Λ is less than θ: what is left of it goes, too.
+            values, vectors, left = values[weak], vectors[:, weak], (shares * (1 - values / counted))[weak]
+            if self.factored:
+                vectors, left = self.stacked.T @ vectors, left / values
+            found.addmm_((start @ vectors) * left, vectors.T, alpha=-1.0)
+        return found
+
+    def nearest(self, start: Tensor) -> Tensor:
+        """The minimiser that lies closest to a start."""
+        values, vectors = self._spectrum()
+        return self._moved(start, vectors, torch.where(values > NULL * values[0], 1.0 / values, 0.0))
+
+    def _spectrum(self) -> tuple[Tensor, Tensor]:
+        return eigh(gram(self.stacked, upper=True) if self.factored else self.gram)
+
+    def _moved(self, start: Tensor, vectors: Tensor, factors: Tensor) -> Tensor:
+        """θ + (D − θC)·V φ Vᵀ."""
         if self.factored:
             rest = self.image - start @ self.stacked.T
-            return torch.addmm(start, (rest @ vectors * response_) @ vectors.T, self.stacked)
-        return torch.addmm(start, self.descent(start) @ vectors * response_, vectors.T)
+            return torch.addmm(start, (rest @ vectors * factors) @ vectors.T, self.stacked)
+        return torch.addmm(start, self.descent(start) @ vectors * factors, vectors.T)
 
 
 def adam(theta: Tensor, gradient: Callable[[Tensor], Tensor], lr: float, steps: int) -> Tensor:
@@ -138,6 +163,11 @@ def interference(deltas: Tensor, *, spectral: bool) -> Quadratic | None:
     stacked = tasks * rows
     factored = stacked < columns if spectral else 2 * stacked < columns
     return Quadratic(deltas, deltas / size.view(-1, 1, 1), factored=factored)
+
+
+def start_of(deltas: Tensor, start: str) -> Tensor:
+    """Where a flow begins: at the ``sum`` of the task vectors, or at ``zero``."""
+    return deltas.sum(0) if start == "sum" else torch.zeros_like(deltas[0])
 
 
 def flow(values: Tensor, t: float) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -21,8 +20,6 @@ if TYPE_CHECKING:
     from geomerge.methods.tile import Scan, Tile
     from geomerge.methods.walk import Walk
 
-_LAYER = re.compile(r"(?:.*?\.)?\d+(?=\.)")
-
 
 @register
 @dataclass(frozen=True)
@@ -36,10 +33,8 @@ class Resm(Matrix):
     their outliers' share of all outliers' mass. ``winsor``: outliers are clipped.
 
     `rank_mode`: ``task``: the r directions of a weight are shared out by the task vectors' density, the share of elements
-    that are not below `epsilon` of their root mean square. ``layer``: every task gets ⌊r/T⌋ in the model's densest layer and
-    less in sparser ones, k = ⌊r/T · ((1 − z)/max(1 − z))^γ⌋, where the zeros z and the root mean squares are those of all
-    weight matrices of a layer together, z the mean of the tasks'. Matrices are of one layer whose names agree up to their first
-    number (``model.layers.3.``); one without a number is a layer of its own.
+    that are not below `epsilon` of their root mean square. ``layer``: every task gets ⌊r/T⌋ in the model's densest weight and
+    less in sparser ones, k = ⌊r/T · ((1 − z)/max(1 − z))^γ⌋, where z is the mean over the tasks of a weight's share of zeros.
     """
 
     name: ClassVar[str] = "resm"
@@ -55,7 +50,7 @@ class Resm(Matrix):
 merge_method: resm
 base_model: ./base
 models: [{model: ./helpful}, {model: ./honest}, {model: ./harmless}]
-parameters: {outlier_mode: mass, rank_mode: task}
+parameters: {outlier_mode: mass, rank_mode: layer}
 dtype: bfloat16
 """
 
@@ -64,14 +59,14 @@ dtype: bfloat16
         3.0, within=(0, 1e6), doc="standard deviations above the mean from which |τ| is an outlier"
     )
     rank_mode: str = parameter(
-        "task",
+        "layer",
         choices=("off", "task", "layer"),
-        doc="how the ranks are shared out: alike, among the tasks, among the layers",
+        doc="how the ranks are shared out: alike, among the tasks, among the weights",
     )
     epsilon: float = parameter(
         0.1, within=(0, 1e6), doc="share of the root mean square below which an element counts as zero"
     )
-    gamma: float = parameter(1.0, within=(0, 100), doc="γ: how much less sparser layers get (`rank_mode: layer`)")
+    gamma: float = parameter(1.0, within=(0, 100), doc="γ: how much less sparser weights get (`rank_mode: layer`)")
 
     @property
     def surveys(self) -> int:
@@ -82,30 +77,19 @@ dtype: bfloat16
         return self.epsilon
 
     def survey(self, walk: Walk) -> dict[str, float]:
-        """(1 − z)/max(1 − z) of the layer that each matrix belongs to."""
-        layers = [_layer(name) for name in walk.names]
-        squares = walk.over(
-            lambda scan: (scan.numel, scan.sums(lambda tile: [d.square_() for d in tile.task_vectors()]))
-        )
-        bounds: dict[str, list[float]] = {}
-        sizes: dict[str, int] = {}
-        for layer in dict.fromkeys(layers):
-            mine = [found for found, of in zip(squares, layers, strict=True) if of == layer]
-            sizes[layer] = sum(numel for numel, _ in mine)
-            totals = (math.fsum(column) for column in zip(*(sums for _, sums in mine), strict=True))
-            bounds[layer] = [self.epsilon * math.sqrt(total / sizes[layer]) if total else math.inf for total in totals]
+        """(1 − z)/max(1 − z) of each matrix."""
+        squares = walk.over(lambda scan: scan.sums(lambda tile: [d.square_() for d in tile.task_vectors()]))
+        totals = dict(zip(walk.names, squares, strict=True))
 
-        def count(scan: Scan) -> int:
-            least = bounds[_layer(scan.name)]
-            return sum(scan.over(lambda tiles: _dense(tiles, least)))
+        def share(scan: Scan) -> float:
+            """T·(1 − z): T falls out of the ratio."""
+            roots = [math.sqrt(total / scan.numel) for total in totals[scan.name]]
+            least = [self.epsilon * root if root else math.inf for root in roots]
+            return sum(scan.over(lambda tiles: _dense(tiles, least))) / scan.numel
 
-        dense = dict.fromkeys(sizes, 0)
-        for layer, found in zip(layers, walk.over(count), strict=True):
-            dense[layer] += found
-        # A layer's count of dense elements over its size is T·(1 − z): T falls out of the ratio.
-        shares = {layer: found / sizes[layer] for layer, found in dense.items()}
+        shares = dict(zip(walk.names, walk.over(share), strict=True))
         most = max(shares.values(), default=0.0)
-        return {name: shares[layer] / most if most else 1.0 for name, layer in zip(walk.names, layers, strict=True)}
+        return {name: found / most if most else 1.0 for name, found in shares.items()}
 
     def known_of(self, known: dict[str, float], name: str) -> float:
         return known.get(name, 1.0)
@@ -118,7 +102,7 @@ dtype: bfloat16
         return task_singular_vectors(deltas, ranks)
 
     def _rank(self, deltas: Tensor) -> int:
-        """⌊r/T⌋, or what of it the layer's density leaves, at least 1."""
+        """⌊r/T⌋, or what of it the weight's density leaves, at least 1."""
         most = rank_share(deltas)
         if self.rank_mode == "off" or self.known is None:
             return most
@@ -147,12 +131,6 @@ dtype: bfloat16
             mass = torch.stack(masses)
             if float(mass.sum()) > 0:
                 deltas.mul_((len(deltas) * mass / mass.sum())[:, None, None])
-
-
-def _layer(name: str) -> str:
-    """What the names of a layer's matrices have in common."""
-    found = _LAYER.match(name)
-    return found[0] if found else name
 
 
 def _dense(tiles: Iterator[Tile], least: list[float]) -> int:
