@@ -152,6 +152,18 @@ class TestRecipes:
         expected = torch.from_numpy(ref.slerp(a.numpy(), b.numpy(), 0.3))
         assert torch.allclose(torch.cat([found[n].flatten() for n in names]), expected, rtol=1e-12, atol=1e-14)
 
+    def test_a_model_shares_one_angle(self, family: dict[str, tiny.Tensors]) -> None:
+        """All tensors laid end to end; as a recipe and as a function."""
+        found = merged(SLERP + "parameters: {t: 0.3, angle_scope: model}\ndtype: float64\n")
+        a, b = (torch.cat([family[m][n].double().flatten() for n in found]) for m in "ab")
+        expected = torch.from_numpy(ref.slerp(a.numpy(), b.numpy(), 0.3))
+        assert torch.allclose(torch.cat([x.flatten() for x in found.values()]), expected, rtol=1e-12, atol=1e-14)
+        parents = [{n: family[m][n] for n in found} for m in "ab"]
+        again = gm.methods.slerp(parents[0], parents[1:], t=0.3, angle_scope="model", dtype="float64")
+        assert all(torch.equal(again[n], x) for n, x in found.items())
+        with pytest.raises(gm.UsageError, match="by role"):
+            gm.methods.slerp(parents[0], parents[1:], t=0.3, angle_scope="group")
+
     def test_a_group_of_one_tensor_is_that_tensor(self, family: dict[str, tiny.Tensors]) -> None:
         one = merged(SLERP + "parameters: {t: 0.3, angle_scope: group}\ndtype: float64\n")
         other = merged(SLERP + "parameters: {t: 0.3}\ndtype: float64\n")

@@ -115,17 +115,17 @@ def resm(taus: Sequence[Weights], epsilon: float, gamma: float) -> dict[str, Arr
     return made
 
 
-def knots(taus: Sequence[Weights], density: float) -> dict[str, Array]:
-    """TIES over the coordinates of all weights as one vector; of equal magnitudes the first."""
+def knots(taus: Sequence[Weights], density: float, exactly: bool = False) -> dict[str, Array]:
+    """TIES over the coordinates of all weights as one vector."""
     bases, coordinates = {}, []
     for n in MATRICES:
         u, s, _ = np.linalg.svd(np.concatenate([t[n] for t in taus], 1), full_matrices=False)
-        bases[n] = u[:, s > 1e-6 * s[0]] if s[0] else u[:, :0]
+        bases[n] = u[:, s > max(1e-6 * s[0], 1e-5)] if s[0] else u[:, :0]
     for t in taus:
         flat = np.concatenate([(bases[n].T @ t[n]).ravel() for n in MATRICES])
         order = np.lexsort((np.arange(flat.size), -np.abs(flat)))
         kept = np.zeros_like(flat)
-        kept[order[: math.floor(density * flat.size + 1e-9)]] = 1
+        kept[order[: math.floor(density * flat.size + 1e-9) + (not exactly)]] = 1
         coordinates.append(flat * kept)
     sign = np.where(np.sum(coordinates, 0) >= 0, 1.0, -1.0)
     agree = [np.where(c * sign > 0, c, 0) for c in coordinates]
@@ -150,6 +150,7 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], Callable[[list[Weights]],
         lambda t: resm(t, 0.8, 3),
     ),
     ("knots", {"scope": "global"}, {}, lambda t: knots(t, 0.2)),
+    ("knots", {"scope": "global", "top_k": "exact_k"}, {}, lambda t: knots(t, 0.2, exactly=True)),
     ("knots", {"scope": "global", "density": 0.5}, {"low": True}, lambda t: knots(t, 0.5)),
 ]
 
@@ -371,9 +372,9 @@ def test_memory_holds_no_model(family: dict[str, tiny.Tensors], monkeypatch: pyt
         def __del__(self) -> None:
             alive.discard(id(self))
 
-    def watch(scan: tile.Scan) -> tile.Scan:
+    def watch(scan: tile.Scan, **options: Any) -> tile.Scan:
         nonlocal most
-        found = made(scan)
+        found = made(scan, **options)
         found.__class__ = Watched
         alive.add(id(found))
         most = max(most, len(alive))

@@ -24,6 +24,7 @@ from geomerge.errors import UsageError
 from geomerge.methods import linalg, registry
 from geomerge.methods.matrix.lore import low_rank_base
 from geomerge.testing import models
+from test_methods_golden import LOW_RANK
 
 Array = NDArray[np.float64]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -105,10 +106,15 @@ def resm(taus: list[Array]) -> Array:
     return tsvm([w * t for w, t in zip(weights, taus, strict=True)], ranks)
 
 
+def above_the_kth(r: Array, density: float) -> Array:
+    """What is at least the (d − ⌊density·d⌋)-th smallest magnitude."""
+    return np.where(np.abs(r) >= np.sort(np.abs(r).ravel())[r.size - math.floor(density * r.size) - 1], r, 0)
+
+
 def knots(taus: list[Array]) -> Array:
     """TIES of the coordinates in the joint basis."""
     u, _, _ = triplets(np.hstack(taus), taus[0].shape[0])
-    coordinates = [ref.magnitude(u.T @ t, 0.5) for t in taus]
+    coordinates = [above_the_kth(u.T @ t, 0.5) for t in taus]
     zero = np.zeros_like(coordinates[0])
     return u @ ref.combine(zero, coordinates, [1.0] * len(taus), elect=True, normalize=True)
 
@@ -428,3 +434,15 @@ def test_one_thread_restores_the_setting() -> None:
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
+
+
+def test_knots_leaves_noise_out() -> None:
+    """Updates of low rank, rounded to seven decimals: directions up to the cutoff; 0 takes all above 10⁻⁶ of the largest."""
+    zero = torch.zeros_like(LOW_RANK[0])
+
+    def rank(cutoff: float) -> int:
+        found = gm.methods.knots(zero, LOW_RANK, full_weights=True, density=0.2, cutoff=cutoff)
+        return int((torch.linalg.svdvals(found) > 1e-10).sum())
+
+    assert (rank(1e-5), rank(0)) == (6, 12)
+    assert not gm.methods.knots(zero, [r * 1e-6 for r in LOW_RANK], full_weights=True).any()

@@ -53,16 +53,19 @@ def flat(model: dict[str, Tensor]) -> Array:
 # -- slow references over one flat vector -------------------------------------------------------------------------------
 
 
-def top(tau: Array, density: float) -> Array:
-    """τ with all but the ⌊density·d⌋ largest magnitudes zero; of equals the first."""
+def top(tau: Array, density: float, exactly: bool = False) -> Array:
+    """What is at least the (d − ⌊density·d⌋)-th smallest magnitude; or exactly ⌊density·d⌋ elements, of equals the first."""
+    if not exactly:
+        rank = tau.size - math.floor(density * tau.size + 1e-9)
+        return np.where(np.abs(tau) >= (np.sort(np.abs(tau))[rank - 1] if rank else 0), tau, 0)
     order = np.lexsort((np.arange(tau.size), -np.abs(tau)))
     kept = np.zeros_like(tau)
     kept[order[: math.floor(density * tau.size + 1e-9)]] = 1
     return tau * kept
 
 
-def ties(taus: Sequence[Array], density: float, how: str = "mean") -> Array:
-    thin = np.array([top(t, density) for t in taus])
+def ties(taus: Sequence[Array], density: float, how: str = "mean", exactly: bool = False) -> Array:
+    thin = np.array([top(t, density, exactly) for t in taus])
     sign = np.sign(thin.sum(0))
     sign = np.where(sign == 0, np.sign(sign.sum()), sign)  # the majority's, where votes cancel
     agree = np.where(thin * sign > 0, thin, 0)
@@ -117,6 +120,11 @@ def consensus(taus: Sequence[Array], total: Array, threshold: float, k: int) -> 
 
 CASES: list[tuple[str, dict[str, Any], Callable[[list[Array]], Array]]] = [
     ("ties", {"scope": "global", "density": 0.3, "weight": 1}, lambda t: ties(t, 0.3)),
+    (
+        "ties",
+        {"scope": "global", "density": 0.3, "weight": 1, "top_k": "exact_k"},
+        lambda t: ties(t, 0.3, exactly=True),
+    ),
     ("ties", {"scope": "global", "density": 0.3, "weight": 1, "merge_func": "sum"}, lambda t: ties(t, 0.3, "sum")),
     ("ties", {"scope": "global", "density": 0.07, "weight": 1, "merge_func": "max"}, lambda t: ties(t, 0.07, "max")),
     ("ties", {"scope": "global", "density": 0.999, "weight": 1}, lambda t: ties(t, 0.999)),
@@ -130,6 +138,11 @@ CASES: list[tuple[str, dict[str, Any], Callable[[list[Array]], Array]]] = [
     ("consensus", {"lambda": 1}, lambda t: consensus(t, sum(t), 0.4, 2)),
     ("consensus", {"k": 3, "threshold": 0.2, "lambda": 0.5}, lambda t: 0.5 * consensus(t, sum(t), 0.2, 3)),
     ("consensus_ties", {"lambda": 1}, lambda t: consensus(t, ties(t, 0.2, "sum"), 0.4, 2)),
+    (
+        "consensus_ties",
+        {"lambda": 1, "top_k": "exact_k"},
+        lambda t: consensus(t, ties(t, 0.2, "sum", exactly=True), 0.4, 2),
+    ),
 ]
 
 
@@ -165,8 +178,9 @@ class TestGolden:
 
     def test_ties_of_the_authors(self) -> None:
         """`kth_inclusive` is their rule: density 0.2 keeps 9 of 40."""
-        found = gm.methods.ties(torch.zeros(40), VECTORS, weight=1, density=0.2, top_k="kth_inclusive")
-        np.testing.assert_allclose(found.numpy(), expected("ties_global_K0.2_mean"), rtol=RTOL, atol=0)
+        for options in ({"top_k": "kth_inclusive"}, {"scope": "global"}):
+            found = gm.methods.ties(torch.zeros(40), VECTORS, weight=1, density=0.2, **options)
+            np.testing.assert_allclose(found.numpy(), expected("ties_global_K0.2_mean"), rtol=RTOL, atol=0)
 
     def test_emr(self) -> None:
         """The unified vector, and both kinds of rescalers over a matrix and a vector."""

@@ -8,7 +8,6 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from geomerge.checkpoint.checkpoint import Checkpoint
@@ -121,8 +120,7 @@ class Builder:
                     self._weighted_gram(n, map) if n.statistics else measure_gram(self.opener(n, n.operands, map))
                     for n in self._groups[key]
                 ]
-                total = [[math.fsum(each) for each in zip(*rows)] for rows in zip(*(g.centred for g in found))]
-                self._measured[key] = Gram(np.array(total))
+                self._measured[key] = gram.together(found)
             return self._measured[key]
 
     def _kept_gram(self, node: Node, run: Run) -> Gram | None:

@@ -214,7 +214,7 @@ class RecipePlan:
             scale,
             rule=rule,
             stage=self.stage,
-            group=_group(part) if isinstance(method, Span) and method.grouped else "",
+            group=_group(part, method.grouped) if isinstance(method, Span) else "",
             statistics=self._statistics(names[0], shape),
             lift=lift,
             chain=self.chains[id(lineup)].at(part, inputs[1:], shape, t) if len(operands) > 1 else (),
@@ -382,8 +382,10 @@ def _informed(method: type[Method]) -> bool:
     return issubclass(method, Span) and method.takes_statistics
 
 
-def _group(part: Part) -> str:
-    """What shares an angle: a block's tensors of one role, or outside the blocks the tensors of one role and place."""
+def _group(part: Part, over: str) -> str:
+    """What shares an angle: a block's tensors of one role, or outside the blocks the tensors of one role and place; or all."""
+    if over != "group":
+        return over
     return f"{part.module}/{part.position if part.block is None else part.block}/{part.role}"
 
 

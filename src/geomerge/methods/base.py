@@ -357,9 +357,11 @@ class Span(Method):
         return "tensor"
 
     @property
-    def grouped(self) -> bool:
-        """Whether one Gram matrix is the sum over all tensors of a block that have the same role."""
-        return False
+    def grouped(self) -> str:
+        """What one Gram matrix is the sum over: all tensors of a block that have the same role (``group``), the ``model``, or
+        one tensor (empty).
+        """
+        return ""
 
     @property
     def loops(self) -> bool:

@@ -11,8 +11,9 @@ import torch
 
 from geomerge.checkpoint.dtypes import from_torch, parse_dtype, to_torch
 from geomerge.errors import IncompatibleModels, UsageError, did_you_mean
-from geomerge.methods.base import Matrix, Method
-from geomerge.methods.kernel import Open, prepare, survey_scan
+from geomerge.methods.base import Matrix, Method, Span
+from geomerge.methods.gram import Gram, together
+from geomerge.methods.kernel import Open, measure_gram, prepare, survey_scan
 from geomerge.methods.rest import is_matrix
 from geomerge.methods.tile import TILE, Scan, TensorSource
 from geomerge.methods.walk import Walk
@@ -86,6 +87,11 @@ class Function:
             if set(m) != set(names):
                 odd = min(set(names) ^ set(m))
                 raise IncompatibleModels(f"the tensor {odd!r} is not in every model")
+        measured: Gram | None = None
+        if isinstance(method, Span) and method.grouped:
+            if method.grouped != "model":
+                raise UsageError("tensors are grouped by role in a recipe only", hint="see geomerge.merge_state_dicts")
+            measured = _measured(names, inputs, tile=tile)  # type: ignore[arg-type]
         if method.surveys:
             method = _surveyed(method, names, inputs, seed=seed, dtype=dtype, tile=tile)  # type: ignore[arg-type]
         merged: dict[Any, Tensor] = {}
@@ -95,7 +101,7 @@ class Function:
                 merged[name] = tensors[0].clone()
                 continue
             mine = replace(method, known=method.known_of(method.known, str(name))) if method.surveys else method
-            merged[name] = merge_tensors(mine, tensors, str(name), seed=seed, dtype=dtype, tile=tile)
+            merged[name] = merge_tensors(mine, tensors, str(name), measured, seed=seed, dtype=dtype, tile=tile)
         return merged
 
     def _inputs(self, given: Sequence[Weights | Sequence[Weights]], base: Weights | None) -> tuple[list[Weights], int]:
@@ -146,21 +152,29 @@ def _surveyed(
     return replace(method, known=method.survey(walk))
 
 
+def _measured(names: Sequence[Any], inputs: Sequence[Mapping[Any, Tensor]], *, tile: int) -> Gram:
+    """The Gram matrix of whole models."""
+    floating = [name for name in names if inputs[0][name].is_floating_point()]
+    opened = [_opened([m[name] for m in inputs], str(name), seed=0, dtype=None, tile=tile) for name in floating]
+    return together([measure_gram(open_scan) for _, open_scan in opened])
+
+
 def merge_tensors(
     method: Method,
     tensors: Sequence[Tensor],
     name: str = "tensor",
+    measured: Gram | None = None,
     *,
     seed: int = 0,
     dtype: torch.dtype | None = None,
     tile: int = TILE,
 ) -> Tensor:
-    """Merge tensors of one shape, base first where the method has one; arguments as of `Function`."""
+    """Merge tensors of one shape, base first where the method has one; arguments as of `Function`, and what was measured."""
     shape = tuple(tensors[0].shape)
     dtype, open_scan = _opened(tensors, name, seed=seed, dtype=dtype, tile=tile)
     out = torch.empty(shape, dtype=dtype, device=tensors[0].device)
     flat = out.view(-1)
-    prepared = prepare(method, open_scan, shape, dtype=from_torch(dtype))
+    prepared = prepare(method, open_scan, shape, dtype=from_torch(dtype), measured=measured)
     for segment in prepared.scan.segments:
         for start, values in prepared.tiles(segment):
             flat[start : start + values.numel()] = values

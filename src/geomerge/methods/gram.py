@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -105,6 +105,14 @@ class Unmeasured(Gram):
     @functools.cached_property
     def centred(self) -> NDArray[np.float64]:
         return np.full((self.count, self.count), np.nan)
+
+
+def together(grams: Sequence[Gram]) -> Gram:
+    """The Gram matrix of tensors laid end to end, from that of each."""
+    total = [
+        [math.fsum(each) for each in zip(*rows, strict=True)] for rows in zip(*(g.centred for g in grams), strict=True)
+    ]
+    return Gram(np.array(total))
 
 
 def measure(scan: Scan, axis: str, statistics: int = 0) -> Gram:

@@ -144,6 +144,10 @@ class Everything(Thins):
         raise ValueError("nothing was dropped")
 
 
+TOP_K = ("exact_k", "binary_k", "kth_inclusive", "mask_rate_inclusive")
+"""What a density keeps exactly: see `Magnitude`."""
+
+
 @dataclass(frozen=True)
 class Magnitude(Thins):
     """The largest magnitudes of each tensor, or of the whole model.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,7 +12,7 @@ from geomerge.methods.elementwise.tall_mask import TallMask, tall_mask
 from geomerge.methods.properties import BASE, PERMUTATION, SCALE, SIGN
 from geomerge.methods.registry import register
 from geomerge.methods.selection import Selection
-from geomerge.methods.sparsify import Magnitude
+from geomerge.methods.sparsify import TOP_K, Magnitude
 from geomerge.methods.tile import Scan, Tile
 from geomerge.methods.walk import Walk
 
@@ -122,7 +122,12 @@ dtype: bfloat16
     scope: str = parameter(
         "global",
         choices=("global", "tensor"),
-        doc="what density is a share of; and of what the majority's sign breaks ties",
+        doc="what density is a share of: the model, whose majority's sign is elected where votes cancel, or each tensor (+)",
+    )
+    top_k: str = parameter(
+        "kth_inclusive",
+        choices=TOP_K,
+        doc="what density keeps exactly: as in the paper's code, that share and one more, with all equals; or see `ties`",
     )
 
     @property
@@ -130,11 +135,12 @@ dtype: bfloat16
         return 0 if self.scope == "tensor" else 2 if self.density < 1 else 1
 
     @property
-    def surveyed_alike(self) -> float:
-        return self.density
+    def surveyed_alike(self) -> Hashable:
+        return self.density, self.top_k
 
     def _trim(self, experts: int) -> Magnitude:
-        return Magnitude((self.density,) * experts, known=None if self.known is None else self.known.selections)
+        known = None if self.known is None else self.known.selections
+        return Magnitude((self.density,) * experts, top_k=self.top_k, known=known)
 
     def survey(self, walk: Walk) -> Surveyed:
         step = self._trim(walk.experts)

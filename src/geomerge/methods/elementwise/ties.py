@@ -11,7 +11,7 @@ from geomerge.methods.combine import Surveyed, added, majority
 from geomerge.methods.elementwise.task_vectors import TaskVectors
 from geomerge.methods.properties import BASE, IDENTICAL, PERMUTATION, SCALE, SINGLE
 from geomerge.methods.registry import register
-from geomerge.methods.sparsify import Everything, Magnitude, Sparsifier, measure
+from geomerge.methods.sparsify import TOP_K, Everything, Magnitude, Sparsifier, measure
 from geomerge.methods.tile import Scan, Tile
 from geomerge.methods.walk import Walk
 
@@ -57,17 +57,23 @@ dtype: bfloat16
         "where votes cancel; else +)",
     )
     top_k: str = parameter(
-        "exact_k",
-        choices=("exact_k", "binary_k", "kth_inclusive", "mask_rate_inclusive"),
+        "auto",
+        choices=("auto", *TOP_K),
         doc="what density keeps exactly: that share (0.29 of 100 is 29, or 28 with `binary_k`, as in mergekit), or one of the "
-        "two rules of published code, which keep all equals",
+        "two rules of published code, which keep all equals; auto: `exact_k` of a tensor, `kth_inclusive` of the whole model",
     )
+
+    @property
+    def _rule(self) -> str:
+        if self.top_k != "auto":
+            return self.top_k
+        return "exact_k" if self.scope == "tensor" else "kth_inclusive"
 
     def sparsifier(self) -> Sparsifier:
         if min(self.density) >= 1:
             return Everything()
         known = None if self.known is None else self.known.selections
-        return Magnitude(self.density, self.rescaling, top_k=self.top_k, known=known)
+        return Magnitude(self.density, self.rescaling, top_k=self._rule, known=known)
 
     def merging(self) -> dict[str, Any]:
         return {
@@ -82,7 +88,7 @@ dtype: bfloat16
 
     @property
     def surveyed_alike(self) -> Hashable:
-        return self.density, self.top_k, self.weight, self.rescaling
+        return self.density, self._rule, self.weight, self.rescaling
 
     def survey(self, walk: Walk) -> Surveyed:
         step = self.sparsifier()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
@@ -14,7 +17,7 @@ from geomerge.methods.direct import merge_tensors
 from geomerge.methods.linalg import largest, one_thread
 from geomerge.methods.properties import BASE, PERMUTATION, SCALE, SIGN
 from geomerge.methods.registry import register
-from geomerge.methods.sparsify import Magnitude
+from geomerge.methods.sparsify import TOP_K, Magnitude
 from geomerge.methods.tile import Scan, TensorSource
 from geomerge.methods.walk import Walk, whole
 
@@ -36,7 +39,7 @@ class Knots(Matrix):
 
     The published code ranks the coordinates of all weights together (``scope: global``). They are far too many to keep, so that
     each weight is decomposed four times instead of once; ``tensor`` takes each weight's coordinates on their own. Directions
-    below 10⁻⁶ of the strongest do not count (published: below 10⁻⁵, whatever the scale).
+    whose singular value is not above `cutoff`, or is below 10⁻⁶ of the largest, are noise and do not count.
     """
 
     name: ClassVar[str] = "knots"
@@ -67,6 +70,16 @@ dtype: bfloat16
         doc="what density is a share of: the coordinates of each weight, or of all weights together (as published)",
     )
 
+    top_k: str = parameter(
+        "kth_inclusive",
+        choices=TOP_K,
+        doc="what density keeps exactly: as in the paper's code, that share and one more, with all equals; or see `ties`",
+    )
+    cutoff: float = parameter(
+        1e-5,
+        within=(0, math.inf),
+        doc="singular values up to this are noise (as published); 0 for updates that are tiny",
+    )
     full_weights: bool = parameter(False, doc="take whole checkpoints, such as those that adapters were merged into")
 
     @property
@@ -78,13 +91,14 @@ dtype: bfloat16
         return 3 if self.scope == "global" and min(self.density) < 1 else 0
 
     @property
-    def surveyed_alike(self) -> tuple[float, ...]:
-        return self.density
+    def surveyed_alike(self) -> Hashable:
+        return self.density, self.top_k, self.cutoff
 
     def survey(self, walk: Walk) -> dict[str, list[Selection]]:
         """The largest coordinates of all weights together, by weight."""
-        numel = sum(walk.over(lambda scan: _scan_of_coordinates(scan).numel))
-        return Magnitude(self.density).survey(walk.mapped(_scan_of_coordinates, numel))
+        scan_of = functools.partial(_scan_of_coordinates, cutoff=self.cutoff)
+        numel = sum(walk.over(lambda scan: scan_of(scan).numel))
+        return Magnitude(self.density, top_k=self.top_k).survey(walk.mapped(scan_of, numel))
 
     def known_of(self, known: dict[str, list[Selection]], name: str) -> tuple[Selection, ...]:
         return tuple(known.get(name, ()))
@@ -93,10 +107,10 @@ dtype: bfloat16
         return tuple(w * c for w, c in zip(self.weight, super().rest_weights(count), strict=True))
 
     def merge(self, deltas: Tensor) -> Tensor:
-        basis, coordinates = _coordinates(deltas)
+        basis, coordinates = _coordinates(deltas, self.cutoff)
         if not basis.shape[1]:
             return torch.zeros_like(deltas[0])
-        values = {"weight": self.weight, "density": self.density}
+        values = {"weight": self.weight, "density": self.density, "top_k": self.top_k}
         ties = registry.get("ties").make(values, count=len(deltas))
         if self.known is not None:
             ties = replace(ties, known=Surveyed({"coordinates": self.known}))
@@ -104,15 +118,15 @@ dtype: bfloat16
         return torch.mm(basis, merge_tensors(ties, [origin, *coordinates], "coordinates"))
 
 
-def _coordinates(deltas: Tensor) -> tuple[Tensor, list[Tensor]]:
+def _coordinates(deltas: Tensor, cutoff: float) -> tuple[Tensor, list[Tensor]]:
     """U, shape ``(rows, k)``, and the Rₜ, each ``(k, columns)``."""
-    found = largest(deltas.transpose(0, 1).reshape(deltas.shape[1], -1), deltas.shape[1])
+    found = largest(deltas.transpose(0, 1).reshape(deltas.shape[1], -1), deltas.shape[1], cutoff)
     return found.u, list(torch.split(found.s[:, None] * found.vh, deltas.shape[2], dim=1))
 
 
-def _scan_of_coordinates(scan: Scan) -> Scan:
+def _scan_of_coordinates(scan: Scan, cutoff: float) -> Scan:
     """A scan of the coordinates as experts on a base of zeros, cut as `merge` cuts them."""
     with one_thread():
-        _, coordinates = _coordinates(whole(scan, based=True).view(-1, *scan.shape))
+        _, coordinates = _coordinates(whole(scan, based=True).view(-1, *scan.shape), cutoff)
     sources = [TensorSource(t) for t in (torch.zeros_like(coordinates[0]), *coordinates)]
     return Scan(sources, coordinates[0].shape, name=scan.name, tile=scan.tile, device=scan.device, level=-1)

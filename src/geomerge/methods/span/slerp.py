@@ -76,13 +76,13 @@ dtype: bfloat16
     )
     angle_scope: str = parameter(
         "tensor",
-        choices=("tensor", "group"),
-        doc="one angle for each tensor, or one for all tensors of a block that have the same role",
+        choices=("tensor", "group", "model"),
+        doc="one angle for each tensor, one for all tensors of a block that have the same role, or one for the whole model",
     )
 
     @property
-    def grouped(self) -> bool:
-        return self.angle_scope == "group"
+    def grouped(self) -> str:
+        return "" if self.angle_scope == "tensor" else self.angle_scope
 
     def coefficients(self, gram: Gram) -> np.ndarray:
         t = self.t
