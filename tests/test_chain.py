@@ -257,6 +257,17 @@ def test_steps_follow_each_other_and_scales_come_last() -> None:
         assert torch.allclose(tensor, base[name] + scale * (whole[name] - base[name]), rtol=1e-9, atol=1e-12), name
 
 
+def test_lines_behind_the_blocks() -> None:
+    """The final norm and the head are as what is before the blocks, or as the last block."""
+    base, whole = ({n: t.double() for n, t in m.items()} for m in (tiny.read(Path("base")), merged("sce")))
+    for said, behind in (("alpha", 0.25), ("last", 1.0)):
+        got = merged("sce", f"steps: [{{lines: {{alpha: 0.25, beta: 0.75, post_block_scale: {said}}}}}]\n")
+        for name, scale in (("model.norm.weight", behind), ("model.embed_tokens.weight", 0.25)):
+            assert torch.allclose(got[name], base[name] + scale * (whole[name] - base[name]), rtol=1e-9, atol=1e-12), (
+                name
+            )
+
+
 def test_density_one_changes_no_bit() -> None:
     """The endpoint of every sparsifier; such a step is not even planned."""
     plain = merged("sce")
@@ -416,6 +427,13 @@ REFUSED = {
     ),
     "no list": ("sce", "steps:\n  dare: 0.5\n", "'steps' must be a list", "as in 'steps: ", 10),
     "a scale by nothing": ("sce", "steps:\n  - scale\n", "'scale' needs a value", "scale: 0.7", 10),
+    "lines behind the blocks": (
+        "sce",
+        "steps:\n  - lines: {alpha: 0.5, beta: 0.5, post_block_scale: first}\n",
+        "post_block_scale of the step 'lines' must be one of alpha, last, not first",
+        None,
+        10,
+    ),
     "lines without beta": ("sce", "steps:\n  - lines: {alpha: 0.5}\n", "'lines' needs beta", "beta: 0.7", 10),
     "lines as a number": ("sce", "steps:\n  - lines: 0.5\n", "takes alpha and beta", "beta: 0.7", 10),
     "lines without beta somewhere": (

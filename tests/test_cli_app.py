@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -183,6 +185,18 @@ def test_a_bug_is_a_sentence_and_a_traceback_only_with_debug(run: Program, monke
         assert code == 1
         assert "Traceback" in err
         assert "in broken" in err
+
+
+def test_a_full_disk_is_no_bug(run: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever it was met, and whether or not the system says in which file."""
+
+    def full() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("geomerge.recipe.json_schema", full)
+    code, _, err = run("schema")
+    assert code == 1
+    assert err == "error: No space left on device\n  make room, or choose an output on another disk\n"
 
 
 def test_what_the_system_refuses_is_no_bug(run: Program, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -147,7 +147,7 @@ def test_a_resumed_run_says_so(run: Program, tmp_path: Path) -> None:
     write_models(tmp_path)
     code, out, _ = run("merge", write_recipe(tmp_path), tmp_path / "out", "--resume")
     assert code == 0
-    assert "\nresumed  nothing: no earlier run had finished a tensor\n" in out
+    assert "\nresumed  nothing: no tensor of an earlier run could be kept\n" in out
     assert "\nresumed" not in run("merge", write_recipe(tmp_path), tmp_path / "out", "--force").out
 
 

@@ -136,6 +136,16 @@ class TestRefused:
             extract(root / "packed", "a", root / "out", base=root / "base")
         assert not (root / "out").exists()
 
+    def test_masks_of_others(self, root: Path) -> None:
+        """The vector and masks of experts of another base, under this description."""
+        tiny.save(root / "other", {n: w + 0.5 for n, w in tiny.read(root / "base").items()}, tiny.config(root / "base"))
+        compress(root / "base", experts(root), root / "packed")
+        compress(root / "other", experts(root), root / "others")
+        (root / "packed" / "model.safetensors").write_bytes((root / "others" / "model.safetensors").read_bytes())
+        with pytest.raises(gm.DamagedCheckpoint, match="not those that compressed"):
+            extract(root / "packed", "a", root / "out", base=root / "base")
+        assert not list(root.glob("out*"))
+
     def test_missing_mask(self, root: Path) -> None:
         compress(root / "base", experts(root), root / "packed")
         tensors = tiny.read(root / "packed")

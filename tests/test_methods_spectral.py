@@ -438,11 +438,12 @@ def test_one_thread_restores_the_setting() -> None:
 
 def test_knots_leaves_noise_out() -> None:
     """Updates of low rank, rounded to seven decimals: directions up to the cutoff; 0 takes all above 10⁻⁶ of the largest."""
-    zero = torch.zeros_like(LOW_RANK[0])
-
-    def rank(cutoff: float) -> int:
+    zero, arrays = torch.zeros_like(LOW_RANK[0]), [t.numpy() for t in LOW_RANK]
+    for cutoff, number in ((1e-5, 6), (0, 12)):
         found = gm.methods.knots(zero, LOW_RANK, full_weights=True, density=0.2, cutoff=cutoff)
-        return int((torch.linalg.svdvals(found) > 1e-10).sum())
-
-    assert (rank(1e-5), rank(0)) == (6, 12)
+        basis = np.linalg.svd(np.hstack(arrays), full_matrices=False)[0][:, :number]
+        coordinates = [above_the_kth(basis.T @ t, 0.2) for t in arrays]
+        origin = np.zeros_like(coordinates[0])
+        merged = ref.combine(origin, coordinates, [1.0] * len(arrays), elect=True, normalize=True)
+        assert close(found, torch.from_numpy(basis @ merged), 1e-9)
     assert not gm.methods.knots(zero, [r * 1e-6 for r in LOW_RANK], full_weights=True).any()

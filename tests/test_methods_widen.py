@@ -40,6 +40,14 @@ def test_two_columns_by_hand() -> None:
     assert torch.equal(gm.methods.widen(base, [a, b]), torch.tensor([[5.25, 0.0], [7.0, 1.0]]))
 
 
+def test_directions_of_one_row() -> None:
+    """Slices of one element all turn by nothing: their order by angle is that of their places, not of rounding."""
+    base = 0.7 * torch.arange(1, 7, dtype=torch.float64)[None]
+    change = torch.tensor([[0.11, 0.07, 0.19, 0.05, 0.13, 0.17]], dtype=torch.float64)
+    found = gm.methods.widen(base, [base + change], above_average_ratio=1.5, score_calibration=0.3)
+    np.testing.assert_allclose(((found - base) / change)[0], [1, 1, 0.65, 1, 0.65, 0.3], rtol=1e-9)
+
+
 def test_embeddings_are_weighed_by_token() -> None:
     """Token embeddings row by row, in tiles of any size; the same numbers under another name column by column."""
     base, *experts = models(4, (70, 9))

@@ -7,6 +7,7 @@ imported at the top of any file of this package.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import io
 import os
@@ -152,11 +153,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         return fail("error", error.what, where=error.where, hint=error.hint, exit_code=error.exit_code)
     except OSError as error:
-        if error.filename is None or not error.strerror:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if not full and (error.filename is None or not error.strerror):
             return bug(error)
         if debug:
             traceback.print_exc()
-        return fail("error", error.strerror, where=os.fspath(error.filename), exit_code=1)
+        where = None if error.filename is None else os.fspath(error.filename)
+        hint = "make room, or choose an output on another disk" if full else None
+        return fail("error", error.strerror or str(error), where=where, hint=hint, exit_code=1)
     except Exception as error:  # noqa: BLE001 - the last resort: whatever it is, the user gets a sentence
         return bug(error)
     return 0

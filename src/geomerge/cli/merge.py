@@ -247,7 +247,7 @@ def show_report(
     if report.resumed:
         rows.append(("resumed", f"{count(report.resumed, 'tensor')} were finished before"))
     elif resume:
-        rows.append(("resumed", "nothing: no earlier run had finished a tensor"))
+        rows.append(("resumed", "nothing: no tensor of an earlier run could be kept"))
     if plan.stages[-1].compat is not None:
         rows.append(("profile", f"compat: {clean(plan.stages[-1].compat)}"))
     loss = rounding(plan, report.rounding_loss)

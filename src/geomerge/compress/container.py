@@ -2,7 +2,7 @@
 
 ``model.safetensors`` (or shards): for each tensor that the experts changed ``vector.NAME``, the merged task vector, and
 ``mask.K.NAME`` for the K-th expert, eight elements a byte, the first in the highest bit. ``compressed.json``: the experts'
-names and factors, the method, and the fingerprint of the base, without which nothing can be given back.
+names and factors, the method, and the fingerprints of the base, without which nothing can be given back, and of those tensors.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ class Contents:
         base: What the base was called.
         fingerprint: Of the base's weights.
         threshold: λ of the masks, for ``tall``.
+        packed: The fingerprint of the merged vector and the masks; none in what was made before it was kept.
     """
 
     method: str
@@ -37,6 +38,7 @@ class Contents:
     base: str
     fingerprint: str
     threshold: float | None = None
+    packed: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for ``compressed.json``."""
@@ -47,6 +49,7 @@ class Contents:
             "tasks": dict(self.tasks),
             "base": self.base,
             "fingerprint": self.fingerprint,
+            "packed": self.packed,
         }
 
     @classmethod
@@ -69,7 +72,14 @@ class Contents:
             if data["geomerge_compressed"] != FORMAT:
                 raise ValueError(f"format {data['geomerge_compressed']}")
             tasks = {str(name): float(factor) for name, factor in data["tasks"].items()}
-            return cls(str(data["method"]), tasks, str(data["base"]), str(data["fingerprint"]), data.get("threshold"))
+            return cls(
+                str(data["method"]),
+                tasks,
+                str(data["base"]),
+                str(data["fingerprint"]),
+                data.get("threshold"),
+                data.get("packed"),
+            )
         except KeyError as error:
             raise DamagedCheckpoint(
                 f"the description of the compressed experts lacks the key {error}", where=str(path)

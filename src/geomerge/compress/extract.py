@@ -19,7 +19,7 @@ from geomerge.checkpoint.dtypes import DTYPES
 from geomerge.checkpoint.layout import DEFAULT_SHARD_SIZE, plan_layout
 from geomerge.checkpoint.reader import open_checkpoint
 from geomerge.checkpoint.writer import OutputDirectory
-from geomerge.compress.container import Contents, mask, vector
+from geomerge.compress.container import FILE, Contents, mask, vector
 from geomerge.engine.build import Builder
 from geomerge.engine.execute import Facts, Interrupted, Threads, Work
 from geomerge.engine.plan import Node
@@ -84,6 +84,12 @@ def extract(
         with open_checkpoint(str(place)) as held:
             nodes = list(plan.output_nodes())
             _check(held, nodes, number, place)
+            if contents.packed not in (None, held.fingerprint()):
+                raise DamagedCheckpoint(
+                    f"the merged vector and masks are not those that {FILE} describes: of other experts, or changed",
+                    where=str(place),
+                    hint="compress the experts again",
+                )
             layout = plan_layout(
                 [(n.name, n.dtype, n.shape) for n in nodes], DEFAULT_SHARD_SIZE, {"geomerge": __version__}
             )

@@ -17,6 +17,7 @@ from torch import Tensor
 from geomerge.checkpoint.dtypes import DTYPES, parse_dtype, to_torch
 from geomerge.checkpoint.layout import plan_layout
 from geomerge.checkpoint.output_place import COMPRESSED
+from geomerge.checkpoint.reader import open_checkpoint
 from geomerge.checkpoint.writer import OutputDirectory
 from geomerge.compress.container import FILE, Contents, mask, vector
 from geomerge.engine.build import Builder
@@ -137,6 +138,8 @@ def compress(
                 contents, density = _concluded(
                     plan.inputs[merged[0].operands[0].input], experts, method, threshold, merged, found
                 )
+                with open_checkpoint(str(output.partial)) as packed:
+                    contents = replace(contents, packed=packed.fingerprint())
                 output.write_json(FILE, contents.to_json())
                 final = output.finish()
             except BaseException:

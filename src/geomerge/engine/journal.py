@@ -9,6 +9,7 @@ touched since: a plan's fingerprint samples the files, and tensors of the old an
 from __future__ import annotations
 
 import json
+import logging
 import os
 import threading
 from collections.abc import Iterable, Sequence
@@ -24,6 +25,8 @@ COMPLETE = "complete"
 
 _dense = json.JSONEncoder(separators=(",", ":")).encode
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
+
+logger = logging.getLogger(__name__)
 
 
 def boot_id() -> str:
@@ -83,6 +86,10 @@ class Journal:
         )
         if believed:
             self.finished, self.complete = _sorted(lines)
+        elif lost := len(_sorted(lines)[0]):
+            same = lines[0].get("inputs") == head["inputs"]
+            why = "the machine has been restarted" if same else "a parent's file has been changed, or touched,"
+            logger.warning("%s since the interrupted run: its %d finished tensors are made again", why, lost)
         # What this run does not flush, a journal that promises flushed files must not record.
         weaker = believed and bool(lines[0].get("durable")) and not durable and not self.complete
         flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_APPEND

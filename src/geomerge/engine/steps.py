@@ -10,6 +10,9 @@ from geomerge.errors import RecipeError
 from geomerge.recipe.resolve import Lookup
 from geomerge.recipe.values import Step, Where
 
+POST_BLOCK = ("alpha", "last")
+"""What LiNeS scales tensors behind the blocks by: as what is before them, or as the last block."""
+
 
 class Steps:
     """A recipe's steps, looked up for one tensor after the other.
@@ -38,6 +41,10 @@ class Steps:
         for name, lookups, where in self._steps:
             values = {k: found.value for k, lookup in lookups.items() if (found := lookup.at(part, t)) is not None}
             auto = name == "lines" and values.get("alpha", "auto") == "auto"
+            behind = values.pop("post_block_scale", "alpha")
+            if behind not in POST_BLOCK:
+                said = f"post_block_scale of the step 'lines' must be one of {', '.join(POST_BLOCK)}, not {behind}"
+                raise RecipeError(said, where=str(where))
             try:
                 numbers = {k: float(v) for k, v in values.items() if not (auto and k == "alpha")}
             except ValueError:
@@ -47,7 +54,7 @@ class Steps:
             if name == "scale":
                 scale *= numbers.get("value", 1.0)
                 continue
-            lifted = _lifted(numbers, part, blocks, where)
+            lifted = _lifted(numbers, part, blocks, where, last=behind == "last")
             if not auto:
                 scale *= numbers["alpha"] + lifted
             elif lift is not None:
@@ -61,13 +68,18 @@ def _written(values: dict[str, Any]) -> str:
     return ", ".join(f"{name}: {value}" for name, value in values.items())
 
 
-def _lifted(numbers: dict[str, float], part: Part, blocks: int, where: Where) -> float:
-    """β·depth of LiNeS; tensors outside of the blocks have depth 0, and a single block, which is the last one, 1."""
+def _lifted(numbers: dict[str, float], part: Part, blocks: int, where: Where, *, last: bool) -> float:
+    """β·depth of LiNeS; tensors outside of the blocks have depth 0 (those behind them 1, if they count as the `last`), and a
+    single block, which is the last one, 1.
+    """
     if "beta" not in numbers:
         raise RecipeError(
             f"the step 'lines' needs beta (for {part.name})",
             where=str(where),
             hint="add an entry without a filter: it is for all other tensors",
         )
-    depth = 0.0 if part.position != "block" else 1.0 if blocks == 1 else part.depth or 0.0
+    if part.position != "block":
+        depth = 1.0 if last and part.position == "post" else 0.0
+    else:
+        depth = 1.0 if blocks == 1 else part.depth or 0.0
     return numbers["beta"] * depth

@@ -65,6 +65,11 @@ class Lines(After):
         None, doc="the factor at depth 0; none or `auto`: found from the task vectors, with one more look at the model"
     )
     beta: float = parameter(doc="what is added to it up to the last block")
+    post_block_scale: str = parameter(
+        "alpha",
+        choices=("alpha", "last"),
+        doc="the factor of what is behind the blocks (final norm, head): α, as in the authors' code, or the last block's",
+    )
 
 
 @dataclass(frozen=True)

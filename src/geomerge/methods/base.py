@@ -87,6 +87,8 @@ class Parameter:
                 return bool(value)
             raise ValueError(f"{self.name} must be true or false, not {value!r}")
         if self.kind is str:
+            if value is False and "off" in self.choices:
+                return "off"  # as YAML 1.1 has it
             if not isinstance(value, str) or (self.choices and value not in self.choices):
                 raise ValueError(f"{self.name} must be one of {', '.join(self.choices)}, not {value!r}")
             return value

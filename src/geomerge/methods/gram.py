@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+COLLINEAR = 1e-15
+"""Vectors whose Gram determinant is below this share of the product of their squared norms are collinear up to rounding."""
+
+
 @dataclass(frozen=True)
 class Gram:
     """Inner products of (x₀, x₁ − x₀, …): shape ``(K, K)``, or ``(slices, K, K)`` when measured slice by slice."""
@@ -69,7 +73,8 @@ class Gram:
             n, e, f = c[..., 0, 0], c[..., 0, j], c[..., j, j]
         else:
             n, e, f = self.dot(i, i), self.dot(i, j) - self.dot(i, i), self._squared_distance(i, j)
-        return np.arctan2(np.sqrt(np.maximum(n * f - e * e, 0.0)), n + e)
+        apart = n * f - e * e
+        return np.arctan2(np.sqrt(np.where(apart > COLLINEAR * n * f, apart, 0.0)), n + e)
 
     def _squared_distance(self, i: int, j: int) -> NDArray[np.float64]:
         c = self.centred

@@ -59,7 +59,11 @@ BEFORE: Mapping[str, tuple[str, ...]] = {
 }
 """The steps that thin each expert's task vector before the method, and their parameters: see `geomerge.methods.chain`."""
 
-AFTER: Mapping[str, tuple[str, ...]] = {"scale": ("value",), "lines": ("alpha", "beta"), "aim": ("statistics", "omega")}
+AFTER: Mapping[str, tuple[str, ...]] = {
+    "scale": ("value",),
+    "lines": ("alpha", "beta", "post_block_scale"),
+    "aim": ("statistics", "omega"),
+}
 """The steps that scale the merged task vector after the method, and their parameters."""
 
 STEPS: Mapping[str, tuple[str, ...]] = {**BEFORE, **AFTER}

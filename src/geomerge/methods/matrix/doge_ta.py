@@ -69,7 +69,7 @@ dtype: float32
     )
     subspace: int = parameter(6, within=(1, math.inf), doc="the shared subspace has ⌊min(m, n)/subspace⌋ dimensions")
     density: float = parameter(
-        0.3, within=(0, 1), doc="share of a task vector's elements, the largest, that its mask keeps"
+        0.3, within=(0, 1), above=0, doc="share of a task vector's elements, the largest, that its mask keeps"
     )
     scope: str = parameter(
         "global", choices=("global", "tensor"), doc="what density is a share of: all weights together, or each weight"

@@ -23,7 +23,8 @@ class Twin(Matrix):
     a merged checkpoint has fixed ones, as in Wu et al. 2025 (Long-to-Short reasoning, arXiv:2503.20641). By default they
     are 1/T each.
 
-    Tensors that are no matrices are not compressed.
+    Tensors that are no matrices are not compressed. The published code leaves biases and classifiers to each task; here they
+    are merged as other vectors are (`scale: [{filter: bias, value: 0}, {value: 1}]` among the steps keeps those of the base).
     """
 
     name: ClassVar[str] = "twin"
