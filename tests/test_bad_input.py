@@ -269,9 +269,16 @@ CASES: dict[str, Case] = {
             ("consensus_ties", 0),
             ("knots", 0),
             ("doge_ta", 1.5),
+            ("doge_ta", 0),
             ("twin", 0),
         )
     },
+    "values that do not go together": Case(
+        TIES.replace("ties", "della").replace("- model: b", "- {model: b, parameters: {epsilon: 0.6}}")
+        + "parameters: {weight: 1, density: 0.5}\n",
+        gm.RecipeError,
+        ("<recipe>:5", "density ± epsilon must lie inside (0, 1), not [-0.1, 1.1] (of b)"),
+    ),
     "a scope that is none": Case(
         TIES.replace("ties", "knots") + "parameters: {scope: model}\n",
         gm.RecipeError,

@@ -6,15 +6,21 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 
 import geomerge as gm
 import tiny
-from geomerge.methods.base import Method, parameter
+from geomerge import testing
+from geomerge.methods import registry
+from geomerge.methods.base import Elementwise, Method, parameter
+from geomerge.methods.direct import Function
 from geomerge.methods.program import Value
+from geomerge.methods.tile import Tile
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -114,3 +120,24 @@ def test_threads_are_counted(tmp_path: Path) -> None:
     with pytest.raises(gm.UsageError, match="1 thread at least, not -1"):
         gm.merge(recipe, tmp_path / "out", threads=-1)
     assert not list(tmp_path.glob("out*"))
+
+
+def test_a_blend_of_another_size() -> None:
+    """Refused with the method's name."""
+    shape = (8, 4)
+
+    @dataclass(frozen=True)
+    class Short(Elementwise):
+        name: ClassVar[str] = "short"
+
+        def blend(self, tile: Tile, stats: object) -> torch.Tensor:
+            return tile.base[:3]
+
+    with pytest.raises(gm.UsageError, match=r"short made \d+ elements of a tile of 32"):
+        Function(Short)(torch.ones(shape), [torch.ones(shape)])
+
+
+def test_a_method_of_four_models_has_cases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a number that is not among those that are tried for others."""
+    monkeypatch.setattr(registry.get("ties"), "models", (4, 4))
+    assert {case.count for case in testing.cases("ties")} == {4}

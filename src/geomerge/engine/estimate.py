@@ -204,7 +204,7 @@ class _Nowhere:
 def _bytes_read(plan: Plan, node: Node, inputs: Sequence[Checkpoint]) -> int:
     """Bytes of the files that a node reads, with one pass to measure where its method measures."""
     passes = 1
-    if node.method is not None and (getattr(node.method, "needs_gram", False) or node.method.family == "elementwise"):
+    if node.method is not None and (getattr(node.method, "needs_gram", False) or getattr(node.method, "looks", False)):
         passes = 2
     if node.method is not None:
         passes += node.method.surveys + (node.lift is not None) + sum(not s.free for s in node.chain)

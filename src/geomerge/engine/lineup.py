@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -192,12 +193,12 @@ class Lineup:
                 )
             except UsageError as error:
                 self._check_given(part, values)
-                first = next((where[0] for where in places.values()), self.recipe.at("merge_method"))
                 said = {id(answer.where): answer.said_of(part) for answer in answers}
                 raise together(
                     [
                         RecipeError(f"{what}{said.get(id(place), '')}", where=str(place), hint=error.hint)
-                        for place, what in self._impossible(values, places) or [(first, error.what)]
+                        for place, what in self._impossible(values, places)
+                        or [self._together(values, places, error.what)]
                     ]
                 ) from None
             if made.adapters_only:
@@ -259,6 +260,30 @@ class Lineup:
                 except ValueError as problem:
                     found[place, f"{self.method.name}: {problem}"] = None
         return sorted(found, key=lambda problem: problem[0].line)
+
+    def _together(self, values: Mapping[str, Any], places: Mapping[str, list[Where]], what: str) -> tuple[Where, str]:
+        """Where the last of the values that do not go together stands, and why: of those that the reason names, and of values
+        for each model those of the first model for which they do not.
+        """
+        count = len(self.others)
+        several = [name for name in places if isinstance(values[name], list)]
+
+        def fails(i: int) -> bool:
+            alone = {**values, **{name: [values[name][i]] * count for name in several}}
+            try:
+                self.method.make(alone, count=count, compat=self.recipe.compat, extrapolate=self.extrapolate)
+            except UsageError:
+                return True
+            return False
+
+        blamed = [i for i in range(count) if fails(i)] if several else []
+        named = [name for name in places if re.search(rf"\b{re.escape(name)}\b", what)] or list(places)
+        of = ""
+        if 0 < len(blamed) < count:  # what sets it apart
+            named = [n for n in named if n in several and len(set(values[n])) > 1] or named
+            of = f" (of {self.others[blamed[0]].model})"
+        found = [places[name][blamed[0] if blamed and name in several else 0] for name in named]
+        return max(found, key=lambda where: where.line, default=self.recipe.at("merge_method")), what + of
 
     def _fill(self, name: str, several: list[Any]) -> list[Any]:
         """Values of a per-model parameter, where some models leave it to the default."""

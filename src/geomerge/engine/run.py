@@ -155,9 +155,10 @@ def run_plan(
                     executor=executor,
                     flush=output.flush,
                 )
-            except (ModelError, OutOfRange):
-                # Nothing that a resumed run could go on with: the parent has to be another one first.
-                output.abandon()
+            except (ModelError, OutOfRange, UsageError) as error:
+                # Nothing that a resumed run could go on with: the parent, or the recipe, has to be another one first.
+                if not (isinstance(error, UsageError) and output.resumed):
+                    output.abandon()
                 raise
             finally:
                 journal.close()

@@ -316,15 +316,16 @@ class RecipePlan:
         return operand.node >= 0 and self.planner.nodes[operand.node].method is not None
 
     def _shapes_differ(self, part: Part, found: list[tuple[Model, str]], kinds: list[Kind]) -> IncompatibleModels:
+        odd = next((m for (m, _), k in zip(found, kinds, strict=True) if k.shape != kinds[0].shape), None)
+        line = self._line_of(odd)
         if part.name in self.donor.anatomy.vocabulary or any(n in m.anatomy.vocabulary for m, n in found):
             refusal = self.vocabularies.refusal([m for m, _ in found])
             if refusal is not None:
-                return refusal
+                return IncompatibleModels(refusal.what, where=str(line), hint=refusal.hint)
         shapes = ", ".join(f"{m}: {list(k.shape)}" for (m, _), k in zip(found, kinds, strict=True))
-        odd = next((m for (m, _), k in zip(found, kinds, strict=True) if k.shape != kinds[0].shape), None)
         return IncompatibleModels(
             f"the shapes of {part.name} differ: {shapes}",
-            where=str(self._line_of(odd)),
+            where=str(line),
             hint="only models of one architecture and size can be merged",
         )
 

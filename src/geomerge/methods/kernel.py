@@ -144,10 +144,15 @@ def prepare(
     stats = method.measure(scan)
 
     def blend(tile: Tile) -> Tensor:
-        if scale == 1.0:
-            return method.blend(tile, stats)
-        base = tile.base.clone()
-        return _rescale(base, method.blend(tile, stats), scale)
+        base = None if scale == 1.0 else tile.base.clone()
+        found = method.blend(tile, stats)
+        if isinstance(found, torch.Tensor) and found.numel() != tile.numel:
+            raise UsageError(
+                f"{method.name} made {found.numel()} elements of a tile of {tile.numel}",
+                where=scan.name,
+                hint="its `blend` has to return as many as the tile's base has",
+            )
+        return found if base is None else _rescale(base, found, scale)
 
     fused = method.compiled(scan, stats) if scale == 1.0 else None
     if fused is None and method.recorded and scan.compiled:

@@ -107,7 +107,7 @@ def cases(
     Args:
         names: Of methods.
         parameters: For each method neutral values of required parameters; those not given are 1.
-        counts: Numbers of models, of which a method gets those it takes.
+        counts: Numbers of models, of which a method gets those it takes; if it takes none of them, the fewest that it takes.
     """
     given = {**_NEUTRAL, **(parameters or {})}
     found = []
@@ -117,10 +117,9 @@ def cases(
         based = {"required": (True,), "optional": (False, True), "ignored": (False,)}[method.base_use]
         thinned = {key: value for key, value in THINNING.items() if key in method.parameters()}
         for values in [{}, thinned] if thinned else [{}]:
-            for count in counts:
-                if count >= low and (high is None or count <= high):
-                    made = [Case(method, count, b, values, given.get(name, {})) for b in based]
-                    found += [case for case in made if not values or case.possible()]
+            for count in [c for c in counts if c >= low and (high is None or c <= high)] or [low]:
+                made = [Case(method, count, b, values, given.get(name, {})) for b in based]
+                found += [case for case in made if not values or case.possible()]
     return found
 
 
