@@ -135,6 +135,11 @@ CASES: list[tuple[str, dict[str, Any], Callable[[list[Array]], Array]]] = [
     ("emr", {}, lambda t: emr(t, 0)),
     ("emr", {"task": 2}, lambda t: emr(t, 2)),
     ("tall_mask", {"task": 3}, lambda t: np.where(np.abs(t[2]) > 0.4 * np.abs(sum(t) - t[2]), sum(t), 0)),
+    (
+        "tall_mask",
+        {"task": 2, "merged": "ties", "threshold": 0.3},
+        lambda t: np.where(np.abs(t[1]) > 0.3 * np.abs(ties(t, 0.2, "sum") - t[1]), ties(t, 0.2, "sum"), 0),
+    ),
     ("consensus", {"lambda": 1}, lambda t: consensus(t, sum(t), 0.4, 2)),
     ("consensus", {"k": 3, "threshold": 0.2, "lambda": 0.5}, lambda t: 0.5 * consensus(t, sum(t), 0.2, 3)),
     ("consensus_ties", {"lambda": 1}, lambda t: consensus(t, ties(t, 0.2, "sum"), 0.4, 2)),

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from geomerge.errors import RunError, UsageError
+from geomerge.late import loaded
 from geomerge.methods import gram, native, program
 from geomerge.methods.base import Elementwise, Matrix, Method, Span
 from geomerge.methods.combine import exactly, weighted_sum
@@ -146,7 +147,7 @@ def prepare(
     def blend(tile: Tile) -> Tensor:
         base = None if scale == 1.0 else tile.base.clone()
         found = method.blend(tile, stats)
-        if isinstance(found, torch.Tensor) and found.numel() != tile.numel:
+        if loaded("torch") and isinstance(found, torch.Tensor) and found.numel() != tile.numel:
             raise UsageError(
                 f"{method.name} made {found.numel()} elements of a tile of {tile.numel}",
                 where=scan.name,

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from geomerge.methods.base import Elementwise, parameter, per_model
-from geomerge.methods.combine import Surveyed, added, elected_sign, majority
-from geomerge.methods.elementwise.tall_mask import TallMask, tall_mask
+from geomerge.methods.combine import added
+from geomerge.methods.elementwise.tall_mask import TallMask, TiesSum, tall_mask
 from geomerge.methods.properties import BASE, PERMUTATION, SCALE, SIGN
 from geomerge.methods.registry import register
 from geomerge.methods.selection import Selection
-from geomerge.methods.sparsify import TOP_K, Magnitude
 from geomerge.methods.tile import Scan, Tile
-from geomerge.methods.walk import Walk
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -99,7 +97,7 @@ dtype: bfloat16
 
 @register
 @dataclass(frozen=True)
-class ConsensusTies(_Consensus):
+class ConsensusTies(_Consensus, TiesSum):
     """Consensus over the merged vector of TIES (trimmed, sign elected, added up)."""
 
     name: ClassVar[str] = "consensus_ties"
@@ -118,53 +116,14 @@ parameters: {density: 0.2, k: 2, lambda: 0.3}
 dtype: bfloat16
 """
 
-    density: float = parameter(0.2, within=(0, 1), above=0, doc="share of each task vector that is kept")
-    scope: str = parameter(
-        "global",
-        choices=("global", "tensor"),
-        doc="what density is a share of: the model, whose majority's sign is elected where votes cancel, or each tensor (+)",
-    )
-    top_k: str = parameter(
-        "kth_inclusive",
-        choices=TOP_K,
-        doc="what density keeps exactly: as in the paper's code, that share and one more, with all equals; or see `ties`",
-    )
-
-    @property
-    def surveys(self) -> int:
-        return 0 if self.scope == "tensor" else 2 if self.density < 1 else 1
-
-    @property
-    def surveyed_alike(self) -> Hashable:
-        return self.density, self.top_k
-
-    def _trim(self, experts: int) -> Magnitude:
-        known = None if self.known is None else self.known.selections
-        return Magnitude((self.density,) * experts, top_k=self.top_k, known=known)
-
-    def survey(self, walk: Walk) -> Surveyed:
-        step = self._trim(walk.experts)
-        found = Surveyed(step.survey(walk))
-        step = replace(step, known=found.selections)
-
-        def voting(scan: Scan) -> Callable[[Tile], Tensor]:
-            selections = step.measure(scan)
-            return lambda tile: added(
-                [step.keep_(delta, k, tile, selections) for k, delta in enumerate(tile.task_vectors())]
-            )
-
-        return found._replace(majority=majority(walk, voting))
-
     def measure(self, scan: Scan) -> tuple[list[Selection], list[int]]:
-        return self._trim(scan.experts).measure(scan), []
+        return self.trim(scan.experts).measure(scan), []
 
     def tell(self, stats: tuple[list[Selection], list[int]]) -> dict[str, int]:
         return {"kept": sum(stats[1])}
 
     def blend(self, tile: Tile, stats: tuple[list[Selection], list[int]]) -> Tensor:
         deltas = tile.task_vectors()
-        step, (selections, kept) = self._trim(len(deltas)), stats
-        trimmed = [step.keep_(delta.clone(), k, tile, selections) for k, delta in enumerate(deltas)]
-        sign = elected_sign(added(trimmed), 1.0 if self.known is None else self.known.majority)
-        total = added([delta.mul_(sign).clamp_(min=0.0) for delta in trimmed])
-        return tile.base.add_(self.shared(tile, deltas, total.mul_(sign), kept), alpha=self.lambda_)
+        selections, kept = stats
+        total = self.disjoint_sum(tile, deltas, selections)
+        return tile.base.add_(self.shared(tile, deltas, total, kept), alpha=self.lambda_)
