@@ -435,7 +435,7 @@ REFUSED = {
         10,
     ),
     "lines without beta": ("sce", "steps:\n  - lines: {alpha: 0.5}\n", "'lines' needs beta", "beta: 0.7", 10),
-    "lines as a number": ("sce", "steps:\n  - lines: 0.5\n", "takes alpha and beta", "beta: 0.7", 10),
+    "lines as a number": ("sce", "steps:\n  - lines: 0.5\n", "takes alpha, beta and post_block_scale", "beta: 0.7", 10),
     "lines without beta somewhere": (
         "sce",
         "steps:\n  - lines: {alpha: 0.5, beta: {role: mlp, value: 1}}\n",

@@ -406,6 +406,14 @@ def test_bad_states_are_refused(
     assert tiny.digests(state) == before
 
 
+def test_methods_by_the_names_of_the_list(tmp_path: Path) -> None:
+    """`geomerge methods` calls them continual_…, since recipes have other methods of these names."""
+    family(tmp_path)
+    for name in ("ties", "continual_ties"):
+        continue_merge(tmp_path / name, experts(tmp_path, 2), base=tmp_path / "0", method=name)
+    assert tiny.same(tiny.read(tmp_path / "ties"), tiny.read(tmp_path / "continual_ties"))
+
+
 def test_bad_calls_are_refused(tmp_path: Path) -> None:
     """Another method or parameter, no base, no expert, a typing error: and the state stays as it was."""
     family(tmp_path)

@@ -528,7 +528,7 @@ class TestSteps:
             ("steps: {scale: 1}", "'steps' must be a list"),
             ("steps: [{scle: 1}]", "there is no step 'scle'\n  did you mean 'scale'?"),
             ("steps: [{scale: 1, lines: 2}]", "a step is a mapping with one key"),
-            ("steps: [{lines: 1}]", "the step 'lines' takes alpha and beta, not '1'"),
+            ("steps: [{lines: 1}]", "the step 'lines' takes alpha, beta and post_block_scale, not '1'"),
             ("steps: [{lines: {alpah: 1}}]", "the step 'lines' has no parameter 'alpah'"),
         ],
     )

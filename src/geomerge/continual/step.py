@@ -168,7 +168,8 @@ def continue_merge(
 
 
 def _rule(known: State | None, method: str | None, parameters: Mapping[str, Any] | None, place: Path) -> Rule:
-    name = method or (known.rule.name if known else DEFAULT)
+    # As it is listed beside the methods of recipes, or by itself.
+    name = (method or (known.rule.name if known else DEFAULT)).removeprefix("continual_")
     if name not in RULES:
         raise UsageError(f"there is no continual method {name!r}", hint=did_you_mean(name, RULES))
     given = {key.rstrip("_"): value for key, value in (parameters or {}).items()}

@@ -233,9 +233,8 @@ class Reader:
         if len(known) == 1 or (known[0] == "density" and bare):
             return {known[0]: self._setting(known[0], node, node.where)}, None
         if not isinstance(node, Table):
-            raise refuse(
-                node.where, f"the step {step!r} takes {' and '.join(known)}, not {said_kind(node)}", _shown(step)
-            )
+            taken = " and ".join((", ".join(known[:-1]), known[-1]))
+            raise refuse(node.where, f"the step {step!r} takes {taken}, not {said_kind(node)}", _shown(step))
         settings: dict[str, Setting] = {}
         statistics = None
         for name, (where, value) in node.entries.items():

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 class GreedySoup(Method):
     """Average only what helps: models join the soup, best first, if its score does not fall.
 
-    It needs a score, so it is a search and no method of a recipe; what it writes is a recipe of `linear`.
+    It needs a score, so it is a search and no method of a recipe; what it writes is a recipe of `linear`. Half of the samples
+    play no part in the choice and say what it is worth; so a task's function has to return a value for each sample.
     """
 
     name: ClassVar[str] = "greedy_soup"
