@@ -20,7 +20,9 @@ from geomerge.methods import registry
 from geomerge.methods.base import Elementwise, Method, parameter
 from geomerge.methods.direct import Function
 from geomerge.methods.program import Value
+from geomerge.methods.properties import SCALE
 from geomerge.methods.tile import Tile
+from geomerge.testing import conformance
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -141,3 +143,24 @@ def test_a_method_of_four_models_has_cases(monkeypatch: pytest.MonkeyPatch) -> N
     """Of a number that is not among those that are tried for others."""
     monkeypatch.setattr(registry.get("ties"), "models", (4, 4))
     assert {case.count for case in testing.cases("ties")} == {4}
+
+
+def test_a_method_that_rounds_on_its_way_is_found() -> None:
+    """In any dtype its result is that of itself in float64."""
+
+    @dataclass(frozen=True)
+    class Sloppy(Elementwise):
+        name: ClassVar[str] = "sloppy"
+        properties: ClassVar[frozenset[str]] = frozenset({SCALE})
+        digits: ClassVar[torch.dtype] = torch.bfloat16
+
+        def blend(self, tile: Tile, stats: object) -> torch.Tensor:
+            return tile.base + sum(d.to(self.digits).double() for d in tile.task_vectors())
+
+    @dataclass(frozen=True)
+    class Careful(Sloppy):
+        digits: ClassVar[torch.dtype] = torch.float32
+
+    conformance.check_precision(testing.Case(Careful, 2, based=True))
+    with pytest.raises(AssertionError, match="do not feel"):
+        conformance.check_precision(testing.Case(Sloppy, 2, based=True))

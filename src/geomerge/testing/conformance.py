@@ -215,6 +215,21 @@ def check_rounding(case: Case) -> None:
         assert worst <= 1, f"{kind} models of {dtype}: {worst:.2f} units in the last place off the result in float64"
 
 
+def check_precision(case: Case) -> None:
+    """A method that scales with the task vectors sees a millionth of them: it rounds nothing to 16 bits on its way."""
+    if properties.SCALE not in case.method.properties:
+        return
+    inputs = [m.double() for m in case.models()]
+    base = inputs[0] if case.based else torch.zeros_like(inputs[0])
+    noise = torch.rand(base.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    moved = [m + (m - base) * (1 + noise) * 1e-6 for m in inputs]
+    one, other = (merge(case.made(), given) for given in (inputs, moved))
+    change = (one - base).abs()
+    clear = change > 1e-2 * change.max()
+    seen = float((one != other)[clear].double().mean()) if bool(clear.any()) else 1.0
+    assert seen > 0.9, f"{1 - seen:.0%} of the elements do not feel a change of 10⁻⁶ of their task vectors"
+
+
 def check_endpoints(case: Case) -> None:
     """What interpolates with one other model by a parameter t gives the base at its least, the other model at its most."""
     t = case.method.parameters().get("t")
@@ -303,6 +318,7 @@ CHECKS: tuple[Callable[[Case], None], ...] = (
     check_seed,
     check_loops,
     check_rounding,
+    check_precision,
     check_endpoints,
     check_properties_hold,
 )
