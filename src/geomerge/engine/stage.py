@@ -244,7 +244,7 @@ class RecipePlan:
                 raise RecipeError(
                     f"the step 'aim' weighs the change of a base model's columns, and {self.recipe.method} has none",
                     where=str(step.where),
-                    hint="add `base_model: PATH`, and take a method that works from it",
+                    hint="take a method that works from a base model, and name that with `base_model`",
                 )
             found.append(Activations(step, self.planner.models, base, self.used))
         return found

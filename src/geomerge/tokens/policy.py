@@ -166,8 +166,8 @@ def _inputs(
             raise IncompatibleModels(
                 "the model has no tokenizer files, so that its embedding rows cannot be matched with the others'",
                 where=str(model),
-                hint="Copy the tokenizer files into the model's directory, or leave out `tokenizer_source` and "
-                "`tokenizer` to merge the rows by position.",
+                hint="Copy the tokenizer files into the model's directory, or leave out `tokenizer_source`, "
+                "`tokenizer` and `tokens` to merge the rows by position.",
             )
         if rows <= 0:
             raise IncompatibleModels(f"the embedding has {rows} rows", where=str(model))
