@@ -59,8 +59,9 @@ dtype: bfloat16
     top_k: str = parameter(
         "auto",
         choices=("auto", *TOP_K),
-        doc="what density keeps exactly: that share, but one element at least (0.29 of 100 is 29, or 28 with `binary_k`, as in mergekit), or one of the "
-        "two rules of published code, which keep all equals; auto: `exact_k` of a tensor, `kth_inclusive` of the whole model",
+        doc="what density keeps exactly: that share, but one element at least (0.29 of 100 is 29, or 28 with `binary_k`, as in "
+        "mergekit), or one of the two rules of published code, which keep all equals; auto: `exact_k` of a tensor, "
+        "`kth_inclusive` of the whole model",
     )
 
     @property
