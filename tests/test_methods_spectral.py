@@ -436,6 +436,17 @@ def test_one_thread_restores_the_setting() -> None:
         torch.set_num_threads(before)
 
 
+def test_twin_by_magnitude() -> None:
+    """Of each exclusive vector the largest elements in place of directions."""
+    shared = 0.4 * sum(TAUS, ZERO)
+    wanted = shared.clone()
+    for tau in TAUS:
+        v = tau - shared
+        least = v.abs().flatten().sort().values[-math.floor(0.25 * v.numel())]
+        wanted += torch.where(v.abs() >= least, v, 0.0) / len(TAUS)
+    assert close(gm.methods.twin(ZERO, TAUS, lambda_=0.4, density=0.25, compress="magnitude"), wanted)
+
+
 def test_knots_leaves_noise_out() -> None:
     """Updates of low rank, rounded to seven decimals: directions up to the cutoff; 0 takes all above 10⁻⁶ of the largest."""
     zero, arrays = torch.zeros_like(LOW_RANK[0]), [t.numpy() for t in LOW_RANK]

@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
+
 from geomerge.methods.base import RESTS, Matrix, parameter, per_model
 from geomerge.methods.linalg import truncate
 from geomerge.methods.properties import BASE, PERMUTATION, ROTATION, SCALE, SIGN
 from geomerge.methods.registry import register
+from geomerge.methods.selection import share
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,7 +50,14 @@ dtype: bfloat16
 """
 
     weight: tuple[float | None, ...] = per_model(None, doc="wₜ, the factor of the exclusive vector; by default 1/T")
-    density: float = parameter(0.1, within=(0, 1), above=0, doc="share of the rank that the exclusive vectors keep")
+    density: float = parameter(
+        0.1, within=(0, 1), above=0, doc="share of the rank, or of the elements, that exclusive vectors keep"
+    )
+    compress: str = parameter(
+        "svd",
+        choices=("svd", "magnitude"),
+        doc="what exclusive vectors keep: leading directions, or the largest elements",
+    )
     lambda_: float = parameter(0.3, doc="factor of the summed task vectors in the shared expert")
     rest: str = parameter(
         "uncompressed",
@@ -73,5 +83,19 @@ dtype: bfloat16
         merged = shared.clone()
         for w, delta in zip(self._weights(), deltas, strict=True):
             if w:
-                merged.add_(truncate(delta.sub_(shared), ratio=self.density), alpha=w)
+                exclusive = delta.sub_(shared)
+                kept = largest_elements if self.compress == "magnitude" else truncated
+                merged.add_(kept(exclusive, self.density), alpha=w)
         return merged
+
+
+def truncated(matrix: Tensor, density: float) -> Tensor:
+    """The nearest matrix with that share of the rank."""
+    return truncate(matrix, ratio=density)
+
+
+def largest_elements(matrix: Tensor, density: float) -> Tensor:
+    """The share of a matrix's elements that are largest in magnitude, of equals the first ones; the others are 0."""
+    flat = matrix.flatten()
+    kept = flat.abs().argsort(descending=True, stable=True)[: share(density, flat.numel())]
+    return torch.zeros_like(flat).index_copy_(0, kept, flat[kept]).view_as(matrix)
