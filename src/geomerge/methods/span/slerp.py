@@ -97,9 +97,7 @@ dtype: bfloat16
             return linear
         if omega > math.pi - ANTIPODAL:
             return linear
-        # Below ε the circle is a line, to the last bit.
-        shares = linear if omega < self.epsilon else np.array(great_circle(omega, t, self.epsilon))
-        return np.asarray(shares * self._rescaled(np.array(norms), linear))
+        return np.asarray(np.array(great_circle(omega, t, self.epsilon)) * self._rescaled(np.array(norms), linear))
 
     def _rescaled(self, norms: np.ndarray, weights: np.ndarray) -> np.ndarray:
         """What turns coefficients of the tensors into coefficients of directions at the mean norm."""
