@@ -35,6 +35,16 @@ def test_unmatched_tensors_are_refused() -> None:
         assert "unmatched: copy" in str(caught.value)
 
 
+def test_the_odd_models_line() -> None:
+    """Which model has less than the others, or more, stands there in the recipe."""
+    text = "merge_method: linear\nmodels:\n  - model: a\n  - model: b\nparameters: {weight: 1}\n"
+    extra = state(model__layers__0__mlp__up_proj__bias=torch.ones(1))
+    for a, b in ((extra, state()), (state(), extra)):
+        with pytest.raises(gm.IncompatibleModels) as caught:
+            gm.plan(text, models={"a": a, "b": b})
+        assert caught.value.where == "<recipe>:4"
+
+
 def test_many_unmatched_tensors_are_counted() -> None:
     """Five are missing: four are shown, all are counted."""
     extra = state(**{f"model__x{i}": torch.ones(1) for i in range(5)})

@@ -49,9 +49,15 @@ class Accounts:
         self.parts: dict[str, Part] = {}
         self.missing: list[str] = []
         self.components = components
+        self._odd: Model | None = None
         self._deeper: Model | None = None
         owners = [] if components is None else [m for m in components.owners.values() if m is not None]
         self._used: dict[int, set[str]] = {id(m): set() for m in (*self.members, *owners)}
+
+    def lack(self, model: Model, what: str) -> None:
+        """A parent has too little, or more than the others."""
+        self._odd = self._odd or model
+        self.missing.append(what)
 
     def use(self, model: Model, stored: str) -> None:
         """A parent's tensor goes into the output."""
@@ -112,16 +118,16 @@ class Accounts:
                     self.planner.left_out[key] = why
                 elif part.module in self.slots.block_maps:
                     # Copying has no place to offer: the slices may take this block to several places.
-                    self.missing.append(f"{model} alone has {name} of what a slice merges")
+                    self.lack(model, f"{model} alone has {name} of what a slice merges")
                 elif self._beyond(part):
                     self._deeper = model
-                    self.missing.append(f"{self.donor} has no {model.own.get(name, name)}, which {model} has")
+                    self.lack(model, f"{self.donor} has no {model.own.get(name, name)}, which {model} has")
                 elif self.recipe.unmatched == "copy" and name not in self.parts:
                     made.append(len(self.planner.nodes))
                     self.planner.nodes.append(self._copy(name, model, name, f"copy: only in {model}"))
                     self.parts[name] = part
                 else:
-                    self.missing.append(f"{self.donor} has no {model.own.get(name, name)}, which {model} has")
+                    self.lack(model, f"{self.donor} has no {model.own.get(name, name)}, which {model} has")
         return made
 
     def _beyond(self, part: Part) -> bool:
@@ -145,7 +151,7 @@ class Accounts:
                     given = [c for c, m in components.owners.items() if m is model]
                     self.leave(model, name, f"only its {' and '.join(given)} is taken")
                 elif owner is model and id(model) not in entered:
-                    self.missing.append(f"{self.donor} has no {model.own.get(name, name)}, which {model} has")
+                    self.lack(model, f"{self.donor} has no {model.own.get(name, name)}, which {model} has")
 
     def _cut_away(self, model: Model, part: Part) -> bool:
         """Whether the recipe takes nothing from this model at the place where the tensor stands."""
@@ -199,7 +205,7 @@ class Accounts:
         count = "1 tensor is" if len(self.missing) == 1 else f"{len(self.missing)} tensors are"
         raise IncompatibleModels(
             f"{count} not in every model: {shown}{more}",
-            where=str(self.recipe.where),
+            where=str(self.recipe.line_of(self._odd.ref if self._odd is not None else None)),
             hint=self._other_names()
             or self._other_architectures()
             or self._more_blocks()

@@ -176,7 +176,7 @@ class RecipePlan:
                     e.model.find(n) for e, n in zip(lineup.entrants, names, strict=True)
                 ):
                     return self._copy_from_owner(part, lineup, names)
-                self.accounts.missing.append(f"{entrant.model} has no {name}")
+                self.accounts.lack(entrant.model, f"{entrant.model} has no {name}")
                 return None
             self.accounts.use(entrant.model, stored)
             found.append((entrant.model, stored))
@@ -225,7 +225,7 @@ class RecipePlan:
         """A tensor of a component that is taken whole from one model."""
         stored = owner.find(part.name)
         if stored is None:
-            self.accounts.missing.append(f"{owner}, whose {part.component} is to be copied, has no {part.name}")
+            self.accounts.lack(owner, f"{owner}, whose {part.component} is to be copied, has no {part.name}")
             return None
         own = self.donor.find(part.name)
         assert own is not None
@@ -317,7 +317,7 @@ class RecipePlan:
 
     def _shapes_differ(self, part: Part, found: list[tuple[Model, str]], kinds: list[Kind]) -> IncompatibleModels:
         odd = next((m for (m, _), k in zip(found, kinds, strict=True) if k.shape != kinds[0].shape), None)
-        line = self._line_of(odd)
+        line = self.recipe.line_of(odd.ref if odd is not None else None)
         if part.name in self.donor.anatomy.vocabulary or any(n in m.anatomy.vocabulary for m, n in found):
             refusal = self.vocabularies.refusal([m for m, _ in found])
             if refusal is not None:
@@ -328,12 +328,6 @@ class RecipePlan:
             where=str(line),
             hint="only models of one architecture and size can be merged",
         )
-
-    def _line_of(self, model: Model | None) -> Where:
-        """Where the recipe names a model first; where it begins if it does not."""
-        slices = (each for module in self.recipe.modules for each in module.slices)
-        named = (source.where for each in slices for source in each.sources if model and source.model == model.ref)
-        return next(named, self.recipe.where)
 
     # -- the whole -----------------------------------------------------------------------------------------------------
 

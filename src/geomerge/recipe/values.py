@@ -332,6 +332,11 @@ class Recipe:
         for module in self.modules:
             yield from module.slices
 
+    def line_of(self, model: ModelRef | None) -> Where:
+        """Where a model is listed first; the document's first line if it is not."""
+        sources = (source for each in self.slices() for source in each.sources)
+        return next((source.where for source in sources if model is not None and source.model == model), self.where)
+
     def models(self) -> tuple[ModelRef, ...]:
         """The distinct models in the recipe's order; a base that is not listed as a source comes last."""
         found: dict[ModelRef, None] = {}
