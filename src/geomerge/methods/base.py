@@ -74,7 +74,7 @@ class Parameter:
         """The values `within` which it must lie, as in ``(0, 1]``."""
         assert self.within is not None
         low, high = self.within
-        return f"{'(' if self.above == low else '['}{low:g}, {high:g}]"
+        return f"{'(' if self.above == low else '['}{low:g}, " + (f"{high:g}]" if math.isfinite(high) else "∞)")
 
     def check(self, value: Any, *, compat: str | None = None, extrapolate: bool = False) -> Any:
         """The value as the parameter's kind; raises `ValueError` with the reason when it cannot be one."""
