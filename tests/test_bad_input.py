@@ -273,6 +273,12 @@ CASES: dict[str, Case] = {
             ("twin", 0),
         )
     },
+    "another vocabulary": Case(
+        TIES,
+        gm.IncompatibleModels,
+        ("<recipe>:5", "the vocabularies differ", "embedding rows"),
+        change("b", model__embed_tokens__weight=torch.ones(99, 16)),
+    ),
     "values that do not go together": Case(
         TIES.replace("ties", "della").replace("- model: b", "- {model: b, parameters: {epsilon: 0.6}}")
         + "parameters: {weight: 1, density: 0.5}\n",

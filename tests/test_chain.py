@@ -430,7 +430,7 @@ REFUSED = {
     "lines behind the blocks": (
         "sce",
         "steps:\n  - lines: {alpha: 0.5, beta: 0.5, post_block_scale: first}\n",
-        "post_block_scale of the step 'lines' must be one of alpha, last, not first",
+        "the step 'lines': post_block_scale must be one of alpha, last, not 'first'",
         None,
         10,
     ),

@@ -529,3 +529,25 @@ def test_models_with_the_same_weights_are_noted(tmp_path: Path) -> None:
         "a and link seem to hold the same weights",
         "b and copy seem to hold the same weights",
     ]
+
+
+def test_what_measures_nothing_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DARE draws, TIES that keeps all only elects; TIES that trims looks at each tensor first."""
+    monkeypatch.chdir(tmp_path)
+    tiny.family(tmp_path, "base a b")
+    size = sum(t.numel() * t.element_size() for t in tiny.read(Path("base")).values())
+    for method, density, passes in (("dare_ties", 0.5, 1), ("ties", 1.0, 1), ("ties", 0.5, 2)):
+        recipe = f"merge_method: {method}\nbase_model: base\nmodels: [{{model: a}}, {{model: b}}]\n"
+        plan, inputs = make_plan(gm.load_recipe(recipe + f"parameters: {{weight: 1, density: {density}}}\n"))
+        assert estimate(plan, inputs).read == 3 * passes * size, (method, density)
+
+
+def test_a_recipe_that_cannot_be_carried_out_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Directions that cancel are found while merging: no later run could go on with what is finished."""
+    monkeypatch.chdir(tmp_path)
+    for name, sign in (("a", 1), ("b", -1), ("c", 0)):
+        tiny.save(Path(name), {"x.weight": torch.full((4, 4), float(sign))}, {"model_type": "llama"})
+    recipe = "merge_method: multislerp\nmodels: [{model: a}, {model: b}, {model: c}]\nparameters: {weight: 1}\n"
+    with pytest.raises(gm.UsageError, match="cancel out"):
+        gm.merge(recipe, "out")
+    assert not list(Path().glob("out*"))

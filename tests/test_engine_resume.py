@@ -283,12 +283,15 @@ def test_durable_journal_outlives_a_boot(
     assert resume(tmp_path).resumed == 0
 
 
-def test_touched_input_is_not_mixed_in(stopped: Callable[..., Path], tmp_path: Path) -> None:
+def test_touched_input_is_not_mixed_in(
+    stopped: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """A parent that was touched since may have changed where its fingerprint does not look: nothing old is kept."""
     stopped()
     file = tmp_path / "a" / "model.safetensors"
     os.utime(file, ns=(1, 1))
     assert resume(tmp_path).resumed == 0
+    assert "a parent's file has been changed, or touched, since the interrupted run" in caplog.text
 
 
 @pytest.mark.parametrize("cut", [1, 5, 20])

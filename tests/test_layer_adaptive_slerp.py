@@ -161,6 +161,11 @@ class TestRecipes:
         parents = [{n: family[m][n] for n in found} for m in "ab"]
         again = gm.methods.slerp(parents[0], parents[1:], t=0.3, angle_scope="model", dtype="float64")
         assert all(torch.equal(again[n], x) for n, x in found.items())
+        empty = [{**p, "empty": torch.zeros(0, 3)} for p in parents]
+        assert torch.equal(
+            gm.methods.slerp(empty[0], empty[1:], t=0.3, angle_scope="model", dtype="float64")["lm_head.weight"],
+            found["lm_head.weight"],
+        )
         with pytest.raises(gm.UsageError, match="by role"):
             gm.methods.slerp(parents[0], parents[1:], t=0.3, angle_scope="group")
 

@@ -458,3 +458,11 @@ def test_knots_leaves_noise_out() -> None:
         merged = ref.combine(origin, coordinates, [1.0] * len(arrays), elect=True, normalize=True)
         assert close(found, torch.from_numpy(basis @ merged), 1e-9)
     assert not gm.methods.knots(zero, [r * 1e-6 for r in LOW_RANK], full_weights=True).any()
+
+
+def test_resm_switched_off_as_yaml_has_it() -> None:
+    """`off` without quotes is false there."""
+    quoted, bare = (gm.methods.resm(ZERO, TAUS, outlier_mode=off, rank_mode=off) for off in ("off", False))
+    assert torch.equal(quoted, bare)
+    with pytest.raises(UsageError, match="one of off, mass, winsor, not True"):
+        gm.methods.resm(ZERO, TAUS, outlier_mode=True)

@@ -566,3 +566,14 @@ class TestTaskByName:
         with pytest.raises(gm.RecipeError, match="2 experts are called 'b'") as caught:
             gm.plan(head + f", {{model: {root}/more/b}}]\nparameters: {{task: b}}\n")
         assert "write `task: 2`" in str(caught.value)
+
+
+@pytest.mark.skipif(not native.available(), reason="there are no compiled loops")
+@pytest.mark.parametrize("scope", ["global", "tensor"])
+def test_masks_over_ties_have_the_same_bits_without_loops(scope: str) -> None:
+    """As the methods' defaults do in the conformance suite."""
+    base, *experts = [{n: t.bfloat16() for n, t in m.items()} for m in models(3, grid=True)]
+    options = {"merged": "ties", "task": 2, "scope": scope}
+    found = gm.methods.tall_mask(base, experts, **options)
+    with native.turned_off():
+        assert tiny.same(gm.methods.tall_mask(base, experts, **options), found)

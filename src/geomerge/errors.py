@@ -18,10 +18,17 @@ An error says what happened, where, why, and what to do. The command line prints
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 E = TypeVar("E", bound="GeomergeError")
+
+NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""What the system says when a disk is full, or as good as full."""
+
+MAKE_ROOM = "make room, or choose an output on another disk"
+"""What to do then."""
 
 
 class GeomergeError(Exception):

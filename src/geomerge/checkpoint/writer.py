@@ -21,7 +21,7 @@ from geomerge.checkpoint.folder import check_name
 from geomerge.checkpoint.layout import Layout, LayoutFile, Place, parse_size, plan_layout
 from geomerge.checkpoint.output_lock import LOCK, sign_lock, take_lock
 from geomerge.checkpoint.output_place import MODEL, check_place, replaceable
-from geomerge.errors import GeomergeError, RunError, UsageError
+from geomerge.errors import MAKE_ROOM, NO_ROOM, GeomergeError, RunError, UsageError
 
 __all__ = [
     "JOURNAL",
@@ -306,7 +306,7 @@ def disk_error(error: OSError, path: Path, needed: int) -> GeomergeError:
         path: The file.
         needed: The bytes that the output needs.
     """
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if error.errno in NO_ROOM:
         return full_error(path, needed, os.strerror(error.errno))
     return RunError(f"cannot be written: {error.strerror}", where=str(path))
 
@@ -316,7 +316,7 @@ def full_error(path: Path, needed: int, why: str) -> RunError:
     return RunError(
         f"the disk has not enough room: {needed:,} bytes are needed ({why})",
         where=str(path),
-        hint="make room, or choose an output on another disk",
+        hint=MAKE_ROOM,
     )
 
 

@@ -7,7 +7,6 @@ imported at the top of any file of this package.
 
 from __future__ import annotations
 
-import errno
 import importlib
 import io
 import os
@@ -21,7 +20,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from geomerge.cli.console import Stopped, complain, owe_json, show_warnings, write_error
-from geomerge.errors import GeomergeError
+from geomerge.errors import MAKE_ROOM, NO_ROOM, GeomergeError
 from geomerge.version import __version__
 
 VERBS = {
@@ -153,14 +152,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         return fail("error", error.what, where=error.where, hint=error.hint, exit_code=error.exit_code)
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        full = error.errno in NO_ROOM
         if not full and (error.filename is None or not error.strerror):
             return bug(error)
         if debug:
             traceback.print_exc()
         where = None if error.filename is None else os.fspath(error.filename)
-        hint = "make room, or choose an output on another disk" if full else None
-        return fail("error", error.strerror or str(error), where=where, hint=hint, exit_code=1)
+        return fail("error", error.strerror or str(error), where=where, hint=MAKE_ROOM if full else None, exit_code=1)
     except Exception as error:  # noqa: BLE001 - the last resort: whatever it is, the user gets a sentence
         return bug(error)
     return 0

@@ -316,16 +316,15 @@ class RecipePlan:
         return operand.node >= 0 and self.planner.nodes[operand.node].method is not None
 
     def _shapes_differ(self, part: Part, found: list[tuple[Model, str]], kinds: list[Kind]) -> IncompatibleModels:
-        odd = next((m for (m, _), k in zip(found, kinds, strict=True) if k.shape != kinds[0].shape), None)
-        line = self.recipe.line_of(odd.ref if odd is not None else None)
         if part.name in self.donor.anatomy.vocabulary or any(n in m.anatomy.vocabulary for m, n in found):
             refusal = self.vocabularies.refusal([m for m, _ in found])
             if refusal is not None:
-                return IncompatibleModels(refusal.what, where=str(line), hint=refusal.hint)
+                return refusal
         shapes = ", ".join(f"{m}: {list(k.shape)}" for (m, _), k in zip(found, kinds, strict=True))
+        odd = next((m for (m, _), k in zip(found, kinds, strict=True) if k.shape != kinds[0].shape), None)
         return IncompatibleModels(
             f"the shapes of {part.name} differ: {shapes}",
-            where=str(line),
+            where=str(self.recipe.line_of(odd.ref if odd is not None else None)),
             hint="only models of one architecture and size can be merged",
         )
 

@@ -10,9 +10,6 @@ from geomerge.errors import RecipeError
 from geomerge.recipe.resolve import Lookup
 from geomerge.recipe.values import Step, Where
 
-POST_BLOCK = ("alpha", "last")
-"""What LiNeS scales tensors behind the blocks by: as what is before them, or as the last block."""
-
 
 class Steps:
     """A recipe's steps, looked up for one tensor after the other.
@@ -41,10 +38,7 @@ class Steps:
         for name, lookups, where in self._steps:
             values = {k: found.value for k, lookup in lookups.items() if (found := lookup.at(part, t)) is not None}
             auto = name == "lines" and values.get("alpha", "auto") == "auto"
-            behind = values.pop("post_block_scale", "alpha")
-            if behind not in POST_BLOCK:
-                said = f"post_block_scale of the step 'lines' must be one of {', '.join(POST_BLOCK)}, not {behind}"
-                raise RecipeError(said, where=str(where))
+            last = "post_block_scale" in values and _behind(values.pop("post_block_scale"), where) == "last"
             try:
                 numbers = {k: float(v) for k, v in values.items() if not (auto and k == "alpha")}
             except ValueError:
@@ -54,7 +48,7 @@ class Steps:
             if name == "scale":
                 scale *= numbers.get("value", 1.0)
                 continue
-            lifted = _lifted(numbers, part, blocks, where, last=behind == "last")
+            lifted = _lifted(numbers, part, blocks, where, last=last)
             if not auto:
                 scale *= numbers["alpha"] + lifted
             elif lift is not None:
@@ -62,6 +56,16 @@ class Steps:
             else:
                 lift = lifted
         return scale, lift
+
+
+def _behind(value: Any, where: Where) -> str:
+    """What LiNeS scales tensors behind the blocks by."""
+    from geomerge.methods.after import Lines  # few recipes ask
+
+    try:
+        return str(Lines.parameters()["post_block_scale"].check(value))
+    except ValueError as error:
+        raise RecipeError(f"the step 'lines': {error}", where=str(where)) from None
 
 
 def _written(values: dict[str, Any]) -> str:

@@ -33,7 +33,7 @@ class Vocabularies:
     def __init__(
         self, recipe: Recipe, members: list[Model], base: Model | None, rows: list[Rows], models: Models
     ) -> None:
-        self.members = members
+        self.members, self._recipe = members, recipe
         self.outsiders = _outsiders(recipe.tokenizer, members, models)
         self.inputs = [*members, *self.outsiders]
         self.plan: TokenPlan | None = None
@@ -147,9 +147,13 @@ class Vocabularies:
         folders = [m.tokenizer_folder for m in models]
         if len(set(rows)) == 1 and all(_same_tokenizer(folders[0], f) for f in folders[1:]):
             return None
-        error, warnings = without_policy([(m.ref, m.vocabulary, n) for m, n in zip(models, rows, strict=True)])
-        self.notes.extend(warnings)
-        return error
+        first, *others = [(m.ref, m.vocabulary, n) for m, n in zip(models, rows, strict=True)]
+        for other in others:
+            error, warnings = without_policy([first, other])
+            self.notes.extend(warnings)
+            if error is not None:
+                return IncompatibleModels(error.what, where=str(self._recipe.line_of(other[0])), hint=error.hint)
+        return None
 
 
 def _outsiders(spec: TokenizerSpec | None, members: list[Model], models: Models) -> list[Model]:

@@ -360,9 +360,7 @@ class Span(Method):
 
     @property
     def grouped(self) -> str:
-        """What one Gram matrix is the sum over: all tensors of a block that have the same role (``group``), the ``model``, or
-        one tensor (empty).
-        """
+        """What shares one Gram matrix: a block's tensors of one role (``group``), those of the ``model``, or none (empty)."""
         return ""
 
     @property

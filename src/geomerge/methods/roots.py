@@ -121,8 +121,8 @@ def _resolvents(
         out: Shape ``(n, n)``; the upper triangles of the blocks are set.
 
     Returns:
-        `starts` and `ends`, a row for each shift. Where e begins a block or is in one that begins later, the sum's element
-        of column j in a block that ends at e and a row i of that which begins there is Σₜ starts[t, i]·ends[t, j].
+        `starts` and `ends`, a row for each shift: for a column j of one block and a row i of the next one, the sum's element is
+        Σₜ starts[t, i]·ends[t, j]. Each block between them comes in with the last of its `starts` as one more factor.
     """
     if call.available():
         return resolvents(diagonal, beside, shifts, weights, edges, out)

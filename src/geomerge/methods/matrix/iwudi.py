@@ -27,6 +27,7 @@ class Iwudi(Matrix):
 
     With C = Σ_t τ_tᵀτ_t/‖τ_t‖² = VΛVᵀ and D = Σ_t τ_tτ_tᵀτ_t/‖τ_t‖² the minimiser is DC⁺; large eigenvalues reach it first,
     and small ones, where the task vectors say little, stay at the start. The filter f says how far each has come.
+    Eigenvalues below 10⁻⁸ count as that, in f and where they are divided by.
     """
 
     name: ClassVar[str] = "iwudi"

@@ -47,7 +47,6 @@ dtype: bfloat16
         1300.0, within=(0, math.inf), doc="time at which the flow stops; 0 gives the sum of task vectors"
     )
     ratio: float = parameter(0.65, within=(0, 1), doc="share of the eigendirections that flow, the largest first")
-
     rho: float = parameter(
         0.0,
         within=(0, 10),

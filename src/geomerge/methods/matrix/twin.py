@@ -83,15 +83,13 @@ dtype: bfloat16
         merged = shared.clone()
         for w, delta in zip(self._weights(), deltas, strict=True):
             if w:
-                exclusive = delta.sub_(shared)
-                kept = largest_elements if self.compress == "magnitude" else truncated
-                merged.add_(kept(exclusive, self.density), alpha=w)
+                merged.add_(self._compressed(delta.sub_(shared)), alpha=w)
         return merged
 
-
-def truncated(matrix: Tensor, density: float) -> Tensor:
-    """The nearest matrix with that share of the rank."""
-    return truncate(matrix, ratio=density)
+    def _compressed(self, exclusive: Tensor) -> Tensor:
+        if self.compress == "magnitude":
+            return largest_elements(exclusive, self.density)
+        return truncate(exclusive, ratio=self.density)
 
 
 def largest_elements(matrix: Tensor, density: float) -> Tensor:

@@ -270,6 +270,7 @@ static int count_ranks(uint16_t *rank, const struct keying *keys, uint16_t (*cou
     const int64_t n = keys->n, part = n / (PARTS * PACK) * PACK;
     const uint8_t *key = keys->key;
     uint16_t first[KEYS + 1], even[KEYS + 1];
+    /* A register at a time: compilers make string instructions of memset, which take as long to begin as all of this. */
     for (int i = 0; i < PARTS * KEYS / LANES(float) / 2; i++) ((volatile ints *)count)[i] = (ints){0};
     count_keys(room, key, part, count, beside);
     for (int64_t i = PARTS * part; i < n; i++) rank[i] = count[PARTS - 1][key[i]]++;
