@@ -663,6 +663,14 @@ class TestCalls:
             gm.methods.ties([a, b], weight=1)
         with pytest.raises(UsageError, match="knows no base"):
             gm.methods.linear([a, b], base=a)
+        with pytest.raises(UsageError, match="seed must be a whole number of at least 0, not -1"):
+            gm.methods.dare_linear(a, [b], weight=1, density=0.5, seed=-1)
+        with pytest.raises(UsageError, match="tile must be"):
+            gm.methods.linear([a, b], tile=0)
+        with pytest.raises(UsageError, match="of model 1 is on the meta device"):
+            gm.methods.linear([a, b.to("meta")])
+        with pytest.raises(UsageError, match=r"w of model 0 is of layout torch\.sparse_coo"):
+            gm.methods.linear([{"w": a.to_sparse()}, {"w": b}])
         with pytest.raises(AttributeError, match="no method 'tise'"):
             _ = gm.methods.tise
 

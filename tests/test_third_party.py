@@ -75,6 +75,18 @@ def test_entry_points(package: Path) -> None:
     assert all(torch.allclose(out[n], (a[n] + b[n] / 2) / 1.5, atol=1e-2) for n in a)
 
 
+def test_another_packages_mistake_is_no_bug_of_geomerge(package: Path) -> None:
+    """What a method of another package raises names its module, and who is to hear of it."""
+    tiny.family(package, "a b", num_hidden_layers=1)
+    mine = package / "mine.py"
+    mine.write_text(mine.read_text().replace("c = np.cumprod", "raise KeyError('mine')\n        c = np.cumprod"))
+    (package / "r.yml").write_text("merge_method: geometric\nmodels: [{model: a}, {model: b}]\n")
+    done = run(package, "geomerge", "merge", "r.yml", "out", "--quiet")
+    assert done.returncode == 1
+    assert "error: mine, which adds methods to geomerge, failed: KeyError: 'mine'" in done.stderr
+    assert "bug in geomerge" not in done.stderr
+
+
 def test_types_need_no_future_import() -> None:
     """A parameter's type may be the type itself; one that is none of a parameter's is named."""
     from dataclasses import field, make_dataclass

@@ -111,6 +111,14 @@ def _first_line(verb: object) -> str:
     return (verb.__doc__ or "").strip().partition("\n")[0]
 
 
+def _stranger(error: Exception) -> str | None:
+    """The module with methods of another package in which the error came up."""
+    registry = sys.modules.get("geomerge.methods.registry")
+    strangers = registry.strangers() if registry is not None else set()
+    modules = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return next((module for module in reversed(modules) if module in strangers), None)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program.
 
@@ -138,8 +146,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         again = "" if debug else f"run it again with {DEBUG} for the traceback, and "
-        what = f"this is a bug in geomerge: {type(error).__name__}: {error}"
-        return fail("error", what, hint=f"{again}please report it with the recipe and the command", exit_code=1)
+        guilty = _stranger(error)
+        of = "this is a bug in geomerge" if guilty is None else f"{guilty}, which adds methods to geomerge, failed"
+        to = "" if guilty is None else " to those who make it"
+        what = f"{of}: {type(error).__name__}: {error}"
+        return fail("error", what, hint=f"{again}please report it{to} with the recipe and the command", exit_code=1)
 
     try:
         get_command(program(words)).main(args=words, prog_name="geomerge")

@@ -75,6 +75,9 @@ class Function:
             raise UsageError(
                 f"the dtype must be a floating-point one of torch, not {dtype!r}", hint="such as torch.bfloat16"
             )
+        for name, number, least in (("seed", seed, 0), ("tile", tile, 1)):
+            if isinstance(number, bool) or not isinstance(number, int) or number < least:
+                raise UsageError(f"{name} must be a whole number of at least {least}, not {number!r}")
         inputs, count = self._inputs(models, base)
         values = {name.rstrip("_"): value for name, value in parameters.items()}
         method = self.method.make(values, count=count, compat=compat, extrapolate=extrapolate)
@@ -187,9 +190,15 @@ def _opened(
     """The result's dtype, and what opens scans of the tensors.
 
     Raises:
+        UsageError: One has no elements that lie in memory.
         IncompatibleModels: Their shapes differ.
     """
     shape = tuple(tensors[0].shape)
+    for i, t in enumerate(tensors):
+        if t.is_meta or t.layout is not torch.strided:
+            kind = "on the meta device, without values" if t.is_meta else f"of layout {t.layout}"
+            hint = "load the weights first" if t.is_meta else "to_dense() makes one that is merged"
+            raise UsageError(f"{name} of model {i} is {kind}", hint=hint)
     for t in tensors[1:]:
         if tuple(t.shape) != shape:
             raise IncompatibleModels(f"the shapes of {name} differ: {list(shape)} and {list(t.shape)}")

@@ -63,6 +63,11 @@ def _load_one(name: str) -> None:
             return
 
 
+def strangers() -> set[str]:
+    """The modules of the loaded methods that are not geomerge's own."""
+    return {m.__module__ for m in _registered.values() if not m.__module__.startswith("geomerge.")}
+
+
 def all_methods() -> dict[str, type[Method]]:
     """Name → class, without aliases, in alphabetic order."""
     _load()

@@ -14,8 +14,6 @@ enum {
 /* Which steps a row has: 2^(23 - shift) of them to a power of two, the first being number `begin`; none where shift is 0. */
 struct steps { int shift, begin; };
 
-typedef uint8_t keys_of_lanes __attribute__((vector_size(REGISTER / 4)));
-
 /* As many numbers of both as a register holds, of which `left` are left; 0 beyond. */
 struct pair { floats x, base; };
 
@@ -54,17 +52,11 @@ struct keying {
     uint8_t *key; /* for PACK more */
     int64_t n, at;
     struct steps steps;
-#ifdef __AVX512BW__
-    __m512i smallest, largest; /* lanes of the numbers' sizes and of the differences', in their upper 16 bits */
-#endif
+    words smallest, largest; /* of the numbers' sizes and of the differences', upper 16 bits */
 };
 
 static struct keying keying_of(const uint16_t *x, const uint16_t *base, int64_t n, uint8_t *key, struct steps steps) {
-    struct keying keys = {.x = x, .base = base, .key = key, .n = n, .steps = steps};
-#ifdef __AVX512BW__
-    keys.smallest = _mm512_set1_epi16(0x7FFF), keys.largest = _mm512_setzero_si512();
-#endif
-    return keys;
+    return (struct keying){.x = x, .base = base, .key = key, .n = n, .steps = steps, .smallest = all_words(0x7FFF)};
 }
 
 /* The keys of the next PACK differences, or of what is left where these are not `whole`. */
@@ -91,17 +83,30 @@ FUSED more_keys(const int whole, struct keying *keys) {
     at = _mm512_mask_add_epi16(at, _mm512_test_epi16_mask(rest, rest), at, one);
     at = _mm512_max_epu16(at, _mm512_min_epu16(d, one));
     _mm256_storeu_si256((__m256i *)key, _mm512_cvtusepi16_epi8(at));
-    keys->smallest = _mm512_min_epu16(keys->smallest, _mm512_min_epu16(_mm512_and_si512(own, size), _mm512_and_si512(other, size)));
-    keys->largest = _mm512_max_epu16(keys->largest, d);
+    keys->smallest = smaller_words(keys->smallest, smaller_words((words)_mm512_and_si512(own, size), (words)_mm512_and_si512(other, size)));
+    keys->largest = larger_words(keys->largest, (words)d);
 #else
-    const int beyond = (1 << steps.shift) - 1;
-    for (int64_t i = 0; i < PACK && (whole || i < left); i += LANES(float)) {
-        const struct pair two = pair_from(x + i, base + i, left - i);
-        const ints bits = (ints)size_of(two.x - two.base), zero = bits == 0, odd = (bits & beyond) != 0; /* -1 where true */
-        const ints at = clamped_int(((bits >> steps.shift) - steps.begin) * 2 - odd, 1, KEYS - 1);
-        const keys_of_lanes narrow = __builtin_convertvector(at & ~zero, keys_of_lanes);
-        memcpy(key + i, &narrow, sizeof narrow);
+    const words even = all_words((uint16_t)~1), one = all_words(1), size = all_words(0x7FFF), begin = all_words((uint16_t)(2 * steps.begin));
+    const words beyond = all_words((uint16_t)((1 << (steps.shift - 16)) - 1));
+    uint16_t padded[2][PACK];
+    if (!whole && left < PACK) {
+        EACH(PACK) padded[0][i] = i < left ? x[i] : 0x7F00, padded[1][i] = i < left ? base[i] : 0x7F00;
+        x = padded[0], base = padded[1];
     }
+    words at[PACK / WORDS];
+    for (int r = 0; r < PACK / WORDS; r++) {
+        words own, other;
+        memcpy(&own, x + r * WORDS, sizeof own), memcpy(&other, base + r * WORDS, sizeof other);
+        const ints low = (ints)((floats)((ints)own << 16) - (floats)((ints)other << 16));
+        const ints high = (ints)((floats)((ints)own & ~0xFFFF) - (floats)((ints)other & ~0xFFFF));
+        const words d = lower_and_upper((words)(low >> 16), (words)high) & size, more = lower_and_upper((words)low, (words)(high << 16));
+        at[r] = larger_words(d >> (steps.shift - 17) & even, begin) - begin;
+        at[r] += one + (words)((more | (d & beyond)) == 0);
+        at[r] = larger_words(at[r], smaller_words(d, one));
+        keys->smallest = smaller_words(keys->smallest, smaller_words(own & size, other & size));
+        keys->largest = larger_words(keys->largest, d);
+    }
+    packed_bytes(at, key);
 #endif
 }
 
@@ -115,12 +120,9 @@ static void all_keys(struct keying *keys) {
  * there), and none is so small that arithmetic with it may be lost. Most often sizes tell that: a difference is a multiple of the smaller
  * number's last bit, 2^-7 of its power of two, so that below 2^17 of this it has 24 bits at most. */
 static int are_held(const struct keying *keys) {
-#ifdef __AVX512BW__
     const int most = ((keys->steps.begin >> (23 - keys->steps.shift)) + REACH) << 7, few = most - (16 << 7);
-    if (few >= (SMALLEST + 7) << 7 && most < 0x7F80 && !_mm512_cmplt_epu16_mask(keys->smallest, _mm512_set1_epi16((short)few)) &&
-        !_mm512_cmpgt_epu16_mask(keys->largest, _mm512_set1_epi16((short)most)))
+    if (few >= (SMALLEST + 7) << 7 && most < 0x7F80 && !any_word_below(keys->smallest, (uint16_t)few) && !any_word_above(keys->largest, (uint16_t)most))
         return 1;
-#endif
     ints lost = {0};
     for (int64_t i = 0; i < keys->n; i += LANES(float)) {
         const struct pair two = pair_from(keys->x + i, keys->base + i, keys->n - i);

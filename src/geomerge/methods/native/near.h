@@ -13,12 +13,10 @@ static inline int near_quickly(const uint16_t *base, const uint16_t *other, floa
     ints from_tie = all_ints(0xFFFF);
     floats too_large = all(0), odd = all(0);
     for (int i = 0; i < NEAR; i += PACK) {
-        floats x[PACKED], y[PACKED];
         ints rounded[PACKED];
-        packed_bf16(base + i, x);
-        packed_bf16(other + i, y);
         for (int r = 0; r < PACKED; r++) {
-            const floats whole = y[r] - x[r], d = smaller_float(larger_float(whole, all(-t)), all(t)), sum = x[r] + d;
+            const floats x = one_packed_bf16(base + i, r), whole = one_packed_bf16(other + i, r) - x;
+            const floats d = smaller_float(larger_float(whole, all(-t)), all(t)), sum = x + d;
             rounded[r] = (ints)sum + 0x8000; /* but for ties */
             from_tie = smaller_int(from_tie, rounded[r] + PLACES_LOST & 0xFFFF);
             too_large = larger_float(too_large, plus_product_float(size_of(d), size_of(sum), all(-16)));

@@ -31,6 +31,8 @@ static inline int32_t not_finite(float value) {
 
 #define EACH(n) for (int64_t i = 0; i < (n); i++)
 
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
 /* At most CHUNK elements of a raw buffer as T. */
 #define LOAD(T)                                                                                     \
     static inline void load_##T(const void *raw, int dtype, int64_t start, int64_t n, T *restrict out) { \
@@ -165,6 +167,7 @@ static inline lanes_double larger_double(lanes_double a, lanes_double b) {
 
 typedef lanes_float floats;
 typedef int32_t ints __attribute__((vector_size(REGISTER)));
+typedef uint32_t unsigned_ints __attribute__((vector_size(REGISTER)));
 typedef int64_t longs __attribute__((vector_size(REGISTER)));
 
 static inline lanes_double every(double value) { return value - (lanes_double){0}; }
@@ -196,17 +199,6 @@ static inline void halves(ints x, uint16_t *out) {
 #endif
 }
 
-/* Numbers of 16 bits as float32. */
-static inline floats numbers_of(const uint16_t *x) {
-#if defined __AVX2__ && defined __FMA__ && !defined __AVX512BW__
-    return (floats)_mm256_cvtepi32_ps(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)x)));
-#else
-    floats wide;
-    for (int i = 0; i < LANES(float); i++) wide[i] = (float)x[i];
-    return wide;
-#endif
-}
-
 /* Bits of the lanes that are negative, as those of a mask. */
 static inline uint32_t lanes_in(ints mask) {
 #ifdef __AVX512BW__
@@ -234,6 +226,8 @@ static inline ints smaller_int(ints a, ints b) {
 static inline floats larger_float(floats a, floats b) {
 #ifdef __AVX512BW__
     return (floats)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined __AVX2__ && defined __FMA__
+    return (floats)_mm256_max_ps((__m256)a, (__m256)b);
 #else
     return (floats)(((ints)a & (a > b)) | ((ints)b & ~(a > b)));
 #endif
@@ -242,6 +236,8 @@ static inline floats larger_float(floats a, floats b) {
 static inline floats smaller_float(floats a, floats b) {
 #ifdef __AVX512BW__
     return (floats)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined __AVX2__ && defined __FMA__
+    return (floats)_mm256_min_ps((__m256)a, (__m256)b);
 #else
     return (floats)(((ints)a & (a < b)) | ((ints)b & ~(a < b)));
 #endif
@@ -263,59 +259,33 @@ static inline floats plus_product_where_positive(floats sum, floats x, floats fa
 #endif
 }
 
-/* Bits of the lanes of a that are less than those of b, and of those that equal them. */
-static inline uint32_t less(floats a, floats b) {
+/* Lanes of which something is true, as the processor tells them; bits for them. */
 #ifdef __AVX512BW__
-    return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LT_OQ);
+typedef uint32_t marks;
+static inline marks less(floats a, floats b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LT_OQ); }
+static inline marks equal(ints a, ints b) { return _mm512_cmpeq_epi32_mask((__m512i)a, (__m512i)b); }
+static inline uint32_t marked(marks of) { return of; }
 #else
-    return lanes_in(a < b);
+typedef ints marks;
+static inline marks less(floats a, floats b) { return a < b; }
+static inline marks equal(ints a, ints b) { return a == b; }
+static inline uint32_t marked(marks of) { return lanes_in(of); }
 #endif
-}
-
-static inline uint32_t equal(ints a, ints b) {
-#ifdef __AVX512BW__
-    return _mm512_cmpeq_epi32_mask((__m512i)a, (__m512i)b);
-#else
-    return lanes_in(a == b);
-#endif
-}
 
 #define PACK 32 /* elements that are looked at, or chosen, together */
 #define PACKED (PACK / LANES(float)) /* registers with so many float32 */
 
-/* PACK numbers of 16 bits in registers of float32, or of 32 bits, in the order that takes least: where a register holds half of them, those
- * in the lower halves of its lanes and those in the upper ones. */
-#ifdef __AVX512BW__
-static inline void packed_halves(__m512i both, floats *to) {
-    to[0] = (floats)_mm512_slli_epi32(both, 16), to[1] = (floats)_mm512_and_si512(both, _mm512_set1_epi32(~0xFFFF));
-}
-#endif
-
-static inline void packed_bf16(const uint16_t *x, floats *to) {
-#ifdef __AVX512BW__
-    packed_halves(_mm512_loadu_si512(x), to);
-#else
-    for (int r = 0; r < PACKED; r++) to[r] = widened_float(x + r * LANES(float));
-#endif
-}
-
-static inline floats one_packed_bf16(const uint16_t *x, int r) { /* one of these registers */
-#ifdef __AVX512BW__
-    const __m512i both = _mm512_loadu_si512(x);
-    return (floats)(r ? _mm512_and_si512(both, _mm512_set1_epi32(~0xFFFF)) : _mm512_slli_epi32(both, 16));
-#else
-    return widened_float(x + r * LANES(float));
-#endif
-}
-
 /* Registers of numbers of 16 bits. */
 typedef uint16_t words __attribute__((vector_size(REGISTER)));
 typedef int16_t whether __attribute__((vector_size(REGISTER)));
+#define WORDS (REGISTER / 2)
 static inline words all_words(uint16_t value) { return value - (words){0}; }
 
 static inline words smaller_words(words a, words b) {
 #ifdef __AVX512BW__
     return (words)_mm512_min_epu16((__m512i)a, (__m512i)b);
+#elif defined __AVX2__ && defined __FMA__
+    return (words)_mm256_min_epu16((__m256i)a, (__m256i)b);
 #else
     const whether less = a < b;
     return (a & (words)less) | (b & ~(words)less);
@@ -325,48 +295,133 @@ static inline words smaller_words(words a, words b) {
 static inline words larger_words(words a, words b) {
 #ifdef __AVX512BW__
     return (words)_mm512_max_epu16((__m512i)a, (__m512i)b);
+#elif defined __AVX2__ && defined __FMA__
+    return (words)_mm256_max_epu16((__m256i)a, (__m256i)b);
 #else
     const whether more = a > b;
     return (a & (words)more) | (b & ~(words)more);
 #endif
 }
 
-static inline int any_word_above(words a, uint16_t limit) {
+static inline words capped_sum(words a, words b) { /* at most 0xFFFF */
 #ifdef __AVX512BW__
-    return _mm512_cmpgt_epu16_mask((__m512i)a, _mm512_set1_epi16((int16_t)limit)) != 0;
+    return (words)_mm512_adds_epu16((__m512i)a, (__m512i)b);
+#elif defined __AVX2__ && defined __FMA__
+    return (words)_mm256_adds_epu16((__m256i)a, (__m256i)b);
 #else
-    int found = 0;
-    for (int i = 0; i < REGISTER / 2; i++) found |= a[i] > limit;
-    return found;
+    return a + smaller_words(b, ~a);
 #endif
 }
 
-static inline void packed_numbers(const uint16_t *x, floats *to) {
-#ifdef __AVX512BW__
-    const __m512i both = _mm512_loadu_si512(x);
-    to[0] = (floats)_mm512_cvtepi32_ps(_mm512_and_si512(both, _mm512_set1_epi32(0xFFFF)));
-    to[1] = (floats)_mm512_cvtepi32_ps(_mm512_srli_epi32(both, 16));
+static inline words chosen_words(words mask, words a, words b) { /* of a where the mask's bits are 1, else of b */
+#if defined __AVX2__ && defined __FMA__ && !defined __AVX512BW__
+    return (words)_mm256_blendv_epi8((__m256i)b, (__m256i)a, (__m256i)mask);
 #else
-    for (int r = 0; r < PACKED; r++) to[r] = numbers_of(x + r * LANES(float));
+    return (a & mask) | (b & ~mask);
 #endif
 }
+
+static inline words upper_product(words a, words b) { /* its upper 16 bits */
+#ifdef __AVX512BW__
+    return (words)_mm512_mulhi_epu16((__m512i)a, (__m512i)b);
+#elif defined __AVX2__ && defined __FMA__
+    return (words)_mm256_mulhi_epu16((__m256i)a, (__m256i)b);
+#else
+    for (int i = 0; i < WORDS; i++) a[i] = (uint16_t)((uint32_t)a[i] * b[i] >> 16);
+    return a;
+#endif
+}
+
+static inline int any_word_above(words a, uint16_t limit) {
+    const words over = larger_words(a, all_words(limit)) - all_words(limit);
+    uint64_t parts[REGISTER / 8], any = 0;
+    memcpy(parts, &over, sizeof over);
+    EACH(REGISTER / 8) any |= parts[i];
+    return any != 0;
+}
+
+static inline int any_word_below(words a, uint16_t limit) { return any_word_above(~a, (uint16_t)~limit); }
+
+/* Lanes of 32 bits with the lower halves of those of a and the upper ones of b. */
+static inline words lower_and_upper(words a, words b) {
+#ifdef __AVX512BW__
+    return (words)_mm512_mask_blend_epi16(0xAAAAAAAA, (__m512i)a, (__m512i)b);
+#elif defined __AVX2__ && defined __FMA__
+    return (words)_mm256_blend_epi16((__m256i)a, (__m256i)b, 0xAA);
+#else
+    return (words)(((ints)a & 0xFFFF) | ((ints)b & ~0xFFFF));
+#endif
+}
+
+/* PACK numbers of 16 bits in registers of 32 bits, in the order that takes least: for each register of words those in the lower halves of
+ * its lanes, then those in the upper ones. */
+static inline words words_at(const uint16_t *x, int r) { /* of the r-th of these registers */
+    words both;
+    memcpy(&both, x + r / 2 * WORDS, sizeof both);
+    return both;
+}
+
+static inline floats half_bf16(words both, int r) { return (floats)(r % 2 ? (ints)both & ~0xFFFF : (ints)both << 16); }
+
+static inline floats half_numbers(words both, int r) {
+    const ints numbers = r % 2 ? (ints)((unsigned_ints)both >> 16) : (ints)both & 0xFFFF;
+    return __builtin_convertvector(numbers, floats);
+}
+
+static inline floats one_packed_bf16(const uint16_t *x, int r) { return half_bf16(words_at(x, r), r); }
 
 static inline void unpacked_uppers(const ints *x, uint16_t *to) { /* of the lanes, their upper halves */
-#ifdef __AVX512BW__
-    _mm512_storeu_si512(to, _mm512_mask_blend_epi16(0xAAAAAAAA, _mm512_srli_epi32((__m512i)x[0], 16), (__m512i)x[1]));
-#else
-    for (int r = 0; r < PACKED; r++) halves(x[r] >> 16 & 0xFFFF, to + r * LANES(float));
-#endif
+    for (int r = 0; r < PACKED; r += 2) {
+        const words both = lower_and_upper((words)(x[r] >> 16), (words)x[r + 1]);
+        memcpy(to + r / 2 * WORDS, &both, sizeof both);
+    }
 }
 
 /* Bits for the elements of a pack, from those for the lanes of its registers. */
 static inline uint32_t packed_mask(const uint32_t *lanes) {
-#ifdef __AVX512BW__
-    return _pdep_u32(lanes[0], 0x55555555) | _pdep_u32(lanes[1], 0xAAAAAAAA);
+    uint32_t lower = 0, upper = 0;
+    for (int r = 0; r < PACKED; r += 2) lower |= lanes[r] << r / 2 * LANES(float), upper |= lanes[r + 1] << r / 2 * LANES(float);
+#if defined __BMI2__ && defined __AVX2__ && defined __FMA__
+    return _pdep_u32(lower, 0x55555555) | _pdep_u32(upper, 0xAAAAAAAA);
 #else
     uint32_t all = 0;
-    for (int r = 0; r < PACKED; r++) all |= lanes[r] << r * LANES(float);
+    for (int i = 0; i < PACK / 2; i++) all |= (lower >> i & 1) << 2 * i | (upper >> i & 1) << (2 * i + 1);
     return all;
+#endif
+}
+
+/* Bits for the elements of a pack: for words of which all bits are 1, else 0. */
+static inline uint32_t packed_bits(const words *x) {
+#if defined __AVX2__ && defined __FMA__ && !defined __AVX512BW__
+    return (uint32_t)_mm256_movemask_epi8(_mm256_permute4x64_epi64(_mm256_packs_epi16((__m256i)x[0], (__m256i)x[1]), 0xD8));
+#else
+    uint32_t all = 0;
+    for (int i = 0; i < PACK; i++) all |= (uint32_t)(x[i / WORDS][i % WORDS] & 1) << i;
+    return all;
+#endif
+}
+
+/* PACK words below 2^15 as bytes, of which the largest is for those beyond. */
+static inline void packed_bytes(const words *x, uint8_t *to) {
+#if defined __AVX2__ && defined __FMA__ && !defined __AVX512BW__
+    _mm256_storeu_si256((__m256i *)to, _mm256_permute4x64_epi64(_mm256_packus_epi16((__m256i)x[0], (__m256i)x[1]), 0xD8));
+#else
+    for (int i = 0; i < PACK; i++) to[i] = (uint8_t)least(x[i / WORDS][i % WORDS], 0xFF);
+#endif
+}
+
+/* Bits of the odd ones of PACK bytes. */
+static inline uint32_t odd_bytes(const uint8_t *x) {
+#if defined __AVX2__ && defined __FMA__
+    return (uint32_t)_mm256_movemask_epi8(_mm256_slli_epi16(_mm256_loadu_si256((const __m256i *)x), 7));
+#else
+    uint32_t odd = 0;
+    for (int i = 0; i < PACK; i += 8) {
+        uint64_t eight;
+        memcpy(&eight, x + i, sizeof eight);
+        odd |= (uint32_t)((eight & 0x0101010101010101) * 0x0102040810204080 >> 56) << i;
+    }
+    return odd;
 #endif
 }
 
@@ -411,8 +466,6 @@ static inline int odd_bits(const uint16_t *x, int64_t n) {
 #define FUSED static inline __attribute__((always_inline)) void /* into its callers, with their constants */
 
 LOAD(float) LOAD(double) STORE(float) STORE(double) DAMAGE(float) DAMAGE(double) SOUND(float) SOUND(double)
-
-static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* The same of raw numbers that nobody has loaded. */
 static double odd_raw(const void *raw, int dtype, int64_t start, int64_t n) {

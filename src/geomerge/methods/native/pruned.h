@@ -110,28 +110,26 @@ FUSED thin_quickly(const int rescale, const struct row *row, int k, const struct
     const half_word *word = row->word[k] + at;
     const floats start = all(p->start), step = all(p->step);
     for (int64_t i = 0; i < m; i += PACK) {
-        floats own[PACKED], from[PACKED], ranks[PACKED];
-        packed_numbers(rank + i, ranks);
+        words own[PACK / WORDS], open[PACK / WORDS];
+        for (int r = 0; r < PACK / WORDS; r++) {
+            const words numbers = words_at(rank + i, 2 * r), drawn = words_at(word + i, 2 * r), from = words_at(base + i, 2 * r);
+            const words more = upper_product(numbers * p->by, all_words(p->times));
+            const words least = capped_sum(more, all_words(p->from)), most = capped_sum(least, all_words(MARGIN));
 #ifdef __AVX512BW__
-        const __m512i from_bits = _mm512_loadu_si512(base + i), words = _mm512_loadu_si512(word + i), by = _mm512_set1_epi16((short)p->by);
-        const __m512i more = _mm512_mulhi_epu16(_mm512_mullo_epi16(_mm512_loadu_si512(rank + i), by), _mm512_set1_epi16((short)p->times));
-        const __m512i least = _mm512_adds_epu16(more, _mm512_set1_epi16((short)p->from)); /* at most 0xFFFF */
-        const __mmask32 kept = _mm512_cmplt_epu16_mask(words, least);
-        const __mmask32 not_out = _mm512_cmple_epu16_mask(words, _mm512_adds_epu16(least, _mm512_set1_epi16(MARGIN)));
-        packed_halves(_mm512_mask_loadu_epi16(from_bits, kept, x + i), own), packed_halves(from_bits, from);
-        unsure[i / PACK] |= not_out & ~kept;
+            const __mmask32 kept = _mm512_cmplt_epu16_mask((__m512i)drawn, (__m512i)least);
+            own[r] = (words)_mm512_mask_loadu_epi16((__m512i)from, kept, x + i);
+            unsure[i / PACK] |= _mm512_cmple_epu16_mask((__m512i)drawn, (__m512i)most) & ~kept;
 #else
-        floats words[PACKED];
-        packed_bf16(x + i, own), packed_bf16(base + i, from), packed_numbers(word + i, words);
-        for (int r = 0; r < PACKED; r++) {
-            const floats above = plus_product_float(words[r], plus_product_float(start, ranks[r], step), all(-0x1p16f));
-            const ints kept = above <= all(-1 - 0x1p-6f);
-            unsure[i / PACK] |= (less(above, all(0x1p-6f)) ^ lanes_in(kept)) << r * LANES(float);
-            own[r] = (floats)((kept & (ints)own[r]) | (~kept & (ints)from[r]));
+            const words not_kept = (words)(larger_words(drawn, least) == drawn);
+            own[r] = chosen_words(not_kept, from, words_at(x + i, 2 * r)), open[r] = not_kept & (words)(larger_words(drawn, most) == most);
+#endif
         }
+#ifndef __AVX512BW__
+        unsure[i / PACK] |= packed_bits(open);
 #endif
         for (int r = 0; r < PACKED; r++) {
-            const floats share = plus_product_float(start, ranks[r], step), whole = own[r] - from[r];
+            const floats share = plus_product_float(start, half_numbers(words_at(rank + i, r), r), step);
+            const floats whole = half_bf16(own[r / 2], r) - one_packed_bf16(base + i, r);
             d[i / LANES(float) + r] = rescale ? whole / share : whole;
         }
     }
@@ -160,11 +158,11 @@ FUSED prune_quickly(const int t, const int elect, const int alike, const struct 
             else thin_quickly(0, row, k, pruned + k, at, m, thinned[k], doubted);
         }
         for (int64_t i = 0; i < m; i += PACK) {
-            floats base[PACKED];
             ints rounded[PACKED];
             uint32_t unsure[PACKED];
-            packed_bf16((const uint16_t *)row->raw[0] + at + i, base);
+#pragma GCC unroll 4
             for (int r = 0; r < PACKED; r++) {
+                const floats base = one_packed_bf16((const uint16_t *)row->raw[0] + at + i, r);
                 floats d[4], merged, sizes;
                 for (int k = 0; k < t; k++) {
                     d[k] = thinned[k][i / LANES(float) + r];
@@ -172,11 +170,11 @@ FUSED prune_quickly(const int t, const int elect, const int alike, const struct 
                 }
                 merged = d[0], sizes = size_of(d[0]);
                 for (int k = 1; k < t; k++) merged += d[k], sizes += size_of(d[k]);
-                unsure[r] = equal((ints)base[r], sign);
+                marks open = equal((ints)base, sign);
                 if (elect) {
                     const ints elected = (ints)merged & sign;
                     floats total = {0}, agreed = {0};
-                    unsure[r] |= less(size_of(merged), sizes * little);
+                    open |= less(size_of(merged), sizes * little);
                     for (int k = 0; k < t; k++) {
                         const floats agreeing = (floats)((ints)d[k] ^ elected);
                         total = plus_where_positive(total, agreeing, agreeing);
@@ -185,10 +183,11 @@ FUSED prune_quickly(const int t, const int elect, const int alike, const struct 
                     if (rule->normalize) total /= larger_float(agreed, all(floor));
                     sizes = size_of(total * factor), merged = (floats)((ints)(total * factor) ^ elected);
                 }
-                const floats result = base[r] + merged, power = (floats)((ints)result & 0x7F800000);
+                const floats result = base + merged, power = (floats)((ints)result & 0x7F800000);
                 const ints beyond_half = ((ints)result & 0xFFFF) - 0x8000; /* in last bits, of which a power of two has 2^23 */
                 const floats apart = size_of(__builtin_convertvector(beyond_half, floats));
-                unsure[r] |= less((apart - all(4)) * power, sizes * all(16)) | less(largest, size_of(result));
+                open |= less((apart - all(4)) * power, sizes * all(16)) | less(largest, size_of(result));
+                unsure[r] = marked(open);
                 rounded[r] = (ints)result + 0x8000;
             }
             unpacked_uppers(rounded, out + at + i);

@@ -107,28 +107,56 @@ struct ranked {
     struct steps steps;
 };
 
-/* The sums of what a table has for keys and of the numbers that lie PARTS apart: n of them, and those up to the next multiple of PACK. */
-static inline void add_looked_up(const uint16_t *restrict table, const uint8_t *restrict key, const uint16_t *restrict apart,
-                                 uint16_t *restrict sum, int64_t n) {
+#ifndef __AVX512BW__
+/* Four numbers of each part, from those of PARTS that lie side by side. */
+static inline void by_parts(const uint16_t *x, uint64_t *to) {
+#if defined __AVX2__ && defined __FMA__
+    const __m128i apart = _mm_set_epi8(15, 14, 7, 6, 13, 12, 5, 4, 11, 10, 3, 2, 9, 8, 1, 0);
+    const __m128i a = _mm_shuffle_epi8(_mm_loadu_si128((const __m128i *)x), apart);
+    const __m128i b = _mm_shuffle_epi8(_mm_loadu_si128((const __m128i *)(x + 8)), apart);
+    _mm_storeu_si128((__m128i *)to, _mm_unpacklo_epi32(a, b)), _mm_storeu_si128((__m128i *)(to + 2), _mm_unpackhi_epi32(a, b));
+#else
+    for (int p = 0; p < PARTS; p++)
+        to[p] = x[p] | (uint64_t)x[PARTS + p] << 16 | (uint64_t)x[2 * PARTS + p] << 32 | (uint64_t)x[3 * PARTS + p] << 48;
+#endif
+}
+#endif
+
+/* The sums of what the PARTS of a row have in `table` for their keys and of numbers that lie side by side: of `part` elements of each. */
+static inline void add_looked_up(uint16_t (*restrict table)[KEYS], const uint8_t *restrict key, const uint16_t *restrict before,
+                                 uint16_t *restrict sum, int64_t part) {
 #ifdef __AVX512BW__
-    __m512i part[KEYS / 32];
     uint16_t lane[32];
     EACH(32) lane[i] = (uint16_t)(PARTS * i);
     const __m512i lanes = _mm512_loadu_si512(lane);
-    EACH(KEYS / 32) part[i] = _mm512_loadu_si512(table + 32 * i);
-    for (int64_t i = 0; i < n; i += PACK) {
-        const __m512i at = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(key + i)));
-        const __mmask32 second = _mm512_test_epi16_mask(at, _mm512_set1_epi16(64)), last = _mm512_test_epi16_mask(at, _mm512_set1_epi16(128));
-        const __m512i a = _mm512_permutex2var_epi16(part[0], at, part[1]), b = _mm512_permutex2var_epi16(part[2], at, part[3]);
-        const __m512i c = _mm512_permutex2var_epi16(part[4], at, part[5]), d = _mm512_permutex2var_epi16(part[6], at, part[7]);
-        const __m512i found = _mm512_mask_blend_epi16(last, _mm512_mask_blend_epi16(second, a, b), _mm512_mask_blend_epi16(second, c, d));
-        const uint16_t *from = apart + PARTS * i;
-        const __m512i low = _mm512_permutex2var_epi16(_mm512_loadu_si512(from), lanes, _mm512_loadu_si512(from + 32));
-        const __m512i high = _mm512_permutex2var_epi16(_mm512_loadu_si512(from + 64), lanes, _mm512_loadu_si512(from + 96));
-        _mm512_storeu_si512(sum + i, _mm512_add_epi16(_mm512_inserti64x4(low, _mm512_castsi512_si256(high), 1), found));
+    for (int p = 0; p < PARTS; p++, before++, key += part, sum += part) {
+        __m512i numbers[KEYS / 32];
+        EACH(KEYS / 32) numbers[i] = _mm512_loadu_si512(table[p] + 32 * i);
+        for (int64_t i = 0; i < part; i += PACK) {
+            const __m512i at = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(key + i)));
+            const __mmask32 second = _mm512_test_epi16_mask(at, _mm512_set1_epi16(64)), last = _mm512_test_epi16_mask(at, _mm512_set1_epi16(128));
+            const __m512i a = _mm512_permutex2var_epi16(numbers[0], at, numbers[1]), b = _mm512_permutex2var_epi16(numbers[2], at, numbers[3]);
+            const __m512i c = _mm512_permutex2var_epi16(numbers[4], at, numbers[5]), d = _mm512_permutex2var_epi16(numbers[6], at, numbers[7]);
+            const __m512i found = _mm512_mask_blend_epi16(last, _mm512_mask_blend_epi16(second, a, b), _mm512_mask_blend_epi16(second, c, d));
+            const uint16_t *from = before + PARTS * i;
+            const __m512i low = _mm512_permutex2var_epi16(_mm512_loadu_si512(from), lanes, _mm512_loadu_si512(from + 32));
+            const __m512i high = _mm512_permutex2var_epi16(_mm512_loadu_si512(from + 64), lanes, _mm512_loadu_si512(from + 96));
+            _mm512_storeu_si512(sum + i, _mm512_add_epi16(_mm512_inserti64x4(low, _mm512_castsi512_si256(high), 1), found));
+        }
     }
 #else
-    EACH(n) sum[i] = (uint16_t)(apart[PARTS * i] + table[key[i]]);
+    for (int64_t i = 0; i < part; i += 4) { /* four of each part, stored at once */
+        uint64_t sums[PARTS];
+        by_parts(before + PARTS * i, sums);
+        for (int p = 0; p < PARTS; p++) {
+            const uint8_t *four = key + p * part + i;
+            uint64_t found = 0;
+            for (int j = 3; j >= 0; j--) found = found << 16 | table[p][four[j]];
+            __asm__("" : "+r"(found)); /* as in count_keys */
+            found += sums[p];
+            memcpy(sum + p * part + i, &found, sizeof found);
+        }
+    }
 #endif
 }
 
@@ -145,7 +173,13 @@ static void odd_places(uint16_t *to, const uint8_t *key, int64_t n) {
         to += __builtin_popcount(odd);
     }
 #else
-    EACH(n) *to = (uint16_t)i, to += key[i] & 1;
+    for (int64_t i = 0; i < n; i += 32) {
+        uint32_t odd = odd_bytes(key + i);
+        const int number = __builtin_popcount(odd);
+        for (int j = 0; j < number; j += 4) /* four at least: a branch on how many there are costs more */
+            for (int l = 0; l < 4; l++, odd &= odd - 1) to[j + l] = (uint16_t)(i + __builtin_ctz(odd | 1u << 31));
+        to += number;
+    }
 #endif
 }
 
@@ -166,8 +200,9 @@ static inline ints plus_equal(ints numbers, ints lanes, int32_t x, int i) {
 static inline ints plus_greater(ints numbers, ints lanes, int32_t x) { return numbers - (lanes > x); }
 
 static inline ints plus_equal(ints numbers, ints lanes, int32_t x, int i) {
-    for (int j = i + 1; j < LANES(float); j++) numbers[j] += lanes[j] == x;
-    return numbers;
+    ints number = {0};
+    for (int j = 0; j < LANES(float); j++) number[j] = j;
+    return numbers - ((lanes == x) & (number > i));
 }
 #endif
 
@@ -176,7 +211,7 @@ static inline ints plus_equal(ints numbers, ints lanes, int32_t x, int i) {
  * many of those before have even keys. Whether that took few comparisons; `room` is for three numbers of four bytes of each. */
 static int order_odd(const struct keying *keys, uint16_t *rank, int64_t odd, const uint16_t *first,
                      const uint16_t *even, void *room) {
-    enum { FEW = 64 };
+    enum { FEW = 4 * LANES(float) };
     const uint8_t *key = keys->key;
     int32_t *size = room;
     uint16_t *place = (uint16_t *)(size + odd + LANES(float)), *given = place + odd + PACK;
@@ -197,6 +232,7 @@ static int order_odd(const struct keying *keys, uint16_t *rank, int64_t odd, con
         }
         ints own, before = {0};
         memcpy(&own, size + at, sizeof own);
+#pragma GCC unroll 4
         for (int64_t i = begin; i < after; i++) before = plus_greater(before, own, size[i]);
         for (int i = 0; i < LANES(float); i++) before = plus_equal(before, own, size[at + i], i);
         for (int i = 0; i < LANES(float); i++) rank[place[at + i]] = (uint16_t)(even[key[place[at + i]]] + begin + before[i]);
@@ -225,6 +261,17 @@ static void count_keys(uint16_t *restrict before, const uint8_t *restrict key, i
     *beside = own;
 }
 
+#if defined __AVX2__ && defined __FMA__ && !defined __AVX512BW__
+/* Each the sum of those up to it. */
+static inline __m256i sums_of_words(__m256i x) {
+    x = _mm256_add_epi16(x, _mm256_bslli_epi128(x, 2)); /* in halves of the register, ... */
+    x = _mm256_add_epi16(x, _mm256_bslli_epi128(x, 4));
+    x = _mm256_add_epi16(x, _mm256_bslli_epi128(x, 8));
+    const __m256i ends = _mm256_shuffle_epi8(x, _mm256_set1_epi16(0x0f0e)); /* ... to the second of which the first one's is added */
+    return _mm256_add_epi16(x, _mm256_permute2x128_si256(ends, ends, 0x08));
+}
+#endif
+
 /* How many elements in all parts have keys before each, and even ones; `count` has from what rank on those of each part are. */
 static void sum_keys(uint16_t (*restrict count)[KEYS], uint16_t *restrict first, uint16_t *restrict even) {
 #ifdef __AVX512BW__
@@ -251,17 +298,37 @@ static void sum_keys(uint16_t (*restrict count)[KEYS], uint16_t *restrict first,
     }
     const uint32_t whole = (uint32_t)_mm512_cvtsi512_si32(reached);
     first[KEYS] = (uint16_t)whole, even[KEYS] = (uint16_t)(whole >> 16);
-#else
-    uint16_t of_all = 0, of_even = 0;
-    EACH(KEYS) {
-        first[i] = of_all, even[i] = of_even;
+#elif defined __AVX2__ && defined __FMA__
+    const __m256i halves = _mm256_set1_epi32(0xFFFF), last = _mm256_set1_epi16(0x0f0e);
+    __m256i reached = _mm256_setzero_si256(), reached_even = reached;
+    for (int k = 0; k < KEYS; k += 16) {
+        __m256i each[PARTS], own = _mm256_setzero_si256();
+        for (int p = 0; p < PARTS; p++) each[p] = _mm256_loadu_si256((const __m256i *)(count[p] + k)), own = _mm256_add_epi16(own, each[p]);
+        const __m256i own_even = _mm256_and_si256(own, halves), sums = sums_of_words(own), sums_even = sums_of_words(own_even);
+        __m256i start = _mm256_add_epi16(reached, _mm256_sub_epi16(sums, own));
+        _mm256_storeu_si256((__m256i *)(first + k), start);
+        _mm256_storeu_si256((__m256i *)(even + k), _mm256_add_epi16(reached_even, _mm256_sub_epi16(sums_even, own_even)));
         for (int p = 0; p < PARTS; p++) {
-            const uint16_t own = count[p][i];
-            count[p][i] = of_all, of_all = (uint16_t)(of_all + own);
+            _mm256_storeu_si256((__m256i *)(count[p] + k), start);
+            start = _mm256_add_epi16(start, each[p]);
         }
-        if (i % 2 == 0) of_even = (uint16_t)(of_even + of_all - first[i]);
+        reached = _mm256_add_epi16(reached, _mm256_shuffle_epi8(_mm256_permute2x128_si256(sums, sums, 0x11), last));
+        reached_even = _mm256_add_epi16(reached_even, _mm256_shuffle_epi8(_mm256_permute2x128_si256(sums_even, sums_even, 0x11), last));
     }
-    first[KEYS] = of_all, even[KEYS] = of_even;
+    first[KEYS] = (uint16_t)_mm256_extract_epi16(reached, 0), even[KEYS] = (uint16_t)_mm256_extract_epi16(reached_even, 0);
+#else
+    const uint64_t each = 0x0001000100010001, evens = 0x0000FFFF0000FFFF; /* four at once, as in sum_up */
+    uint64_t before = 0, before_even = 0;
+    for (int k = 0; k < KEYS; k += 4) {
+        uint64_t four[PARTS], own = 0;
+        for (int p = 0; p < PARTS; p++) memcpy(four + p, count[p] + k, sizeof own), own += four[p];
+        const uint64_t sums = own * each, sums_even = (own & evens) * each, of_even = before_even + (sums_even << 16);
+        uint64_t start = before + (sums << 16);
+        memcpy(first + k, &start, sizeof start), memcpy(even + k, &of_even, sizeof of_even);
+        for (int p = 0; p < PARTS; p++) memcpy(count[p] + k, &start, sizeof start), start += four[p];
+        before += (sums >> 48) * each, before_even += (sums_even >> 48) * each;
+    }
+    first[KEYS] = (uint16_t)before, even[KEYS] = (uint16_t)before_even;
 #endif
 }
 
@@ -277,7 +344,7 @@ static int count_ranks(uint16_t *rank, const struct keying *keys, uint16_t (*cou
     sum_keys(count, first, even);
     const int64_t odd = n - even[KEYS];
     if (odd > n / 4) return 0;
-    for (int p = 0; p < PARTS; p++) add_looked_up(count[p], key + p * part, (const uint16_t *)room + p, rank + p * part, part);
+    add_looked_up(count, key, room, rank, part);
     for (int64_t i = PARTS * part; i < n; i++) rank[i] = (uint16_t)(rank[i] + count[PARTS - 1][key[i]]);
     return order_odd(keys, rank, odd, first, even, room);
 }
