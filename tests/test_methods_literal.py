@@ -665,6 +665,8 @@ class TestCalls:
             gm.methods.linear([a, b], base=a)
         with pytest.raises(UsageError, match="seed must be a whole number of at least 0, not -1"):
             gm.methods.dare_linear(a, [b], weight=1, density=0.5, seed=-1)
+        with pytest.raises(UsageError, match=r"steps must lie in \[0, 100000\]"):
+            gm.methods.wudi(a, [b], steps=10**9)
         with pytest.raises(UsageError, match="tile must be"):
             gm.methods.linear([a, b], tile=0)
         with pytest.raises(UsageError, match="of model 1 is on the meta device"):

@@ -75,7 +75,7 @@ dtype: float32
         "global", choices=("global", "tensor"), doc="what density is a share of: all weights together, or each weight"
     )
     lr: float = parameter(1e-4, within=(0, math.inf), doc="Adam's step size")
-    steps: int = parameter(400, within=(0, math.inf), doc="steps of Adam")
+    steps: int = parameter(400, within=(0, 100_000), doc="steps of Adam")
 
     @property
     def surveys(self) -> int:

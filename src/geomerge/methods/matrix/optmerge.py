@@ -68,7 +68,7 @@ dtype: bfloat16
     lr: float | None = parameter(
         None, within=(0, math.inf), doc="step size; by default 1e-5 (full), 1e-4 (lora) or 0.05 (modality)"
     )
-    steps: int = parameter(300, within=(0, math.inf), doc="steps of Adam (full) or of descent with momentum")
+    steps: int = parameter(300, within=(0, 100_000), doc="steps of Adam (full) or of descent with momentum")
     full_weights: bool = parameter(
         False, doc="take whole checkpoints with mode lora, such as those that adapters were merged into"
     )

@@ -50,7 +50,7 @@ dtype: bfloat16
 """
 
     lr: float = parameter(1e-5, within=(0, math.inf), doc="Adam's step size (2e-5 for RoBERTa)")
-    steps: int = parameter(300, within=(0, math.inf), doc="steps of Adam")
+    steps: int = parameter(300, within=(0, 100_000), doc="steps of Adam")
 
     def merge(self, deltas: Tensor) -> Tensor:
         start = deltas.sum(0)
