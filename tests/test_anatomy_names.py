@@ -354,6 +354,14 @@ def test_sequential_network() -> None:
         rename("4.weight", 0, found.parts["4.weight"])
 
 
+@pytest.mark.parametrize("head", ["fc", "output"])
+def test_heads_by_names_that_mean_one_at_the_root_alone(head: str) -> None:
+    """torchvision's classifier, and the head of Llama as its authors store it; in a block the names are a layer's."""
+    found = read({f"{head}.weight": (9, 4)} | {f"layers.{i}.{head}.weight": (4, 4) for i in range(3)}, None)
+    assert found.parts[f"{head}.weight"].role == "head"
+    assert found.parts[f"layers.1.{head}.weight"].role != "head"
+
+
 def test_no_blocks_at_all() -> None:
     """A model without numbered names is read all the same, and so is an empty one."""
     found = read({"weight": (2, 2), "bias": (2,)}, None)

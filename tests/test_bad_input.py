@@ -181,9 +181,14 @@ CASES: dict[str, Case] = {
         ("<recipe>:7", "'missing' is mean, zero, average, omp", "did you mean 'omp'?"),
     ),
     "too few experts": Case(
+        TIES.replace("ties", "model_stock").replace("\n- model: b", ""),
+        gm.RecipeError,
+        ("<recipe>:4", "model_stock takes at least 2 models beside the base", "1 is given beside the base: a"),
+    ),
+    "more masks than experts by default": Case(
         TIES.replace("ties", "consensus").replace("\n- model: b", ""),
         gm.RecipeError,
-        ("<recipe>:4", "consensus takes at least 2 models beside the base", "1 is given beside the base: a"),
+        ("<recipe>:", "k is 2, but there is 1 expert", "give at most 1"),
     ),
     "a base that is two of the models": Case(
         "merge_method: emr\nbase_model: base\nmodels: [{model: base}, {model: a}, {model: base}]\n",

@@ -142,6 +142,7 @@ CASES: list[tuple[str, dict[str, Any], Callable[[list[Array]], Array]]] = [
     ),
     ("consensus", {"lambda": 1}, lambda t: consensus(t, sum(t), 0.4, 2)),
     ("consensus", {"k": 3, "threshold": 0.2, "lambda": 0.5}, lambda t: 0.5 * consensus(t, sum(t), 0.2, 3)),
+    ("consensus", {"k": 0, "lambda": 1}, sum),
     ("consensus_ties", {"lambda": 1}, lambda t: consensus(t, ties(t, 0.2, "sum"), 0.4, 2)),
     (
         "consensus_ties",

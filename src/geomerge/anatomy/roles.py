@@ -97,6 +97,9 @@ LOOSE_RULES: Rules = (
     ),
 )
 
+# Names that mean a classifier (torchvision) or a language model's head (Llama as its authors store it) at the root alone.
+_ROOT_RULES: Rules = ((r"^(?:fc|output)\.(?:weight|bias)$", "head"),)
+
 # Outside the blocks: what stands before them. Everything else but embeddings and first convolutions stands after.
 _PRE = re.compile(
     r"embed|embd|\bw[tp]e\b|(?:^|\.)(?:ln_pre|pre_layrnorm|layernorm_pre|conv_in|conv\d?|patch_conv|project_in"
@@ -136,7 +139,7 @@ def role_in_block(name: str, extra: Rules = ()) -> str:
 
 def role_outside(name: str, extra: Rules = ()) -> str:
     """The role of a tensor that is in no block; `name` is the whole template in lower case."""
-    return _first(extra, name) or _first(LOOSE_RULES, name) or _first(BLOCK_RULES, name) or "other"
+    return _first((*extra, *_ROOT_RULES, *LOOSE_RULES, *BLOCK_RULES), name) or "other"
 
 
 def position_outside(name: str, role: str, pre: str = "", post: str = "") -> Position:

@@ -117,9 +117,10 @@ def cases(
         based = {"required": (True,), "optional": (False, True), "ignored": (False,)}[method.base_use]
         thinned = {key: value for key, value in THINNING.items() if key in method.parameters()}
         for values in [{}, thinned] if thinned else [{}]:
-            for count in [c for c in counts if c >= low and (high is None or c <= high)] or [low]:
-                made = [Case(method, count, b, values, given.get(name, {})) for b in based]
-                found += [case for case in made if not values or case.possible()]
+            counted = [c for c in counts if c >= low and (high is None or c <= high)] or [low]
+            alike = [Case(method, count, b, values, given.get(name, {})) for count in counted for b in based]
+            # Some defaults are for several models; where none is possible all stay, and say so.
+            found += [case for case in alike if case.possible()] or ([] if values else alike)
     return found
 
 

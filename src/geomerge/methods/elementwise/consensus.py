@@ -32,8 +32,9 @@ class _Consensus(Elementwise):
 
     def check(self, count: int, compat: str | None = None) -> None:
         if self.k > count:
+            there = "is 1 expert" if count == 1 else f"are {count} experts"
             raise ValueError(
-                f"k is {self.k}, but there are {count} experts: nothing would be left but the base; give 1 to {count}"
+                f"k is {self.k}, but there {there}: nothing would be left but the base; give at most {count}"
             )
 
     def warning(self, told: Sequence[tuple[int, Mapping[str, Any]]]) -> str | None:
@@ -70,7 +71,6 @@ class Consensus(_Consensus):
         "Many experts. With k = 2 experts of disjoint changes give back the base, so it is wrong for few that share nothing."
     )
     properties: ClassVar[frozenset[str]] = frozenset({PERMUTATION, BASE, SCALE, SIGN})
-    models: ClassVar[tuple[int, int | None]] = (2, None)
     recorded: ClassVar[bool] = True
     example: ClassVar[str] = """\
 merge_method: consensus
@@ -106,7 +106,6 @@ class ConsensusTies(_Consensus, TiesSum):
     formula: ClassVar[str] = "θ = θ₀ + λ · [Σ mₜ ≥ k] ⊙ Σ{τ̂ₛ : sgn τ̂ₛ = sgn Σ τ̂}"
     when: ClassVar[str] = "As consensus, where signs conflict."
     properties: ClassVar[frozenset[str]] = frozenset({PERMUTATION, BASE, SCALE, SIGN})
-    models: ClassVar[tuple[int, int | None]] = (2, None)
     recorded: ClassVar[bool] = True
     example: ClassVar[str] = """\
 merge_method: consensus_ties
