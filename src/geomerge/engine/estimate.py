@@ -32,8 +32,6 @@ _TENSORS_SAMPLED = 8
 _MATRICES_SAMPLED = 2
 _MATRIX = 256
 """Rows and columns of the corner of a matrix that is tried."""
-_LONG = 1.0
-"""Seconds from which on a piece is tried once only."""
 _COPY_RATE = 1.5e9
 """Bytes each second that one core moves from page cache to page cache; only for what is copied without arithmetic."""
 _WRITE_RATE = 5e9
@@ -75,8 +73,8 @@ def estimate(plan: Plan, inputs: Sequence[Checkpoint], *, threads: int | None = 
     with torch_alone():
         for node in _sampled(plan):
             seconds, work, found = _try(builder, node)
-            if seconds < _LONG:  # else its buffers and code paths, which are warm the second time, do not matter
-                seconds = min(seconds, _try(builder, node)[0])
+            # The second evaluation has its buffers and code paths warm.
+            seconds = min(seconds, _try(builder, node)[0])
             assert node.method is not None
             spent[node.method.name][0] += seconds
             spent[node.method.name][1] += work
