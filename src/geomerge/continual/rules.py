@@ -145,7 +145,7 @@ class ContinualTies(Rule):
     name: ClassVar[str] = "ties"
     title: ClassVar[str] = "Continual TIES"
     paper: ClassVar[str] = "Yadav et al. 2023, TIES-Merging, arXiv:2306.01708"
-    formula: ClassVar[str] = "θ = θ₀ + S,  S ← S + λ·TIES(S, τ_t) with sums of what agrees"
+    formula: ClassVar[str] = "θ = θ₀ + S,  S = λ·τ₁ first, then S ← S + λ·TIES(S, τ_t) with sums of what agrees"
     when: ClassVar[str] = "Experts that disagree about signs, as a baseline: later ones weigh more than earlier ones."
     properties: ClassVar[frozenset[str]] = frozenset({BASE, SCALE})
     example: ClassVar[str] = """\
