@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from ruamel.yaml import YAML
+from safetensors.torch import save_file
 
 import geomerge as gm
 import tiny
@@ -551,3 +552,16 @@ def test_a_recipe_that_cannot_be_carried_out_leaves_nothing(tmp_path: Path, monk
     with pytest.raises(gm.UsageError, match="cancel out"):
         gm.merge(recipe, "out")
     assert not list(Path().glob("out*"))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.complex64])
+def test_whole_numbers_among_weights_are_refused(family: dict[str, tiny.Tensors], dtype: torch.dtype) -> None:
+    """They were rounded away without a word, or the imaginary part was."""
+    tensors = tiny.read(Path("b"))
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(dtype)
+    save_file(tensors, Path("b") / "model.safetensors")
+    with pytest.raises(
+        gm.IncompatibleModels, match=r"model\.norm\.weight is (int32|complex64|c64) in b, but"
+    ) as refused:
+        gm.plan(LINEAR)
+    assert refused.value.where == "<recipe>:4"

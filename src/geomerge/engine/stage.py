@@ -277,6 +277,14 @@ class RecipePlan:
             return f"{DTYPES[kinds[0].dtype].recipe} tensor of the first model"
         if part.name in self.donor.anatomy.buffers:
             return BUFFER.removeprefix("copy: ")
+        for kind, (model, _) in zip(kinds, found, strict=True):
+            if DTYPES[kind.dtype].kind != "float":
+                first = f"{DTYPES[kinds[0].dtype].recipe} in {found[0][0]}"
+                raise IncompatibleModels(
+                    f"{part.name} is {DTYPES[kind.dtype].recipe} in {model}, but {first}",
+                    where=str(self.recipe.line_of(model.ref)),
+                    hint="weights are floating-point numbers: has something else been stored under their name?",
+                )
         return None
 
     def _dtype(self, name: str, kinds: list[Kind]) -> str:
