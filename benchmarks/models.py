@@ -2,8 +2,9 @@
 
     python benchmarks/models.py DIR
 
-The weights are noise of a real model's size (σ = 0.02; task vectors with σ = 3·10⁻⁴), the shapes those of Qwen2-0.5B and
-Qwen2.5-1.5B. Nothing in a merge's cost depends on more than that.
+The weights are noise of a real model's size (σ = 0.02, norms around 1, biases of σ = 1; task vectors with σ = 3·10⁻⁴), the shapes
+those of Qwen2-0.5B and Qwen2.5-1.5B. Norms and biases matter where thresholds are of a whole model: what bfloat16 leaves of
+their task vectors is like nothing else.
 """
 
 from __future__ import annotations
@@ -77,7 +78,8 @@ def make(folder: Path, size: str, names: tuple[str, ...] = NAMES) -> None:
         tensors = {}
         for t, (tensor, shape) in enumerate(shapes(size).items()):
             generator = torch.Generator().manual_seed(1000 + t)
-            value = torch.randn(shape, generator=generator).mul_(0.02)
+            value = torch.randn(shape, generator=generator)
+            value = value.mul_(0.02).add_(tensor.endswith("norm.weight")) if not tensor.endswith("bias") else value
             if index:
                 generator.manual_seed(100_000 * index + t)
                 value = value.bfloat16().float().add_(torch.randn(shape, generator=generator), alpha=3e-4)

@@ -19,7 +19,7 @@ import tiny
 from geomerge.engine.live import LiveMerge
 from geomerge.engine.run import run_in_memory
 from geomerge.engine.shards import finalize, run_shard
-from geomerge.methods import native
+from geomerge.methods import native, order
 from geomerge.methods.order import largest_of_all, nth_smallest_of_all
 from geomerge.methods.tile import Scan, TensorSource, Tile
 from geomerge.methods.walk import Walk
@@ -409,6 +409,52 @@ def test_a_model_larger_than_the_sample(grid: bool) -> None:
     np.testing.assert_allclose(flat(merged), flat(tensors[0]) + ties(taus, 0.1), rtol=0, atol=1e-12)
     merged = gm.methods.pcb(tensors[0], tensors[1:])
     np.testing.assert_allclose(flat(merged), flat(tensors[0]) + pcb(taus, 0.2, 0.01, "raw"), rtol=0, atol=1e-12)
+
+
+def with_loud_norms(shape: tuple[int, int], norms: int) -> list[dict[str, torch.Tensor]]:
+    """A base and two experts, whose many small tensors change a thousand times as much as the large one."""
+    random = torch.Generator().manual_seed(6)
+
+    def noise(scale: float, *shape: int) -> torch.Tensor:
+        return scale * torch.randn(shape, generator=random)
+
+    base = {"w": noise(0.02, *shape)} | {f"norm{i}": 1 + noise(0.1, 300) for i in range(norms)}
+    return [base] + [{n: v + noise(1e-4 if n == "w" else 0.1, *v.shape) for n, v in base.items()} for _ in range(2)]
+
+
+@pytest.mark.parametrize("loops", [True, False])
+@pytest.mark.parametrize("method", ["ties", "pcb"])
+def test_small_tensors_do_not_spoil_the_sample(method: str, loops: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms are a fiftieth of the model and no more of the sample, so its brackets hold the thresholds at the first look."""
+    looks: list[float] = []
+    bounds = order._bounds
+    monkeypatch.setattr(order, "_bounds", lambda *given: looks.append(given[4]) or bounds(*given))
+    monkeypatch.setattr(order, "by_counting", lambda *_, **__: pytest.fail("counted bit by bit"))
+    models = with_loud_norms((1000, 1500), 100)
+    with contextlib.nullcontext() if loops else native.turned_off():
+        if method == "ties":
+            merged = gm.methods.ties(models[0], models[1:], weight=1, density=0.2, scope="global")
+            taus = [flat(m) - flat(models[0]) for m in models[1:]]
+            np.testing.assert_allclose(flat(merged), flat(models[0]) + ties(taus, 0.2), rtol=0, atol=1e-6)
+        else:
+            gm.methods.pcb(models[0], models[1:])
+    assert set(looks) == {order._OF_ALL[0]}
+
+
+@pytest.mark.parametrize(("spreads", "again"), [((-5.0, 32.0), 0), ((-6.0, -5.0), 2)])
+def test_what_a_models_brackets_missed_is_looked_at_once_more(
+    spreads: tuple[float, float], again: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By wider ones; only what these miss, too, is counted bit by bit."""
+    counted: list[int] = []
+    by_counting = order.by_counting
+    monkeypatch.setattr(order, "by_counting", lambda *a, **o: counted.append(1) or by_counting(*a, **o))
+    monkeypatch.setattr(order, "_OF_ALL", spreads)
+    models = with_loud_norms((300, 400), 10)
+    merged = gm.methods.ties(models[0], models[1:], weight=1, density=0.1, scope="global")
+    assert len(counted) == again
+    taus = [flat(m) - flat(models[0]) for m in models[1:]]
+    np.testing.assert_allclose(flat(merged), flat(models[0]) + ties(taus, 0.1), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.bfloat16], ids=str)

@@ -57,7 +57,7 @@ _MOST = 1 << 20
 """Elements in the largest sample of a tensor; of a model four times as many."""
 _SPREADS = (3.0, 8.0)
 """How many standard deviations a tensor's brackets reach to either side: those that missed are looked at once more, wider."""
-_OF_ALL = 4.0
+_OF_ALL = (4.0, 32.0)
 """The same for a model's."""
 _COLLECT = 1 << 20
 """Values a bracket of a tensor is meant to hold at most, and one of a model two and a half times as many; beyond four times so
@@ -214,23 +214,79 @@ def _select(
         own = loops(scan) if loops is not None and scan.compiled else None
         return own or _look(scan, values, experts, recorded=recorded)
 
-    def sample(scan: Scan) -> dict[int, list[Floats]]:
-        return _sample(scan, values, wanted, max(size * scan.numel // n, 1), look(scan)) if scan.numel else {}
+    def sample(scan: Scan) -> tuple[int, dict[int, list[Floats]]]:
+        own = look(scan)
+        piece = scan.columns or 4096 if own is None else _PIECE
+        limit = (
+            -(-size * scan.numel // (n * piece)) * piece
+        )  # whole pieces: not fewer elements than `_in_proportion` takes
+        return scan.numel, _sample(scan, values, left, limit, own) if scan.numel else {}
 
-    samples = walk.over(sample)
     floor = -math.inf if signed else 0.0
-    together = {i: [pieces for each in samples for pieces in each.get(i, ())] for i in wanted}
-    brackets = {i: bounds for i, (bounds, _) in _bounds(together, wanted, n, floor, _OF_ALL, walk.side_by_side).items()}
-    del samples, together
-    budget = dict.fromkeys(wanted, 16 * _COLLECT)
     most = _COLLECT // 2 // (len(walk.names) + n // SEGMENT)
-    parts = walk.over(lambda scan: _collect(scan, values, brackets, budget, most, look(scan)))
-    chosen = walk.side_by_side(lambda i: choose([s[i] for scan in parts for s in scan], wanted[i]), wanted)
-    for (i, k), seen in zip(wanted.items(), chosen, strict=True):
-        selection = seen or by_counting(walk.over_segments, values, i, k, signed=signed)
-        equal = iter(selection.equal)
-        found[i] = (selection.threshold, selection.keep, [[next(equal) for _ in scan] for scan in parts])
+    left = wanted
+    for spread in _OF_ALL:
+        together = _in_proportion(walk.over(sample), size, n)
+        brackets = {
+            i: bounds for i, (bounds, _) in _bounds(together, left, n, floor, spread, walk.side_by_side).items()
+        }
+        del together
+        budget = dict.fromkeys(left, 16 * _COLLECT)
+
+        def collect(scan: Scan, brackets: Any = brackets, budget: Any = budget) -> list[dict[int, Bracket]]:
+            return _collect(scan, values, brackets, budget, most, look(scan))
+
+        parts = walk.over(collect)
+        segments = [s for scan in parts for s in scan]
+        inside = {i: [s[i] for s in segments] for i in left}
+        chosen = walk.side_by_side(lambda item: choose(item[1], wanted[item[0]]), inside.items())
+        missed = {}
+        for (i, k), seen in zip(left.items(), chosen, strict=True):
+            if seen is None and spread < _OF_ALL[-1] and not any(s.overflow for s in inside[i]):
+                missed[i] = k
+                continue
+            selection = seen or by_counting(walk.over_segments, values, i, k, signed=signed)
+            equal = iter(selection.equal)
+            found[i] = (selection.threshold, selection.keep, [[next(equal) for _ in scan] for scan in parts])
+        left = missed
+        if not left:
+            break
     return found
+
+
+def _in_proportion(
+    samples: Sequence[tuple[int, dict[int, list[Floats]]]], size: int, n: int
+) -> dict[int, list[Floats]]:
+    """Of each tensor's sample what its share of all n elements is of `size`.
+
+    A norm gives a piece of 256 elements, of which there should be one: a tenth of the sample, of values that are not a
+    thousandth of the model's, and no bracket would hold its threshold.
+
+    Args:
+        samples: For each tensor its number of elements and, by selection, pieces as `bounds_of` takes them.
+        size, n: As above.
+    """
+    taken: dict[int, list[Floats]] = {}
+    met = 0
+    for numel, sampled in samples:
+        quota = size * (met + numel) // n - size * met // n  # so that what is rounded down here is given to others
+        met += numel
+        same: dict[int, list[Floats]] = {}
+        for i, pieces in sampled.items():
+            if id(pieces) not in same:
+                same[id(pieces)] = _thinned(pieces, quota)
+            taken.setdefault(i, []).extend(same[id(pieces)])
+    return taken
+
+
+def _thinned(pieces: list[Floats], quota: int) -> list[Floats]:
+    """About `quota` elements, as many of each piece."""
+    if sum(piece.size for piece in pieces) <= quota:
+        return pieces
+    rows = pieces[0] if len(pieces) == 1 else np.concatenate([piece.reshape(1, -1) for piece in pieces], axis=1)
+    number, length = rows.shape
+    each = round(quota / number)
+    return [rows[:, np.arange(each) * length // each]] if each else []
 
 
 def _sample(

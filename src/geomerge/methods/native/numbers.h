@@ -176,15 +176,6 @@ static inline floats all(float value) { return value - (floats){0}; }
 static inline floats where(ints mask, floats x) { return (floats)(mask & (ints)x); } /* and 0 elsewhere */
 static inline floats size_of(floats x) { return (floats)((ints)x & 0x7FFFFFFF); }
 
-static inline ints clamped_int(ints x, int32_t low, int32_t high) {
-#if defined __AVX2__ && defined __FMA__ && !defined __AVX512BW__
-    return (ints)_mm256_max_epi32(_mm256_min_epi32((__m256i)x, _mm256_set1_epi32(high)), _mm256_set1_epi32(low));
-#else
-    for (int i = 0; i < LANES(float); i++) x[i] = x[i] < low ? low : x[i] > high ? high : x[i];
-    return x;
-#endif
-}
-
 static inline ints rounded_bf16(floats x) {
     const ints bits = (ints)x;
     return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16 & 0xFFFF;
