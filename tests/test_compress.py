@@ -68,7 +68,7 @@ def test_disjoint_changes_come_back_exactly(root: Path) -> None:
 def test_by_number(root: Path) -> None:
     """From 1; a name that is a number is a name first."""
     compress(root / "base", {"2": root / "a", "x": root / "b"}, root / "packed")
-    for task, number in (("2", "1"), ("x", "x")):
+    for task, number in (("2", 1), ("x", "x")):
         extract(root / "packed", task, root / f"{task}-by-name", base=root / "base")
         extract(root / "packed", number, root / f"{task}-again", base=root / "base")
         assert tiny.same(tiny.read(root / f"{task}-by-name"), tiny.read(root / f"{task}-again"))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import geomerge as gm
-from geomerge.errors import IncompatibleModels, NotFiniteError, UsageError
+from geomerge.errors import IncompatibleModels, NotFiniteError, OutOfRange, UsageError
 from geomerge.methods.sparsify import MagPrune
 
 HALF = math.sqrt(0.5)
@@ -427,6 +427,10 @@ class TestDare:
         """The survivors are multiplied by ‖τ‖₁ over theirs: the L1 norm stays."""
         x = torch.arange(1.0, 65.0, dtype=torch.float64)
         found = gm.methods.dare_linear(zero(x), [x], weight=1, density=0.25, rescale_norm="l1")
+        short = gm.methods.dare_linear(zero(x), [x], weight=1, density=0.25, rescale="l1")
+        assert torch.equal(short, found)
+        with pytest.raises(UsageError, match="rescale is l1, but rescale_norm is inverse"):
+            gm.methods.dare_linear(zero(x), [x], weight=1, density=0.25, rescale="l1", rescale_norm="inverse")
         kept = found != 0
         assert near(found[kept] / x[kept], *[2080 / float(x[kept].sum())] * int(kept.sum()))
 
@@ -682,6 +686,13 @@ class TestCalls:
             gm.methods.linear([vector(1, 2), vector(1)])
         with pytest.raises(IncompatibleModels, match="'b'"):
             gm.methods.linear([{"a": vector(1)}, {"a": vector(1), "b": vector(2)}])
+
+    def test_a_result_that_the_dtype_does_not_hold(self) -> None:
+        """Is refused, as by the engine."""
+        a, b = torch.tensor([1.0, 2.0]).half(), torch.tensor([1.0, 3.0]).half()
+        with pytest.raises(OutOfRange, match="beyond what float16 holds"):
+            gm.methods.task_arithmetic({"w": a}, [{"w": b}], weight=1e5)
+        assert gm.methods.task_arithmetic(a, [b], weight=1e5, dtype=torch.bfloat16).isfinite().all()
 
     def test_nan_names_model_and_tensor(self) -> None:
         """The second model's `w`."""

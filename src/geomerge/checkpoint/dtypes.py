@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from geomerge.errors import ModelError, RecipeError, did_you_mean
+from geomerge.errors import ModelError, OutOfRange, RecipeError, did_you_mean
 
 if TYPE_CHECKING:
     import torch
@@ -102,6 +102,16 @@ def parse_dtype(text: object, where: object = None) -> str:
 def recipe_name(name: str) -> str:
     """``"BF16"`` → ``"bfloat16"``."""
     return DTYPES[name].recipe
+
+
+def out_of_range(tensor: str, name: str) -> OutOfRange:
+    """The error for a tensor of which a dtype does not hold all merged elements."""
+    most = {"F16": 65504.0, "F64": 1.8e308}.get(name, 3.4e38)
+    return OutOfRange(
+        f"the merged weights are beyond what {recipe_name(name)} holds (±{most:g})",
+        where=tensor,
+        hint="make the weights or lambda smaller" + (", or write `dtype: bfloat16`" if name == "F16" else ""),
+    )
 
 
 def to_torch(name: str) -> torch.dtype:

@@ -89,17 +89,18 @@ class Contents:
                 f"the description of the compressed experts is damaged: {error}", where=str(path)
             ) from None
 
-    def number(self, task: str) -> int:
+    def number(self, task: str | int) -> int:
         """Which expert a name stands for, from 1; or the number itself.
 
         Raises:
             UsageError: None.
         """
-        if task not in self.tasks and task.isdecimal() and 1 <= int(task) <= len(self.tasks):
-            return int(task)
-        if task not in self.tasks:
-            raise UsageError(f"there is no expert {task!r}", hint=did_you_mean(task, self.tasks))
-        return list(self.tasks).index(task) + 1
+        name = str(task)
+        if name not in self.tasks and name.isdecimal() and 1 <= int(name) <= len(self.tasks):
+            return int(name)
+        if name not in self.tasks:
+            raise UsageError(f"there is no expert {name!r}", hint=did_you_mean(name, self.tasks))
+        return list(self.tasks).index(name) + 1
 
 
 def vector(name: str) -> str:

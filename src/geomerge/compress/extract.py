@@ -41,7 +41,7 @@ assert PIECE % BLOCK == 0
 
 def extract(
     packed: str | Path,
-    task: str,
+    task: str | int,
     out: str | Path,
     *,
     base: str | Path,

@@ -19,10 +19,10 @@ from typing import Any, Protocol
 
 import torch
 
-from geomerge.checkpoint.dtypes import DTYPES, to_torch
+from geomerge.checkpoint.dtypes import DTYPES, out_of_range, to_torch
 from geomerge.engine import codes
 from geomerge.engine.build import Builder
-from geomerge.engine.loss import RESIDUE, SAMPLE, RoundingLoss, out_of_range
+from geomerge.engine.loss import RESIDUE, SAMPLE, RoundingLoss
 from geomerge.engine.matrices import ROOM, whole_matrices
 from geomerge.engine.memory import keep_freed_memory
 from geomerge.engine.plan import BUFFER, SCALES, Node

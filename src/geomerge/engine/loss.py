@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from geomerge.checkpoint.dtypes import recipe_name
-from geomerge.errors import OutOfRange
+from geomerge.checkpoint.dtypes import out_of_range
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,16 +74,6 @@ class RoundingLoss:
     def share(self) -> float | None:
         """‖round(θ) − θ‖ / ‖θ − reference‖, or `None` when the merge changes nothing."""
         return math.sqrt(self.error / self.change) if self.change > 0 else None
-
-
-def out_of_range(name: str, dtype: str) -> OutOfRange:
-    """The error for a tensor of which a dtype does not hold all elements."""
-    most = {"F16": 65504.0}.get(dtype, 3.4e38)
-    return OutOfRange(
-        f"the merged weights are beyond what {recipe_name(dtype)} holds (±{most:g})",
-        where=name,
-        hint="make the weights or lambda smaller" + (", or write `dtype: bfloat16`" if dtype == "F16" else ""),
-    )
 
 
 def _float64(x: Tensor) -> np.ndarray:

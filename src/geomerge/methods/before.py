@@ -14,9 +14,10 @@ from geomerge.methods.kernel import Once, Open
 from geomerge.methods.linalg import one_thread, truncate
 from geomerge.methods.order import placed
 from geomerge.methods.properties import BASE, PERMUTATION, ROTATION, SCALE, SIGN
+from geomerge.methods.rescaling import Rescaling
 from geomerge.methods.rest import is_matrix
 from geomerge.methods.selection import Selection
-from geomerge.methods.sparsify import Magnitude, MagPrune, Outliers, Random, Rescale, RowOutliers, Sparsifier, measure
+from geomerge.methods.sparsify import Magnitude, MagPrune, Outliers, Random, RowOutliers, Sparsifier, measure
 from geomerge.methods.tile import Scan, Tile
 from geomerge.methods.walk import whole
 
@@ -39,11 +40,11 @@ steps:
 
 
 @dataclass(frozen=True)
-class _Sparse(Step):
+class _Sparse(Rescaling, Step):
     """A step of `geomerge.methods.sparsify`."""
 
     density: tuple[float, ...] = per_model(within=(0, 1), above=0, doc="share of the elements that is kept")
-    rescale: bool = parameter(False, doc="make up for what was dropped")
+    rescale: bool = parameter(False, doc="make up for what was dropped; `l1`: with that as `rescale_norm`")
     rescale_norm: str = parameter(
         "inverse", choices=("inverse", "l1"), doc="how: divide by the kept share, or keep the L1 norm (mergekit)"
     )
@@ -52,10 +53,6 @@ class _Sparse(Step):
     @property
     def idle(self) -> bool:
         return min(self.density) >= 1
-
-    @property
-    def rescaling(self) -> Rescale:
-        return ("l1" if self.rescale_norm == "l1" else "inverse") if self.rescale else "none"
 
     @property
     def free(self) -> bool:
@@ -134,7 +131,7 @@ class Dare(_Sparse):
     properties: ClassVar[frozenset[str]] = frozenset({BASE, SCALE, SIGN})
     example: ClassVar[str] = example("dare: 0.5", "sce", "seed: 42\n")
 
-    rescale: bool = parameter(True, doc="make up for what was dropped")
+    rescale: bool = parameter(True, doc="make up for what was dropped; `l1`: with that as `rescale_norm`")
 
     def sparsifier(self) -> Sparsifier:
         return Random(self.density, self.rescaling)
@@ -153,7 +150,7 @@ class Della(_Sparse):
     properties: ClassVar[frozenset[str]] = frozenset({BASE, SCALE, SIGN})
     example: ClassVar[str] = example("della: {density: 0.5, epsilon: 0.1}", "sce", "seed: 42\n")
 
-    rescale: bool = parameter(True, doc="make up for what was dropped")
+    rescale: bool = parameter(True, doc="make up for what was dropped; `l1`: with that as `rescale_norm`")
     epsilon: tuple[float, ...] = per_model(
         0.15, within=(0, 1), doc="keep probabilities run from density − ε to density + ε along a row's ranks"
     )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
-from geomerge.checkpoint.dtypes import from_torch, parse_dtype, to_torch
+from geomerge.checkpoint.dtypes import from_torch, out_of_range, parse_dtype, to_torch
 from geomerge.errors import IncompatibleModels, UsageError, did_you_mean
 from geomerge.methods.base import Matrix, Method, Span
 from geomerge.methods.gram import Gram, together
@@ -46,6 +46,7 @@ class Function:
         UsageError: A wrong parameter or number of models.
         IncompatibleModels: Names or shapes differ.
         NotFiniteError: An input holds NaN or Inf.
+        OutOfRange: The dtype does not hold the result.
     """
 
     def __init__(self, method: type[Method]) -> None:
@@ -181,6 +182,8 @@ def merge_tensors(
     for segment in prepared.scan.segments:
         for start, values in prepared.tiles(segment):
             flat[start : start + values.numel()] = values
+    if not bool(torch.isfinite(flat).all()):
+        raise out_of_range(name, from_torch(dtype))
     return out
 
 

@@ -17,7 +17,7 @@ class _Dare(TaskVectors):
     paper: ClassVar[str] = "Yu et al. 2024, Language models are Super Mario (DARE), arXiv:2311.03099"
     mergekit: ClassVar[dict[str, Any]] = {"rescale_norm": "l1"}
 
-    rescale: bool = parameter(True, doc="make up for what was dropped")
+    rescale: bool = parameter(True, doc="make up for what was dropped; `l1`: with that norm")
 
     def sparsifier(self) -> Sparsifier:
         return Random(self.density, self.rescaling)

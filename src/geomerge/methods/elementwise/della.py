@@ -17,7 +17,7 @@ class _Della(TaskVectors):
     paper: ClassVar[str] = "Deep et al. 2024, DELLA-Merging, arXiv:2406.11617"
     mergekit: ClassVar[dict[str, Any]] = {"rescale_norm": "l1"}
 
-    rescale: bool = parameter(True, doc="make up for what was dropped")
+    rescale: bool = parameter(True, doc="make up for what was dropped; `l1`: with that norm")
     epsilon: tuple[float, ...] = per_model(
         0.15, within=(0, 1), doc="keep probabilities run from density − ε to density + ε along a row's ranks"
     )

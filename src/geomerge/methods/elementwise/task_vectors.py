@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from geomerge.methods import native
 from geomerge.methods.base import Elementwise, parameter, per_model
 from geomerge.methods.combine import cancelled, disjoint_merge, exactly, weighted_sum
-from geomerge.methods.sparsify import Magnitude, MagPrune, Outliers, Rescale, Sparsifier, Thins, measure
+from geomerge.methods.rescaling import Rescaling
+from geomerge.methods.sparsify import Magnitude, MagPrune, Outliers, Sparsifier, Thins, measure
 from geomerge.methods.tile import Loop, Place, Scan, Tile
 from geomerge.methods.watched import watched
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class TaskVectors(Elementwise):
+class TaskVectors(Rescaling, Elementwise):
     """θ = θ₀ + λ·combine(sparsify(θₖ − θ₀), wₖ). Subclasses say how to sparsify, and whether signs are elected.
 
     Class attributes beside those of `Method`:
@@ -33,7 +34,7 @@ class TaskVectors(Elementwise):
     weight: tuple[float, ...] = per_model(doc="the task vector's factor")
     density: tuple[float, ...] = per_model(1.0, within=(0, 1), above=0, doc="share of the elements that is kept")
     normalize: bool = parameter(False, doc="divide by the weights that took part")
-    rescale: bool = parameter(False, doc="make up for what was dropped")
+    rescale: bool = parameter(False, doc="make up for what was dropped; `l1`: with that as `rescale_norm`")
     rescale_norm: str = parameter(
         "inverse", choices=("inverse", "l1"), doc="how: divide by the kept share, or keep the L1 norm (mergekit)"
     )
@@ -46,11 +47,6 @@ class TaskVectors(Elementwise):
     def merging(self) -> dict[str, Any]:
         """How what agrees on the elected sign is merged: arguments of `disjoint_merge`."""
         return {"normalize": self.normalize}
-
-    @property
-    def rescaling(self) -> Rescale:
-        """The step's rescaling as the parameters ask for it."""
-        return ("l1" if self.rescale_norm == "l1" else "inverse") if self.rescale else "none"
 
     @property
     def rows(self) -> bool:
