@@ -2,9 +2,9 @@
 
     python benchmarks/models.py DIR
 
-The weights are noise of a real model's size (σ = 0.02, norms around 1, biases of σ = 1; task vectors with σ = 3·10⁻⁴), the shapes
-those of Qwen2-0.5B and Qwen2.5-1.5B. Norms and biases matter where thresholds are of a whole model: what bfloat16 leaves of
-their task vectors is like nothing else.
+The weights are noise of a real model's size (σ = 0.02, norms around 1, biases of σ = 1; task vectors with σ = 3·10⁻⁴), the
+shapes those of Qwen2-0.5B and Qwen2.5-1.5B. Norms and biases matter where thresholds are of a whole model: what bfloat16
+leaves of their task vectors is like nothing else.
 """
 
 from __future__ import annotations
