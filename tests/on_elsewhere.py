@@ -50,7 +50,7 @@ def test_the_bits_are_those_of_the_processor(case: Case) -> None:
 
 
 @pytest.mark.parametrize(
-    "method", [n for n, m in registry.all_methods().items() if m.family == "matrix" and n != "lore"]
+    "method", [name for name, method in registry.all_methods().items() if method.family == "matrix"]
 )
 def test_large_matrices(method: str) -> None:
     """Where the processor's come from SciPy's library, and a device's from its own."""
@@ -84,7 +84,7 @@ MORE = {"knots": {"full_weights": True}}
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base and three experts."""
     made = tmp_path_factory.mktemp("elsewhere")
-    tiny.family(made, dtype=torch.bfloat16, num_hidden_layers=2)
+    tiny.family(made, dtype=torch.bfloat16, num_hidden_layers=1)
     return made
 
 
@@ -96,7 +96,7 @@ STEPPED = {
 }
 
 
-PLAIN = [(name, "") for name in registry.all_methods() if name != "lore"]  # which takes long, and is tested above
+PLAIN = [(name, "") for name in registry.all_methods()]
 
 
 @pytest.mark.parametrize(("method", "steps"), [*PLAIN, *STEPPED.items()])

@@ -24,6 +24,7 @@ import geomerge as gm
 from cli_samples import write_models, write_recipe
 from geomerge.cli.app import main
 from geomerge.errors import NotFiniteError
+from geomerge.lab.cache import locked
 from geomerge.methods import gram, native, registry, tile
 from geomerge.methods.elementwise.arcee_fusion import _divergences, _far_divergences
 from geomerge.methods.native import build
@@ -826,6 +827,7 @@ def test_a_merge_says_why_it_is_slow(
 @compiled
 def test_a_stale_library_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor one without a fingerprint, nor what is no library; torch does all then."""
+    monkeypatch.setattr(build, "_FLAGS", (*build._FLAGS, "-O0"))
     source = tmp_path / "kernels.c"
     source.write_bytes(build.SOURCE.read_bytes() + b"\n")
     monkeypatch.setattr(build, "SOURCE", source)
@@ -839,13 +841,20 @@ def test_a_stale_library_is_not_loaded(tmp_path: Path, monkeypatch: pytest.Monke
         assert native.call._load(tmp_path / name) is None
 
 
+@pytest.fixture(scope="session")
+def plain(shared: Path) -> Path:
+    """The library for any processor, which compiles quickly: how well it was optimised, its bits do not tell."""
+    place = shared / "native" / "plain.so"
+    with locked(place.parent), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "_FLAGS", (*build._FLAGS, "-O1", "-U__AVX2__", "-U__FMA__"))
+        assert place.exists() or build.build(place) is None
+    return place
+
+
 @pytest.fixture(params=["any", "AVX2"])
-def other_processor(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def other_processor(request: pytest.FixtureRequest, plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The library for another kind of processor."""
-    if request.param == "any":
-        monkeypatch.setattr(build, "_FLAGS", (*build._FLAGS, "-U__AVX2__", "-U__FMA__"))
-        assert build.build(tmp_path / "plain.so") is None
-    other = native.call._load(tmp_path / "plain.so" if request.param == "any" else build.LIBRARY)
+    other = native.call._load(plain if request.param == "any" else build.LIBRARY)
     assert other is not None
     monkeypatch.setattr(native.call, "loaded", lambda: other)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,31 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(scope="session")
-def mlp(tmp_path_factory: pytest.TempPathFactory) -> Suite:
+def built(shared: Path) -> Callable[..., Suite]:
+    """Builds suites in a cache of the whole run."""
+
+    def once(*arguments: Any) -> Suite:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("XDG_CACHE_HOME", str(shared / "cache"))
+            return build(*arguments)
+
+    return once
+
+
+@pytest.fixture(scope="session")
+def mlp(built: Callable[..., Suite]) -> Suite:
     """The suite mlp of seed 0."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        return build("mlp")
+    return built("mlp")
+
+
+@pytest.fixture
+def warm(cache: Path, built: Callable[..., Suite], mlp: Suite) -> Path:
+    """A cache of the test's own, in which mlp is there with the seeds 0 and 1."""
+    place = cache / "geomerge" / "lab"
+    for suite in (mlp, built("mlp", "tiny", 1)):
+        assert suite.root.parts[-3:-1] == place.parts[-2:]
+        shutil.copytree(suite.root, place / suite.root.name)
+    return cache
 
 
 @pytest.fixture

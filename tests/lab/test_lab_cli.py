@@ -38,7 +38,7 @@ class TestBuild:
             f"{100 * scores['average']['b']:.1f}",
         ]
 
-    def test_json(self, program: Program, cache: Path) -> None:
+    def test_json(self, program: Program, warm: Path) -> None:
         """One JSON object, and nothing else."""
         ran = program("lab", "build", "mlp", "--json")
         data = json.loads(ran.out)
@@ -65,19 +65,18 @@ class TestBuild:
 class TestList:
     """What there is."""
 
-    def test_list(self, program: Program, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_list(self, program: Program, warm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Every suite and size; what ships and what was built is marked."""
         two = {name: kinds.KINDS[name] for name in ("glyphs", "mlp")}
         monkeypatch.setattr("geomerge.lab.suite.KINDS", two)
-        program("lab", "build", "mlp", "--seed", 4)
         text = program("lab", "list").out
         rows = [line.split() for line in text.splitlines()]
         assert ["glyphs", "tiny"] in [row[:2] for row in rows]
         assert "ships with geomerge" in text
-        assert "built: seed 4" in text
+        assert "built: seeds 0, 1" in text
         data = json.loads(program("lab", "list", "--json").out)
         found = {(entry["suite"], entry["size"]): entry for entry in data}
-        assert list(found["mlp", "tiny"]["built"]) == ["4"]
+        assert list(found["mlp", "tiny"]["built"]) == ["0", "1"]
         assert found["mlp", "tiny"]["shipped"] is None
         assert len(found["glyphs", "small"]["tasks"]) == 8
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -35,11 +36,13 @@ class TestFigures:
             ("hard", 50.0, 96.0, 62.1, 4.0),
         ],
     )
-    def test_means(self, cache: Path, size: str, base: float, experts: float, average: float, within: float) -> None:
+    def test_means(
+        self, built: Callable[..., Suite], size: str, base: float, experts: float, average: float, within: float
+    ) -> None:
         """Base, experts and plain average are where the settings' description says."""
         rows = []
         for seed in range(3):
-            suite = build("mlp", size, seed)
+            suite = built("mlp", size, seed)
             scores, tasks = suite.scores, tuple(suite.experts)
             rows.append((mean(scores["base"]), experts_mean(scores, tasks), mean(scores["average"])))
         found = 100 * np.mean(rows, axis=0)
@@ -54,10 +57,10 @@ class TestFigures:
 class TestBuild:
     """What a build writes."""
 
-    def test_same_bytes_twice(self, mlp: Suite, cache: Path, files) -> None:
+    def test_same_bytes_twice(self, mlp: Suite, built: Callable[..., Suite], cache: Path, files) -> None:
         """A seed gives the same bytes in another cache, and another seed gives others."""
         assert files(build("mlp").root) == files(mlp.root)
-        other = build("mlp", seed=1)
+        other = built("mlp", "tiny", 1)
         assert (
             load_file(other.base / "model.safetensors")["layers.0.weight"]
             .ne(load_file(mlp.base / "model.safetensors")["layers.0.weight"])

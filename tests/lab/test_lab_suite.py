@@ -88,27 +88,27 @@ class TestReferences:
             load_suite("mlp:hard:7")
         assert caught.value.hint == "geomerge lab build mlp --size hard --seed 7"
 
-    def test_built(self, cache: Path) -> None:
+    def test_built(self, warm: Path) -> None:
         """Every way to name a built suite gives that suite."""
         built = build("mlp")
         for reference in ("mlp", "mlp-tiny", "mlp:tiny", "mlp:tiny:0", "mlp-tiny:0", built.root, str(built.root)):
             assert load_suite(reference) == built
 
-    def test_changed_settings_are_another_suite(self, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_changed_settings_are_another_suite(self, warm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """A suite built with other settings is not found."""
         build("mlp")
         monkeypatch.setattr(MlpKind, "settings", lambda self, size: {"generator": 99})
         with pytest.raises(UsageError, match="not been built"):
             load_suite("mlp")
 
-    def test_list(self, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_list(self, warm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """The list has every size, and which seeds were built."""
         monkeypatch.setattr(kinds, "KINDS", {"mlp": kinds.KINDS["mlp"]})
         monkeypatch.setattr("geomerge.lab.suite.KINDS", {"mlp": kinds.KINDS["mlp"]})
-        built = build("mlp", seed=3)
+        built = [build("mlp", seed=seed).root for seed in (0, 1)]
         listed = {(s.name, s.size): s for s in suites()}
         assert list(listed) == [("mlp", "tiny"), ("mlp", "easy"), ("mlp", "hard")]
-        assert listed["mlp", "tiny"].built == {3: built.root}
+        assert listed["mlp", "tiny"].built == dict(enumerate(built))
         assert not listed["mlp", "hard"].built
 
 
@@ -209,7 +209,7 @@ class TestRequirement:
 class TestOut:
     """A copy for the user."""
 
-    def test_copy(self, cache: Path, tmp_path: Path, files) -> None:
+    def test_copy(self, warm: Path, tmp_path: Path, files) -> None:
         """The copy is the cached suite, without what belongs to the cache."""
         built = build("mlp", out=tmp_path / "here")
         assert built.root == tmp_path / "here"

@@ -50,7 +50,9 @@ def list_suites(json: AsJson = False) -> None:
     rows = []
     for s in found:
         there = ["ships with geomerge"] if s.shipped is not None else []
-        there += [f"built: seed {', '.join(str(seed) for seed in s.built)}"] if s.built else []
+        if s.built:
+            seeds = "seed" if len(s.built) == 1 else "seeds"
+            there.append(f"built: {seeds} {', '.join(str(seed) for seed in s.built)}")
         rows.append((s.name, s.size, str(len(get_kind(s.name).tasks(s.size, 0))), s.title, "; ".join(there) or "-"))
     show(
         table(("suite", "size", "tasks", "what", "where"), rows, right=("tasks",)),

@@ -37,7 +37,8 @@ THINNING = {"density": 0.5, "select_topk": 0.5, "lambda": 0.5}
 _NEUTRAL: Mapping[str, Mapping[str, Any]] = {
     "slerp": {"t": 0.3},
     "nearswap": {"t": 1e-4},
-    # What is true of twenty steps is true of hundreds.
+    # What is true of few steps is true of many.
+    "lore": {"sweeps": 8},
     "wudi": {"steps": 20},
     "optmerge": {"steps": 20},
     "doge_ta": {"steps": 20},
