@@ -35,6 +35,9 @@ LAYERS = {
 }
 """The weights of a layer of the models that most papers merge, and of a language model."""
 
+VALUES: dict[str, Any] = {"lore": {"sweeps": 3, "tolerance": 0.0}}
+"""What is not the default: as many rounds on both sides."""
+
 
 def task_vectors(rows: int, columns: int, spectrum: str) -> Tensor:
     """Random task vectors."""
@@ -71,6 +74,14 @@ def tsvm(deltas: Tensor) -> Tensor:
     u = unit(torch.cat([p[0][:, :k] for p in parts], 1))
     vh = unit(torch.cat([p[2][:k] for p in parts]))
     return (u * torch.cat([p[1][:k] for p in parts])) @ vh
+
+
+def resm(deltas: Tensor) -> Tensor:
+    """RESM: TSV-Merge of task vectors that their outliers' mass weighs."""
+    sizes = deltas.abs().flatten(1)
+    outliers = sizes > (sizes.mean(1) + 3 * sizes.std(1, correction=0))[:, None]
+    mass = (sizes * outliers).sum(1)
+    return tsvm(deltas * (len(deltas) * mass / mass.sum())[:, None, None])
 
 
 def iso_c(deltas: Tensor) -> Tensor:
@@ -113,6 +124,23 @@ def knots(deltas: Tensor) -> Tensor:
     coordinates = list((s[:, None] * vh).split(deltas.shape[2], dim=1))
     ties = Function(registry.get("ties"))
     return u @ ties(torch.zeros_like(coordinates[0]), coordinates, weight=1.0, density=0.2)
+
+
+def svd_compress(deltas: Tensor) -> Tensor:
+    """Task vectors of a tenth of the rank, added up."""
+    return torch.stack([low(delta, 0.1) for delta in deltas]).sum(0)
+
+
+def lore(deltas: Tensor) -> Tensor:
+    """LoRE-Merging, whose every round decomposes all task vectors: see `VALUES`."""
+    sweeps = VALUES["lore"]["sweeps"]
+    changes = torch.zeros_like(deltas)
+    for _ in range(sweeps):
+        base = (deltas - changes).mean(0)
+        for delta, change in zip(deltas, changes, strict=True):
+            u, s, vh = svd(delta - base)
+            change.copy_((u * (s - 0.005).clamp(min=0.0)) @ vh)
+    return base + changes.sum(0)
 
 
 def timed(
@@ -195,7 +223,7 @@ def seconds_of(work: Callable[[], object]) -> float:
 
 def main() -> None:
     """Print the table."""
-    references = (tsvm, iso_c, iso_cts, twin, knots)
+    references = (tsvm, resm, iso_c, iso_cts, twin, knots, svd_compress, lore)
     parser = argparse.ArgumentParser()
     parser.add_argument("shapes", nargs="*", default=list(SHAPES))
     parser.add_argument("--spectrum", choices=("slow", "power", "noise"), default="slow")
@@ -211,14 +239,14 @@ def main() -> None:
         pieces()
         return
     print(f"{TASKS} task vectors, spectrum {given.spectrum}, float64, one thread")
-    print(f"{'shape':>12s}  {'method':8s} {'ours':>9s} {'full SVD':>9s} {'faster':>7s} {'difference':>11s}")
+    print(f"{'shape':>12s}  {'method':12s} {'ours':>9s} {'full SVD':>9s} {'faster':>7s} {'difference':>11s}")
     shapes = dict.fromkeys(shape for layer in LAYERS.values() for shape in layer) if given.layers else given.shapes
     seconds = defaultdict[str, dict[str, list[float]]](dict)
     for name in shapes:
         rows, columns = (int(side) for side in name.split("x"))
         deltas = task_vectors(rows, columns, given.spectrum)
         for reference in (r for r in references if r.__name__ in given.methods.split(",")):
-            method = registry.get(reference.__name__).make({}, count=TASKS)
+            method = registry.get(reference.__name__).make(VALUES.get(reference.__name__, {}), count=TASKS)
             sides = method.merge, reference  # type: ignore[attr-defined]
             taken, (found, expected) = timed(sides, deltas, given.rounds)
             seconds[reference.__name__][name] = taken
@@ -232,7 +260,7 @@ def main() -> None:
 def row(name: str, method: str, seconds: list[float], more: str = "") -> None:
     """Print a row of the table."""
     ours, theirs = seconds
-    print(f"{name:>12s}  {method:8s} {ours:8.2f}s {theirs:8.2f}s {theirs / ours:6.1f}x{more}", flush=True)
+    print(f"{name:>12s}  {method:12s} {ours:8.2f}s {theirs:8.2f}s {theirs / ours:6.1f}x{more}", flush=True)
 
 
 if __name__ == "__main__":

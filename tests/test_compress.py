@@ -169,7 +169,8 @@ class TestRefused:
         ("options", "says"),
         [
             ({"method": "tal"}, "did you mean 'tall'"),
-            ({"threshold": -1}, "negative"),
+            ({"threshold": -1}, "from 0 to 100"),
+            ({"threshold": float("nan")}, "from 0 to 100"),
             ({"method": "emr", "threshold": 0.2}, "emr has no threshold"),
         ],
     )

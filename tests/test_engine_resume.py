@@ -17,6 +17,7 @@ import torch
 import geomerge as gm
 import tiny
 from geomerge.engine import journal as journal_module
+from geomerge.engine import survey
 from geomerge.engine.journal import Journal
 from geomerge.engine.plan import Plan
 
@@ -349,3 +350,33 @@ def test_finished_output_cannot_be_resumed(tmp_path: Path) -> None:
     with pytest.raises(gm.UsageError, match="exists"):
         gm.merge(RECIPE.format(tmp_path, 1), tmp_path / "out", resume=True)
     assert tiny.digests(tmp_path / "out") == before
+
+
+def test_what_lines_asks_of_a_tensor_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The look at the merged model that finds LiNeS' α goes on where it was interrupted."""
+    tiny.family(tmp_path)
+    models = [{"model": str(tmp_path / name), "parameters": {"weight": 1.0}} for name in "ab"]
+    head = {"merge_method": "task_arithmetic", "base_model": str(tmp_path / "base"), "models": models}
+    text = json.dumps(head | {"steps": [{"lines": {"alpha": "auto", "beta": 0.5}}]}, indent=1)
+    gm.merge(text, tmp_path / "whole")
+    asked: list[str] = []
+    real = survey._norms
+
+    def norms(builder: Any, node: Any) -> tuple[float, float]:
+        if len(asked) == 5:
+            raise KeyboardInterrupt
+        asked.append(node.name)
+        return real(builder, node)
+
+    monkeypatch.setattr(survey, "_norms", norms)
+    with pytest.raises(KeyboardInterrupt):
+        gm.merge(text, tmp_path / "out", threads=1)
+    before, asked = asked, []
+    monkeypatch.setattr(survey, "_norms", lambda builder, node: (asked.append(node.name), real(builder, node))[1])
+    gm.merge(text, tmp_path / "out", threads=1, resume=True)
+    assert len(before) == 5
+    assert asked
+    assert not set(before) & set(asked)
+    assert tiny.read(tmp_path / "out").keys() == {*before, *asked}
+    for name, tensor in tiny.read(tmp_path / "whole").items():
+        assert torch.equal(tiny.read(tmp_path / "out")[name], tensor), name

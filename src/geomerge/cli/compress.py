@@ -111,7 +111,9 @@ def _named(experts: list[str]) -> dict[str, str]:
         name, equals, path = each.partition("=")
         if not equals or _exists(each):
             name, path = Path(each).name, each
-        if not name or name in found:
+        if not name or not path:
+            raise UsageError(f"{each!r} has no {'path' if name else 'name'}", hint="give NAME=MODEL, or only MODEL")
+        if name in found:
             raise UsageError(
                 f"two experts would be called {name!r}", hint="give them names: chat=./a/model code=./b/model"
             )

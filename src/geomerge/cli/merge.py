@@ -245,7 +245,8 @@ def show_report(
         whole = report.out.with_name(report.out.name.removesuffix(".partial"))
         rows.append(("next", f"when all shards are made: geomerge finalize {clean(shlex.quote(str(whole)))}"))
     if report.resumed:
-        rows.append(("resumed", f"{count(report.resumed, 'tensor')} were finished before"))
+        were = "was" if report.resumed == 1 else "were"
+        rows.append(("resumed", f"{count(report.resumed, 'tensor')} {were} finished before"))
     elif resume:
         rows.append(("resumed", "nothing: no tensor of an earlier run could be kept"))
     if plan.stages[-1].compat is not None:

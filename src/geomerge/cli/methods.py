@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from geomerge.cli.options import AsJson
-
 if TYPE_CHECKING:
     from geomerge.methods.base import Method, Parameter
 
@@ -17,7 +15,9 @@ def methods(
     name: Annotated[
         str | None, typer.Argument(metavar="NAME", help="A method or a step; without a name all are listed.")
     ] = None,
-    json: AsJson = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print JSON instead of text: one object, or a list of them without a name.")
+    ] = False,
 ) -> None:
     """List the merge methods and steps, or explain one.
 
@@ -69,7 +69,8 @@ def _show_one(name: str, method: type[Method]) -> None:
         ("paper", method.paper),
         ("when", method.when),
     ]
-    properties = "; ".join(meaning(p, method) for p in NAMES if p in method.properties) or "none of the tested ones"
+    properties = "; ".join(meaning(p, method) for p in NAMES if p in method.properties)
+    properties = f"at the default parameters: {properties}" if properties else "none of the tested ones"
     if issubclass(method, Step):
         rows += [
             ("family", f"step, {'before' if method.before else 'after'} a method; a base is {method.base_use}"),

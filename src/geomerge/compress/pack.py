@@ -30,7 +30,7 @@ from geomerge.errors import IncompatibleModels, UsageError, did_you_mean
 from geomerge.late import without_gradients
 from geomerge.methods.combine import added
 from geomerge.methods.elementwise.emr import unified
-from geomerge.methods.elementwise.tall_mask import tall_mask
+from geomerge.methods.elementwise.tall_mask import TallMask, tall_mask
 from geomerge.methods.tile import Scan, Segment, block_sums
 from geomerge.version import __version__
 
@@ -98,8 +98,9 @@ def compress(
     if threshold is not None and method != "tall":
         raise UsageError(f"{method} has no threshold", hint="leave it out, or take the method tall")
     threshold = 0.4 if threshold is None else threshold
-    if not (math.isfinite(threshold) and threshold >= 0):
-        raise UsageError(f"the threshold must not be negative, not {threshold}")
+    least, most = TallMask.parameters()["threshold"].within or (0, math.inf)
+    if not least <= threshold <= most:
+        raise UsageError(f"the threshold is {threshold}: give a number from {least} to {most}")
     kind = None if dtype is None else parse_dtype(dtype)
     plan, opened = plan_experts(base, experts.values(), allow_pickle=allow_pickle)
     try:

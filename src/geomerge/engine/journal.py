@@ -1,9 +1,10 @@
 """What a run has finished, so that another can go on after it was killed.
 
-One line for each finished tensor, written after the tensor's bytes. The first line names the plan, the machine's boot and
-the identity of the input files. Bytes that a process wrote outlive it, but a power cut may lose those that had not reached
-the disk, so after a reboot the journal is not believed (unless the run flushed its files). Nor is it when an input was
-touched since: a plan's fingerprint samples the files, and tensors of the old and of the new content must not be mixed.
+One line for each finished tensor, written after the tensor's bytes; before these lines what a survey has found. The first
+line names the plan, the machine's boot and the identity of the input files. Bytes that a process wrote outlive it, but a power
+cut may lose those that had not reached the disk, so after a reboot the journal is not believed (unless the run flushed its
+files). Nor is it when an input was touched since: a plan's fingerprint samples the files, and tensors of the old and of the new
+content must not be mixed.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from geomerge.errors import UsageError
 
 COMPLETE = "complete"
 """The key of a concluded journal's last line."""
+
+NORMS = "norms"
+"""The key of a line with what LiNeS asks of a tensor."""
 
 _dense = json.JSONEncoder(separators=(",", ":")).encode
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
@@ -53,6 +57,7 @@ class Journal:
 
     Attributes:
         finished: For each finished tensor what the manifest shall say of it.
+        norms: For tensors that LiNeS has looked at, ‖Σ τₜ‖₁ and ‖τ_merged‖₁.
         complete: The journal was concluded.
         durable: Each line is flushed.
     """
@@ -67,6 +72,7 @@ class Journal:
         durable: bool = False,
     ) -> None:
         self.finished: dict[int, dict[str, Any]] = {}
+        self.norms: dict[int, tuple[float, float]] = {}
         self.complete = False
         self.durable = durable
         self._path = path
@@ -86,6 +92,7 @@ class Journal:
         )
         if believed:
             self.finished, self.complete = _sorted(lines)
+            self.norms = {line[NORMS]: (line["summed"], line["merged"]) for line in lines if NORMS in line}
         elif lost := len(_sorted(lines)[0]):
             same = lines[0].get("inputs") == head["inputs"]
             why = "the machine has been restarted" if same else "a parent's file has been changed, or touched,"
@@ -99,6 +106,8 @@ class Journal:
         elif weaker:
             self._write([head])
             self.record(self.finished.items())
+            for index, norms in self.norms.items():
+                self.remember(index, norms)
         else:
             # A line that was cut off by the kill must not swallow the next one.
             os.write(self._file, b"\n")
@@ -106,6 +115,10 @@ class Journal:
     def record(self, entries: Iterable[tuple[int, dict[str, Any]]]) -> None:
         """Tensors are finished: their indices and what the manifest shall say of them."""
         self._write([{"tensor": index, **facts} for index, facts in entries])
+
+    def remember(self, index: int, norms: tuple[float, float]) -> None:
+        """What LiNeS asks of a tensor of the plan."""
+        self._write([{NORMS: index, "summed": norms[0], "merged": norms[1]}])
 
     def conclude(self) -> None:
         """All that this journal is for is finished, and has reached the disk: it is believed after any power cut."""
@@ -171,6 +184,6 @@ def _lines(path: Path) -> list[dict[str, Any]]:
             line = json.loads(raw)
         except ValueError:
             continue
-        if isinstance(line, dict) and (not found or "tensor" in line or COMPLETE in line):
+        if isinstance(line, dict) and (not found or line.keys() & {"tensor", NORMS, COMPLETE}):
             found.append(line)
     return found

@@ -245,7 +245,7 @@ def carry_out(
         before = build(plan)
         looked_at = [(i, node) for i, node in enumerate(plan.nodes) if survey_bytes(replace(plan, nodes=(node,)))]
         forks = executor is None and _may_fork(before, looked_at, threads)
-        plan = surveyed(plan, build, threads=threads, forks=forks, advance=advance)
+        plan = surveyed(plan, build, threads=threads, forks=forks, advance=advance, journal=journal)
         nodes = list(plan.output_nodes())
     work = Work(build(plan), sink, advance, threading.Event())
     items = [(i, nodes[i]) for i in left]

@@ -1,8 +1,9 @@
 """The survey: statistics over the whole model that some methods need before the first tensor can be made.
 
 A survey reads and never writes. Its result goes into the nodes' methods (`Method.known`), so that all that follows is the
-same as for any other method. An interrupted run makes it again, with the same bits. Tensors are looked at by threads or, where
-the run may fork, by workers (`geomerge.engine.processes`), which do not wait for each other's interpreter.
+same as for any other method. An interrupted run makes it again, with the same bits; only what LiNeS asks of every merged
+tensor, which may be decompositions of a whole model, is in the journal. Tensors are looked at by threads or, where the run may
+fork, by workers (`geomerge.engine.processes`), which do not wait for each other's interpreter.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 
 from geomerge.engine.build import Builder
 from geomerge.engine.execute import Room, cores
+from geomerge.engine.journal import Journal
 from geomerge.engine.matrices import ROOM, whole_matrices
 from geomerge.engine.memory import keep_freed_memory
 from geomerge.engine.plan import Node, Plan
@@ -42,6 +44,7 @@ def surveyed(
     threads: int | None = None,
     forks: bool = False,
     advance: Callable[[int], None] = lambda nbytes: None,
+    journal: Journal | None = None,
 ) -> Plan:
     """The plan with what its methods have to know of the whole model.
 
@@ -51,6 +54,7 @@ def surveyed(
         threads: By default one for each core that the process may use.
         forks: Whether this process may fork (`geomerge.engine.processes.suitable`).
         advance: Told of bytes, `survey_bytes` in all.
+        journal: What an earlier run knew, and takes what this one finds.
     """
     if not survey_bytes(plan):
         return plan
@@ -58,7 +62,7 @@ def surveyed(
     with torch_alone(), _workers(threads or cores()) if forks else _threads(threads or cores()) as crew:
         for stage in range(len(plan.stages)):
             plan = _stage(plan, stage, make(plan), crew, advance, threads or cores())
-            plan = _lifted(plan, stage, make, crew, advance)
+            plan = _lifted(plan, stage, make, crew, advance, journal)
     return plan
 
 
@@ -107,7 +111,7 @@ def _stage(plan: Plan, stage: int, builder: Builder, crew: Crew, advance: Callab
             [node.name for node in mine],
             sum(node.numel for node in mine),
             len(mine[0].operands) - 1,
-            _counted(plan, mine, crew, method.surveys, advance),
+            _counted(plan, mine, crew, advance, passes=method.surveys),
             threads,
         )
         known = method.survey(walk)
@@ -133,9 +137,16 @@ def _opener(builder: Builder, node: Node) -> Callable[[], Scan]:
 
 
 def _counted(
-    plan: Plan, nodes: list[Node], crew: Crew, passes: int, advance: Callable[[int], None]
+    plan: Plan,
+    nodes: list[Node],
+    crew: Crew,
+    advance: Callable[[int], None],
+    *,
+    passes: int = 1,
+    keep: Callable[[int, Any], None] = lambda index, result: None,
 ) -> Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]:
-    """A map over the tensors, the largest first, that tells how far it is (a method may go on for longer than it said)."""
+    """A map over the tensors, the largest first, that tells how far it is (a method may go on for longer than it said), and
+    `keep` of each result."""
     weights = [whole_matrices(plan, node) for node in nodes]
     room = Room(ROOM)
     made = 0
@@ -151,6 +162,7 @@ def _counted(
 
         def done(index: int, result: Any) -> None:
             results[index] = result
+            keep(index, result)
             if made < passes:
                 advance(nodes[index].nbytes)
 
@@ -162,18 +174,32 @@ def _counted(
 
 
 def _lifted(
-    plan: Plan, stage: int, make: Callable[[Plan], Builder], crew: Crew, advance: Callable[[int], None]
+    plan: Plan,
+    stage: int,
+    make: Callable[[Plan], Builder],
+    crew: Crew,
+    advance: Callable[[int], None],
+    journal: Journal | None,
 ) -> Plan:
     """LiNeS with `alpha: auto` (Wang et al. 2024): α = ‖Σ τₜ‖₁ / (T·‖τ_merged‖₁), 1/T for the sum of task vectors."""
     members = [i for i, n in enumerate(plan.nodes) if n.stage == stage and n.lift is not None]
     if not members:
         return plan
     builder = make(plan)
-    mine = [replace(plan.nodes[i], scale=1.0, columns=()) for i in members]
-    run = _counted(plan, mine, crew, 1, advance)
-    found = list(run(lambda node: _norms(builder, node), mine))
-    summed, merged = (math.fsum(column) for column in zip(*found, strict=True))
-    count = max(len(mine[0].operands) - 1, 1)
+    found = {i: journal.norms[i] for i in members if i in journal.norms} if journal is not None else {}
+    left = [i for i in members if i not in found]
+    for i in found:
+        advance(plan.nodes[i].nbytes)
+    mine = [replace(plan.nodes[i], scale=1.0, columns=()) for i in left]
+
+    def keep(index: int, norms: tuple[float, float]) -> None:
+        found[left[index]] = norms
+        if journal is not None:
+            journal.remember(left[index], norms)
+
+    _counted(plan, mine, crew, advance, keep=keep)(lambda node: _norms(builder, node), mine)
+    summed, merged = (math.fsum(column) for column in zip(*found.values(), strict=True))
+    count = max(len(plan.nodes[members[0]].operands) - 1, 1)
     alpha = summed / (count * merged) if merged > 0 else 1 / count
     nodes = list(plan.nodes)
     for i in members:

@@ -71,7 +71,8 @@ dtype: bfloat16
 
     def check(self, count: int, compat: str | None = None) -> None:
         if self.task > count:
-            raise ValueError(f"task is {self.task}, but there are {count} experts: give one of 1 to {count}")
+            choice = f"give one of 1 to {count}, or 0 for the unified one"
+            raise ValueError(f"task is {self.task}, but there are {count} experts: {choice}")
 
     def survey(self, walk: Walk) -> float:
         """λ of the task."""
