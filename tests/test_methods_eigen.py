@@ -52,6 +52,33 @@ def test_are_eigenvectors(spectrum: str, k: int, scale: float) -> None:
     assert torch.allclose(vectors.T @ vectors, torch.eye(k, dtype=torch.float64), rtol=0, atol=1e-11)
 
 
+@pytest.mark.parametrize("scale", [1e-60, 1.0, 1e60])
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_values_above_a_number_are_counted(spectrum: str, scale: float) -> None:
+    """Without being found; also where a pivot is zero."""
+    values = SPECTRA[spectrum] * scale
+    form = eigen.tridiagonal(matrix(values))
+    assert form is not None
+    gaps = values[:-1] - values[1:] > 1e-10 * values[0]
+    for bound in [*((values[:-1] + values[1:]) / 2)[gaps][:40].tolist(), 2 * scale + 1e-9 * scale]:
+        assert form.above(bound) == int((values > bound).sum())
+    ones = eigen.Tridiagonal(torch.ones(3), torch.zeros(2), torch.zeros(0), torch.zeros(0))
+    assert [ones.above(bound) for bound in (0.5, 1.0, 1.5)] == [3, 0, 0]
+
+
+def test_thresholding_finds_what_is_above(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No vector of a singular value that it takes away; nothing of a matrix that it takes away whole."""
+    asked: list[int] = []
+    eigh = linalg.eigh
+    monkeypatch.setattr(linalg, "eigh", lambda product, k, form: asked.append(k) or eigh(product, k, form))
+    made = (Q * INDEX**-1.0) @ Q.T
+    for threshold, kept in ((0.09, 11), (0.3, 3), (0.9999, 1)):
+        expected = (Q * (INDEX**-1.0 - threshold).clamp(min=0.0)) @ Q.T
+        assert torch.allclose(linalg.shrink(made, threshold), expected, rtol=0, atol=1e-12)
+        assert asked.pop() == kept
+    assert not linalg.shrink(made, 1.01).any()
+
+
 def test_only_the_upper_triangle_is_looked_at() -> None:
     """Whoever finds it, torch's library or SciPy's."""
     for n in (N, 20):

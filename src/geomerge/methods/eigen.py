@@ -35,6 +35,8 @@ _FEWEST = 16
 """At most one in so many is looked for without the values of all others."""
 _ORTHOGONAL = 1e-12
 """The largest product of two eigenvectors that are taken for orthogonal."""
+_TINY = 1e-300
+"""What a pivot of zero is taken for."""
 
 
 def eigh(matrix: Tensor, k: int | None = None, form: Tridiagonal | None = None) -> tuple[Tensor, Tensor]:
@@ -119,6 +121,15 @@ class Tridiagonal(NamedTuple):
         # The reflections leave the first element alone.
         vectors[:, 1:] = torch.ormqr(self.reflections.T[1:, :-1], self.factors, vectors.T[1:]).T
         return values.flip(0), vectors.flip(0).T
+
+    def above(self, bound: float) -> int:
+        """How many eigenvalues are larger: the positive pivots of T − bound·I (Sylvester's law of inertia)."""
+        squares = [0.0, *self.beside.square().tolist()]
+        pivot, positive = 1.0, 0
+        for here, square in zip(self.diagonal.tolist(), squares, strict=True):
+            pivot = here - bound - square / (pivot or _TINY)
+            positive += pivot > 0.0
+        return positive
 
     def turn(self, matrix: Tensor, rows: Tensor, first: int, end: int) -> None:
         """Apply the reflections that begin in some rows, H of Q = …H…, of which those that begin later were applied before.

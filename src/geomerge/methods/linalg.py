@@ -247,7 +247,10 @@ def scaled(
         square: The product of A's shorter side with itself, if that is known.
     """
     wide = _wide(matrix)
-    left = _left(wide, wide.shape[0], floor, square)
+    square, k = square or _Square.of(wide), wide.shape[0]
+    if floor and square.form:
+        k = max(square.form.above(floor * floor), 1)
+    left = _left(wide, k, floor, square)
     kept = int((left.s > floor).sum())
     head = min(left.head, kept)
     f = factor(left.s[:kept])
