@@ -54,9 +54,9 @@ class Quadratic:
         self.gram = torch.zeros(self.columns, self.columns, dtype=targets.dtype, device=targets.device)
         self.image = torch.zeros_like(targets[0])
         for target, probe in zip(targets, probes, strict=True):
-            gram = probe.T @ probe
-            self.image += target @ gram
-            self.gram += gram
+            square = gram(probe.T)
+            self.image += target @ square
+            self.gram += square
 
     def descent(self, theta: Tensor) -> Tensor:
         """D − θC, half the direction of steepest descent."""
