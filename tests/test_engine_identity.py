@@ -172,9 +172,10 @@ def test_an_accelerator_that_is_not_there_is_a_usage_error(folder: Path, tmp_pat
 
 
 def test_a_device_that_is_none_is_a_usage_error(folder: Path, tmp_path: Path) -> None:
-    """A misspelt device is refused by name before anything is made."""
-    with pytest.raises(gm.UsageError, match="'gpu' cannot be used"):
-        gm.merge(recipe("linear", f"{folder}/"), tmp_path / "out", device="gpu")
+    """A misspelt device is refused by name before anything is made; so is one that holds no numbers."""
+    for device in ("gpu", "meta"):
+        with pytest.raises(gm.UsageError, match=f"'{device}' cannot be used"):
+            gm.merge(recipe("linear", f"{folder}/"), tmp_path / "out", device=device)
     assert list(tmp_path.iterdir()) == []
 
 

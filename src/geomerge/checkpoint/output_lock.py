@@ -40,7 +40,7 @@ def take_lock(partial: Path, out: Path, *, shared: bool = False) -> tuple[int, s
         try:
             partial.mkdir(parents=True, exist_ok=True)
         except OSError as error:  # in /proc, "no such file", and not for a moment
-            raise RunError(f"the output cannot be made: {error.strerror}", where=str(partial)) from None
+            raise _cannot_be_made(partial, error) from None
         try:
             if any(partial.iterdir()) and not os.path.lexists(path):  # looked for last: others make it first
                 raise UsageError("exists and was not made by geomerge", where=str(partial), hint="move it away first")
@@ -48,7 +48,7 @@ def take_lock(partial: Path, out: Path, *, shared: bool = False) -> tuple[int, s
         except FileNotFoundError:
             continue  # the other run finished between mkdir and open
         except OSError as error:
-            raise RunError(f"the output cannot be made: {error.strerror}", where=str(partial)) from None
+            raise _cannot_be_made(partial, error) from None
         try:
             fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -109,3 +109,9 @@ def sign_lock(lock: int) -> None:
 
 def _read(lock: int) -> str:
     return os.pread(lock, 32, 0).decode("ascii", "replace").strip()
+
+
+def _cannot_be_made(partial: Path, error: OSError) -> RunError:
+    return RunError(
+        f"the output cannot be made: {error.strerror}", where=str(partial), hint="choose a place that can be written to"
+    )

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from geomerge.devices import placed
 from geomerge.errors import ModelError, UsageError, first_line
 from geomerge.late import without_gradients
 from geomerge.quietly import quiet_transformers
@@ -255,8 +256,4 @@ def _load(name: str, folder: Path, device: str, dtype: str) -> _Loaded:
             )
         except Exception as error:  # noqa: BLE001 - see above
             raise ModelError(f"it cannot be loaded by transformers: {first_line(error)}", where=name) from None
-    try:
-        module = module.to(device).eval()
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"the device {device!r} cannot be used: {first_line(error)}") from None
-    return _Loaded(module, tokenizer, name)
+    return _Loaded(placed(module, device), tokenizer, name)

@@ -12,8 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-
 from geomerge.checkpoint.card import Parent, model_card
 from geomerge.checkpoint.checkpoint import Checkpoint
 from geomerge.checkpoint.collector import collector_paused
@@ -21,6 +19,7 @@ from geomerge.checkpoint.config import library_of, weights_stem
 from geomerge.checkpoint.layout import DEFAULT_SHARD_SIZE, Layout, plan_layout
 from geomerge.checkpoint.reader import open_checkpoint
 from geomerge.checkpoint.writer import OutputDirectory
+from geomerge.devices import check_device
 from geomerge.engine.adapted import adapt
 from geomerge.engine.build import Builder
 from geomerge.engine.execute import Executor, Threads, Work, cores
@@ -31,7 +30,7 @@ from geomerge.engine.plan import MIXTURE, InputModel, Node, Plan
 from geomerge.engine.processes import Processes, interpreted, suitable
 from geomerge.engine.sinks import FileSink, MemorySink
 from geomerge.engine.survey import survey_bytes, surveyed
-from geomerge.errors import ModelError, OutOfRange, RunError, UsageError, did_you_mean, first_line
+from geomerge.errors import ModelError, OutOfRange, RunError, UsageError, did_you_mean
 from geomerge.methods import native, registry
 from geomerge.methods.tile import TILE
 from geomerge.version import __version__
@@ -403,10 +402,7 @@ def make_builder(plan: Plan, opened: Sequence[Checkpoint], device: str, tile: in
     device = re.sub(r"^cpu:\d+$", "cpu", str(device))
     accelerated = device != "cpu"
     if accelerated:
-        try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            raise UsageError(f"the device {device!r} cannot be used: {first_line(error)}") from None
+        check_device(device)
     # A device wants tiles that are worth a transfer; a core wants tiles that stay in its cache.
     return Builder(
         plan,

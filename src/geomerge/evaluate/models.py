@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from geomerge.checkpoint.hub import is_hub_id
+from geomerge.devices import placed
 from geomerge.errors import ModelError, UsageError, first_line
 from geomerge.evaluate.scores import ModelRow, Role
 from geomerge.evaluate.task import Settings
@@ -190,14 +191,12 @@ def _placed(module: nn.Module, settings: Settings) -> nn.Module:
 
     Raises:
         UsageError: There is no such device.
+        RunError: It has no room for the model.
     """
     import torch
 
     dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
-    try:
-        return module.to(settings.device, dtype).eval()
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"the device {settings.device!r} cannot be used: {first_line(error)}") from None
+    return placed(module, settings.device, dtype)
 
 
 @contextlib.contextmanager

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from geomerge.errors import ModelError, UsageError, first_line
+from geomerge.devices import placed
+from geomerge.errors import ModelError, first_line
 from geomerge.quietly import quiet_transformers
 
 if TYPE_CHECKING:
@@ -143,10 +144,7 @@ class _Run(_Prompts):
                 where=str(folder),
                 hint="`gate_mode: cheap_embed` and `random` do not run the model",
             ) from error
-        try:
-            self._model.to(device).eval()
-        except (RuntimeError, AssertionError) as error:
-            raise UsageError(f"the device {device!r} cannot be used: {first_line(error)}") from None
+        self._model = placed(self._model, device)
         self._seen: list[Any] = []
         if mode == "mlp_input":
             for layer in self._model.layers:
