@@ -69,8 +69,7 @@ def _show_one(name: str, method: type[Method]) -> None:
         ("paper", method.paper),
         ("when", method.when),
     ]
-    properties = "; ".join(meaning(p, method) for p in NAMES if p in method.properties)
-    properties = f"at the default parameters: {properties}" if properties else "none of the tested ones"
+    properties = "; ".join(meaning(p, method) for p in NAMES if p in method.properties) or "none of the tested ones"
     if issubclass(method, Step):
         rows += [
             ("family", f"step, {'before' if method.before else 'after'} a method; a base is {method.base_use}"),
@@ -80,7 +79,7 @@ def _show_one(name: str, method: type[Method]) -> None:
         rows += [
             ("models", f"{method.models_text()}; {_base(method)}"),
             ("family", method.family),
-            ("properties", properties),
+            ("properties", f"at the default parameters: {properties}"),
         ]
         step = step_of(method)
         if step is not None:
