@@ -35,8 +35,8 @@ LAYERS = {
 }
 """The weights of a layer of the models that most papers merge, and of a language model."""
 
-VALUES: dict[str, Any] = {"lore": {"sweeps": 3, "tolerance": 0.0}}
-"""What is not the default: as many rounds on both sides."""
+VALUES: dict[str, Any] = {"lore": {"sweeps": 1}}
+"""What is not the default: one round of what many are alike."""
 
 
 def task_vectors(rows: int, columns: int, spectrum: str) -> Tensor:
@@ -132,15 +132,13 @@ def svd_compress(deltas: Tensor) -> Tensor:
 
 
 def lore(deltas: Tensor) -> Tensor:
-    """LoRE-Merging, whose every round decomposes all task vectors: see `VALUES`."""
-    sweeps = VALUES["lore"]["sweeps"]
-    changes = torch.zeros_like(deltas)
-    for _ in range(sweeps):
-        base = (deltas - changes).mean(0)
-        for delta, change in zip(deltas, changes, strict=True):
-            u, s, vh = svd(delta - base)
-            change.copy_((u * (s - 0.005).clamp(min=0.0)) @ vh)
-    return base + changes.sum(0)
+    """A round of LoRE-Merging."""
+    base = deltas.mean(0)
+    merged = base.clone()
+    for delta in deltas:
+        u, s, vh = svd(delta - base)
+        merged += (u * (s - 0.005).clamp(min=0.0)) @ vh
+    return merged
 
 
 def timed(
