@@ -255,8 +255,15 @@ def scaled(
     head = min(left.head, kept)
     f = factor(left.s[:kept])
     u = left.u[:, :kept]
-    few = 2 * head <= len(wide)
-    made = u[:, :head] * f[:head] @ (u[:, :head].T @ wide) if few else gram(u[:, :head] * f[:head].sqrt()) @ wide
+    # As A lies: a transposed result would be slow for whoever adds it to something.
+    flat = wide is matrix
+    if 2 * head <= len(wide):
+        strong, weighed = u[:, :head], u[:, :head] * f[:head]
+        made = weighed @ (strong.T @ matrix) if flat else (matrix @ strong) @ weighed.T
+    else:
+        whole = gram(u[:, :head] * f[:head].sqrt())
+        made = whole @ matrix if flat else matrix @ whole
     if kept > head:
-        made.addmm_(u[:, head:] * (f * left.s[:kept])[head:], left.tail[: kept - head])
-    return made if wide is matrix else made.T
+        weak, tail = u[:, head:] * (f * left.s[:kept])[head:], left.tail[: kept - head]
+        made.addmm_(weak, tail) if flat else made.addmm_(tail.T, weak.T)
+    return made

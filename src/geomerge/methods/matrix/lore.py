@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from geomerge.methods.base import BaseUse, Matrix, parameter
+from geomerge.methods.combine import added
 from geomerge.methods.linalg import shrink
 from geomerge.methods.properties import BASE, IDENTICAL, PERMUTATION, ROTATION, SIGN, SINGLE
 from geomerge.methods.registry import register
@@ -64,23 +65,30 @@ dtype: bfloat16
     def merge(self, deltas: Tensor) -> Tensor:
         # Relative to the first expert, so that what all have in common costs no digits: identical ones stay identical.
         origin = deltas[0].clone()
-        experts = deltas.sub_(origin)
-        base, changes = low_rank_base(experts, self.mu, self.sweeps, self.tolerance)
-        return origin.add_(base).add_(changes.sum(0), alpha=self.lambda_)
+        base, changes = low_rank_base(deltas.sub_(origin), self.mu, self.sweeps, self.tolerance)
+        return origin.add_(base).add_(added(changes), alpha=self.lambda_)
 
 
-def low_rank_base(experts: Tensor, mu: float, sweeps: int, tolerance: float) -> tuple[Tensor, Tensor]:
+def low_rank_base(experts: Tensor, mu: float, sweeps: int, tolerance: float) -> tuple[Tensor, list[Tensor]]:
     """θ̂₀ and the δₜ."""
-    changes = torch.zeros_like(experts)
+    changes: list[Tensor] = []
     mean = experts.mean(0)
-    base = mean
+    base, moved = mean, 0.0
     for sweep in range(sweeps):
-        before, base = base, mean - changes.mean(0)
-        moved = len(experts) * float((base - before).square_().sum())
-        for expert, change in zip(experts, changes, strict=True):
+        if sweep:
+            before, base = base, added(changes).div_(-len(experts)).add_(mean)
+            moved = len(experts) * _square(before - base)
+        for t, expert in enumerate(experts):
             found = shrink(expert - base, mu / 2)
-            moved += float((found - change).square_().sum())
-            change.copy_(found)
-        if sweep and moved <= tolerance**2 * sum(float(change.square().sum()) for change in changes):
+            if sweep:
+                moved += _square(changes[t].sub_(found))
+                changes[t] = found
+            else:
+                changes.append(found)
+        if sweep and moved <= tolerance**2 * sum(map(_square, changes)):
             break
     return base, changes
+
+
+def _square(x: Tensor) -> float:
+    return float(torch.linalg.vector_norm(x)) ** 2
