@@ -173,9 +173,8 @@ SURVEYS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("method", "counting"), [*((name, False) for name in SURVEYS), ("ties", True), ("consensus_ties", True)]
-)
+@pytest.mark.parametrize("counting", [False, True], ids=["", "counting"])
+@pytest.mark.parametrize("method", SURVEYS)
 @pytest.mark.usefixtures("forking")
 def test_a_survey_by_workers(method: str, counting: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What workers find of the whole model is what threads find, by bracket and by counting; all bytes are told."""

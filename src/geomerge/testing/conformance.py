@@ -37,11 +37,10 @@ THINNING = {"density": 0.5, "select_topk": 0.5, "lambda": 0.5}
 _NEUTRAL: Mapping[str, Mapping[str, Any]] = {
     "slerp": {"t": 0.3},
     "nearswap": {"t": 1e-4},
-    # What is true of few steps is true of many.
-    "lore": {"sweeps": 8},
-    "wudi": {"steps": 8},
-    "optmerge": {"steps": 8},
-    "doge_ta": {"steps": 8},
+    # What is true of twenty steps is true of hundreds.
+    "wudi": {"steps": 20},
+    "optmerge": {"steps": 20},
+    "doge_ta": {"steps": 20},
 }
 
 _WEIGHTS = (1.0, 0.5, 0.75, 1.25, 2.0)
@@ -175,8 +174,7 @@ def check_tiles(case: Case) -> None:
             return merge(case.made(), inputs, dtype=dtype, **way)  # noqa: B023 - used in this turn of the loop only
 
         expected = merged(tile=TILES[0])
-        # Of a matrix nothing is computed by tiles: they are how it is read.
-        for tile in TILES[-1:] if case.method.family == "matrix" else TILES[1:]:
+        for tile in TILES[1:]:
             assert torch.equal(merged(tile=tile), expected), f"tiles of {tile} differ at {shape}"
         with ThreadPoolExecutor(3) as pool:
             assert torch.equal(merged(run=pool.map), expected), f"threads differ at {shape}"
