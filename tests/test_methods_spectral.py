@@ -119,14 +119,14 @@ def knots(taus: list[Array]) -> Array:
     return u @ ref.combine(zero, coordinates, [1.0] * len(taus), elect=True, normalize=True)
 
 
-def lore(thetas: list[Array]) -> Array:
-    """Five rounds of coordinate descent, literally: the base, then the changes."""
+def lore(thetas: list[Array], rounds: int = 5, price: float = 0.05) -> Array:
+    """Rounds of coordinate descent, literally: the base, then the changes."""
     changes = [np.zeros_like(t) for t in thetas]
-    for _ in range(5):
+    for _ in range(rounds):
         centre = np.mean([t - c for t, c in zip(thetas, changes, strict=True)], axis=0)
         for i, t in enumerate(thetas):
             u, s, vh = np.linalg.svd(t - centre, full_matrices=False)
-            changes[i] = (u * np.maximum(s - 0.05, 0)) @ vh
+            changes[i] = (u * np.maximum(s - price, 0)) @ vh
     return np.asarray(centre + sum(changes))
 
 
@@ -292,6 +292,16 @@ def test_lore_descends() -> None:
     assert close(gm.methods.lore(TAUS, mu=1e3), sum(TAUS, ZERO) / 3)
     assert torch.equal(gm.methods.lore(TAUS[:1]), TAUS[0])
     assert torch.equal(gm.methods.lore([TAUS[1]] * 3), TAUS[1])
+
+
+@pytest.mark.parametrize("shape", [(5, 30), (30, 5), (4, 17), (40, 1)])
+def test_lore_of_long_weights(shape: tuple[int, int]) -> None:
+    """Rounds that are made in the few directions that the experts have are those of the whole weights."""
+    random = np.random.default_rng(3)
+    base = random.standard_normal(shape)
+    thetas = [base + 0.05 * random.standard_normal(shape) for _ in range(3)]
+    found = gm.methods.lore([torch.from_numpy(t) for t in thetas], mu=0.4, sweeps=25, tolerance=0)
+    assert found.numpy() == pytest.approx(lore(thetas, 25, 0.2), abs=1e-12)
 
 
 def test_knots_with_all_coordinates_of_one_sign() -> None:

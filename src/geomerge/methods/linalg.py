@@ -209,6 +209,16 @@ def _truncate_by_energy(matrix: Tensor, energy: float) -> Tensor:
     return found.first(k).matrix()
 
 
+def joint_range(matrices: Tensor) -> Tensor:
+    """Orthonormal columns that span those of all matrices of a stack, and as many as these.
+
+    Args:
+        matrices: Shape ``(number, rows, columns)``, with no more columns together than rows.
+    """
+    q: Tensor = torch.linalg.qr(torch.cat(list(matrices), 1)).Q
+    return q
+
+
 def complement(vectors: Tensor) -> Tensor:
     """An orthonormal basis of what is orthogonal to some orthonormal columns: shape ``(rows, rows − columns)``."""
     q: Tensor = torch.linalg.qr(vectors, mode="complete").Q

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ from geomerge.methods.tile import TILE, Scan, Segment, TensorSource
 
 KINDS = ("dense", "grid", "wide")
 """The kinds of models that `models` makes."""
+_KEPT = 32
+"""So many families of models are not drawn again."""
 
 
 def models(count: int, shape: Sequence[int], kind: str = "dense", *, seed: int = 0) -> list[Tensor]:
@@ -32,8 +35,12 @@ def models(count: int, shape: Sequence[int], kind: str = "dense", *, seed: int =
     Returns:
         float64 tensors (whose values float32 can hold), the base first.
     """
+    return [m.clone() for m in _drawn(count, tuple(shape), kind, seed)]
+
+
+@functools.lru_cache(_KEPT)
+def _drawn(count: int, shape: tuple[int, ...], kind: str, seed: int) -> tuple[Tensor, ...]:
     random = np.random.default_rng([seed, count, *shape])
-    shape = tuple(shape)
     base = random.integers(-64, 65, shape) / 64 if kind == "grid" else random.standard_normal(shape)
     made = [base]
     for k in range(1, count):
@@ -44,7 +51,7 @@ def models(count: int, shape: Sequence[int], kind: str = "dense", *, seed: int =
         else:
             change = random.standard_normal(shape) * 0.05 * k
         made.append(base + change)
-    return [torch.from_numpy(np.asarray(m, dtype=np.float32)).to(torch.float64) for m in made]
+    return tuple(torch.from_numpy(np.asarray(m, dtype=np.float32)).to(torch.float64) for m in made)
 
 
 def merge(

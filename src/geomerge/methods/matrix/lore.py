@@ -10,7 +10,7 @@ import torch
 
 from geomerge.methods.base import BaseUse, Matrix, parameter
 from geomerge.methods.combine import added
-from geomerge.methods.linalg import shrink
+from geomerge.methods.linalg import joint_range, shrink
 from geomerge.methods.properties import BASE, IDENTICAL, PERMUTATION, ROTATION, SIGN, SINGLE
 from geomerge.methods.registry import register
 
@@ -60,13 +60,32 @@ dtype: bfloat16
         return 1.0
 
     def workspace(self, count: int) -> int:
-        return count + 14
+        return 3 * count + 14
 
     def merge(self, deltas: Tensor) -> Tensor:
         # Relative to the first expert, so that what all have in common costs no digits: identical ones stay identical.
         origin = deltas[0].clone()
-        base, changes = low_rank_base(deltas.sub_(origin), self.mu, self.sweeps, self.tolerance)
-        return origin.add_(base).add_(added(changes), alpha=self.lambda_)
+        deltas.sub_(origin)
+        flat = origin.shape[0] <= origin.shape[1]
+        tall = deltas[1:].mT if flat else deltas[1:]
+        short, joint = tall.shape[2], tall.shape[0] * tall.shape[2]
+        if 0 < _NARROW * joint <= tall.shape[1] and self.sweeps >= _ROUNDS * len(deltas):
+            # Every round commutes with rotations: it is made in the directions that the experts have, if these are few.
+            span = joint_range(tall)
+            inside = torch.cat([deltas.new_zeros(1, joint, short), span.T @ tall])
+            change = span @ self._change(inside)
+            return origin.add_(change.T if flat else change)
+        return origin.add_(self._change(deltas))
+
+    def _change(self, experts: Tensor) -> Tensor:
+        base, changes = low_rank_base(experts, self.mu, self.sweeps, self.tolerance)
+        return base.add_(added(changes), alpha=self.lambda_)
+
+
+_NARROW = 2
+"""Weights so many times as long as all experts' shorter sides together are turned into the directions that the experts have."""
+_ROUNDS = 4
+"""For each expert; fewer do not bring in what the directions cost."""
 
 
 def low_rank_base(experts: Tensor, mu: float, sweeps: int, tolerance: float) -> tuple[Tensor, list[Tensor]]:
