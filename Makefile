@@ -19,6 +19,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 WORKERS ?= 2
 
 export HF_HUB_DISABLE_TELEMETRY = 1
+# The tests start the program hundreds of times: its modules are compiled once.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: env demo test lint bench claims scale fault docs clean
 

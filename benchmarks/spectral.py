@@ -2,10 +2,13 @@
 
     python benchmarks/spectral.py [--spectrum slow|power|noise] [--rounds N] [--methods tsvm,iso_c] [ROWSxCOLUMNS …]
     python benchmarks/spectral.py --layers    # all weights of a layer of two models together
+    python benchmarks/spectral.py --cores 2   # several weights of each shape, as a merge makes them
     python benchmarks/spectral.py --pieces    # what decompositions cost, in products of two square matrices
 
 By default all methods on 768x768 768x3072 3072x768 1536x1536. Both sides work on the same float64 task vectors on one thread,
-in turns; what counts is the median of each side's processor seconds, which other work on the machine disturbs least.
+in turns; what counts is the median of each side's processor seconds, which other work on the machine disturbs least. With
+``--cores N`` there are twice as many weights of each shape, and what counts is the seconds until all are done: ours are made N
+side by side, each by one thread; the others one after the other, with N of torch's threads each.
 
 A task vector's spectrum: ``slow``, 1/√i for a quarter of the rank over a floor of noise; ``power``, 1/i to the last; ``noise``,
 that of independent elements, the worst case for whatever looks for leading directions.
@@ -18,6 +21,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -26,6 +30,7 @@ from torch import Tensor
 from geomerge.engine.memory import keep_freed_memory
 from geomerge.methods import eigen, registry, roots
 from geomerge.methods.direct import Function
+from geomerge.methods.linalg import one_thread
 
 TASKS = 8
 SHAPES = ("768x768", "768x3072", "3072x768", "1536x1536")
@@ -39,9 +44,9 @@ VALUES: dict[str, Any] = {"lore": {"sweeps": 1}}
 """What is not the default: one round of what many are alike."""
 
 
-def task_vectors(rows: int, columns: int, spectrum: str) -> Tensor:
+def task_vectors(rows: int, columns: int, spectrum: str, weight: int = 0) -> Tensor:
     """Random task vectors."""
-    torch.manual_seed(rows * columns)
+    torch.manual_seed(rows * columns + weight)
     short = min(rows, columns)
     made = torch.randn(TASKS, rows, columns, dtype=torch.float64)
     if spectrum == "noise":
@@ -142,19 +147,32 @@ def lore(deltas: Tensor) -> Tensor:
 
 
 def timed(
-    sides: tuple[Callable[[Tensor], Tensor], ...], deltas: Tensor, rounds: int
+    sides: tuple[Callable[[Tensor], Tensor], ...], weights: list[Tensor], rounds: int, cores: int
 ) -> tuple[list[float], list[Tensor]]:
-    """The median processor seconds of each side, run in turns, and their results. Each gets task vectors that it may change."""
+    """The median seconds of each side, run in turns, and its first result. Each gets task vectors that it may change."""
     seconds: list[list[float]] = [[] for _ in sides]
     made: list[Tensor] = []
+    clock = time.thread_time if cores == 1 else time.perf_counter
     for _ in range(rounds):
         made = []
-        for side, times in zip(sides, seconds, strict=True):
-            own = deltas.clone()
-            begun = time.thread_time()
-            made.append(side(own))
-            times.append(time.thread_time() - begun)
+        for ours, (side, times) in zip((True, False), zip(sides, seconds, strict=True), strict=True):
+            own = [deltas.clone() for deltas in weights]
+            begun = clock()
+            made.append((together if ours and cores > 1 else one_by_one)(side, own, cores)[0])
+            times.append(clock() - begun)
     return [statistics.median(times) for times in seconds], made
+
+
+def one_by_one(side: Callable[[Tensor], Tensor], weights: list[Tensor], cores: int) -> list[Tensor]:
+    """As a loop over a model's weights does it."""
+    torch.set_num_threads(cores)
+    return [side(deltas) for deltas in weights]
+
+
+def together(side: Callable[[Tensor], Tensor], weights: list[Tensor], cores: int) -> list[Tensor]:
+    """As the engine does it."""
+    with one_thread(), ThreadPoolExecutor(cores) as pool:
+        return list(pool.map(side, weights))
 
 
 def pieces(rounds: int = 5) -> None:
@@ -228,6 +246,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--pieces", action="store_true")
     parser.add_argument("--layers", action="store_true")
+    parser.add_argument("--cores", type=int, default=1)
     parser.add_argument("--methods", default=",".join(reference.__name__ for reference in references))
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -236,17 +255,19 @@ def main() -> None:
     if given.pieces:
         pieces()
         return
-    print(f"{TASKS} task vectors, spectrum {given.spectrum}, float64, one thread")
+    amount = "one weight, one thread" if given.cores == 1 else f"{2 * given.cores} weights, {given.cores} cores"
+    print(f"{TASKS} task vectors, spectrum {given.spectrum}, float64, {amount}")
     print(f"{'shape':>12s}  {'method':12s} {'ours':>9s} {'full SVD':>9s} {'faster':>7s} {'difference':>11s}")
     shapes = dict.fromkeys(shape for layer in LAYERS.values() for shape in layer) if given.layers else given.shapes
     seconds = defaultdict[str, dict[str, list[float]]](dict)
     for name in shapes:
         rows, columns = (int(side) for side in name.split("x"))
-        deltas = task_vectors(rows, columns, given.spectrum)
+        count = 1 if given.cores == 1 else 2 * given.cores
+        weights = [task_vectors(rows, columns, given.spectrum, i) for i in range(count)]
         for reference in (r for r in references if r.__name__ in given.methods.split(",")):
             method = registry.get(reference.__name__).make(VALUES.get(reference.__name__, {}), count=TASKS)
             sides = method.merge, reference  # type: ignore[attr-defined]
-            taken, (found, expected) = timed(sides, deltas, given.rounds)
+            taken, (found, expected) = timed(sides, weights, given.rounds, given.cores)
             seconds[reference.__name__][name] = taken
             row(name, reference.__name__, taken, f" {float((found - expected).norm() / expected.norm()):11.1e}")
     for name, layer in LAYERS.items() if given.layers else ():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import subprocess
 import sys
 import threading
@@ -172,6 +173,46 @@ def test_same_bits_beside_each_other() -> None:
         for one, other in zip(found, alone, strict=True):
             assert all(torch.equal(x, y) for x, y in zip(one, other, strict=True))
     assert [each["num_threads"] for each in threadpool_info()] == before
+
+
+BITS = """
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+import torch
+from geomerge.adapter.combine import each_of
+from geomerge.late import torch_alone
+from geomerge.methods import registry
+from geomerge.methods.linalg import one_thread
+matrices = torch.randn(2, 512, 520, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+def digest(made):
+    return hashlib.sha256(made.contiguous().numpy().tobytes()).hexdigest()
+def merged(method):
+    with one_thread():
+        return digest(registry.get(method).make({}, count=2).merge(matrices.clone()))
+def singular_vectors(matrix):
+    return digest(torch.linalg.svd(matrix).U)
+print(merged("iso_c"), flush=True)
+with torch_alone():
+    print(singular_vectors(matrices[0]))
+    for threads in (1, 2):
+        with ThreadPoolExecutor(threads) as pool:
+            print(*sorted(set(pool.map(merged, ["iso_c"] * 4))))
+print(*sorted(set(each_of([matrices[0]] * 2, singular_vectors, 2, None))))
+"""
+
+
+def test_bits_do_not_depend_on_the_number_of_threads() -> None:
+    """That libraries may use: whichever thread comes first, after others or beside them, each works with one."""
+
+    def printed(number: int) -> str:
+        there = os.environ | {"OMP_NUM_THREADS": str(number), "MKL_DYNAMIC": "FALSE"}
+        done = subprocess.run([sys.executable, "-c", BITS], env=there, capture_output=True, text=True, check=True)
+        return done.stdout
+
+    expected = printed(1)
+    merged, vectors = expected.split()[:2]
+    assert expected.split() == [merged, vectors, merged, merged, vectors]
+    assert printed(3) == expected
 
 
 def test_small_matrices_load_no_library() -> None:

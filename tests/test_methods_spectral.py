@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -431,17 +432,25 @@ def test_complement() -> None:
 
 
 def test_one_thread_restores_the_setting() -> None:
-    """Also when those inside leave in another order than they came."""
-    before = torch.get_num_threads()
+    """Once it was left as often as entered; and each thread that enters has one, whatever it had before."""
+    before, found = torch.get_num_threads(), list[int]()
     try:
         torch.set_num_threads(3)
-        first, second = linalg.one_thread(), linalg.one_thread()
-        first.__enter__()
-        second.__enter__()
-        first.__exit__(None, None, None)
-        assert torch.get_num_threads() == 1
-        second.__exit__(None, None, None)
+        pool = ThreadPoolExecutor(1)
+        pool.submit(torch.get_num_threads).result()  # is its own from now on
+
+        def other() -> None:
+            with linalg.one_thread():
+                found.append(torch.get_num_threads())
+            found.append(torch.get_num_threads())
+
+        with linalg.one_thread():
+            with linalg.one_thread():
+                assert torch.get_num_threads() == 1
+            pool.submit(other).result()
+            assert torch.get_num_threads() == 1
         assert torch.get_num_threads() == 3
+        assert found == [1, 3]
     finally:
         torch.set_num_threads(before)
 

@@ -67,7 +67,8 @@ def load(name: str) -> None:
 def torch_alone() -> Iterator[None]:
     """Within, torch works with one thread: the caller's threads are the parallelism, and torch's number shows in no bit.
 
-    Where torch is put off, that holds from the moment it is loaded. Threads that are started within take it over.
+    Where torch is put off, that holds from the moment it is loaded. Threads that are started within have to take it over
+    (`also_alone`).
     """
     before: list[int] = []
 
@@ -90,6 +91,16 @@ def torch_alone() -> Iterator[None]:
                 _then["torch"].remove(alone)
         for number in before:
             sys.modules["torch"].set_num_threads(number)
+
+
+def also_alone() -> None:
+    """In a thread that is started within `torch_alone`: what to begin it with.
+
+    Such a thread gets torch's number when torch first splits work there. Until then MKL, by which it decomposes matrices,
+    has its own.
+    """
+    if loaded("torch"):
+        sys.modules["torch"].get_num_threads()
 
 
 @contextlib.contextmanager

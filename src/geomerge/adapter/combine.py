@@ -35,7 +35,7 @@ from geomerge.engine.adapted import open_model
 from geomerge.engine.execute import cores
 from geomerge.engine.lora import LoraSource
 from geomerge.errors import IncompatibleModels, UsageError
-from geomerge.late import torch_alone
+from geomerge.late import also_alone, torch_alone
 from geomerge.methods import registry
 from geomerge.methods.base import Method, Span
 from geomerge.methods.elementwise.task_vectors import TaskVectors
@@ -170,7 +170,7 @@ def each_of(
     items: Sequence[Item], make: Callable[[Item], Made], threads: int | None, progress: Progress | None
 ) -> Iterator[Made]:
     """Apply a function to each item, in threads; torch's own are off, so the results do not depend on their number."""
-    pool = ThreadPoolExecutor(threads or cores(), thread_name_prefix="geomerge-adapter")
+    pool = ThreadPoolExecutor(threads or cores(), thread_name_prefix="geomerge-adapter", initializer=also_alone)
     try:
         with torch_alone():
             for made in pool.map(make, items):

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from geomerge.late import torch_alone
+from geomerge.late import also_alone, torch_alone
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,7 +78,7 @@ def cross_product(blocks: Blocks, width: int, *, centre: bool = False, normalise
     product = torch.zeros(width, width, dtype=torch.float64)
     panel = -(-width // PANELS)
     panels = range(0, width, panel)
-    with torch_alone(), torch.inference_mode(), ThreadPoolExecutor(_threads(), "geomerge-align") as pool:
+    with torch_alone(), torch.inference_mode(), ThreadPoolExecutor(_threads(), "geomerge-align", also_alone) as pool:
         means = _means(blocks, width) if centre else None
         for block in blocks():
             moving, fixed = block.moving, block.fixed

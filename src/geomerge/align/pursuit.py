@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from geomerge.late import torch_alone
+from geomerge.late import also_alone, torch_alone
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -103,7 +103,7 @@ def pursue(
         torch_alone(),
         _plain_products(),
         torch.inference_mode(),
-        ThreadPoolExecutor(_threads(), "geomerge-align") as pool,
+        ThreadPoolExecutor(_threads(), "geomerge-align", also_alone) as pool,
     ):
         dictionary = _Dictionary(atoms, pool)
         for first in range(0, count if k else 0, step):

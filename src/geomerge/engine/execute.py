@@ -29,7 +29,7 @@ from geomerge.engine.plan import BUFFER, SCALES, Node
 from geomerge.engine.sinks import Sink
 from geomerge.engine.sources import FileSource, read_into, staging
 from geomerge.errors import GeomergeError, NotFiniteError
-from geomerge.late import torch_alone, without_gradients
+from geomerge.late import also_alone, torch_alone, without_gradients
 from geomerge.methods import native
 from geomerge.methods.buffers import output
 from geomerge.methods.kernel import Prepared
@@ -280,7 +280,7 @@ class Threads:
         tiny = [item for item in light if item[1].numel <= TINY]
         room = Room(ROOM)
         keep_freed_memory()
-        pool = ThreadPoolExecutor(self.threads, thread_name_prefix="geomerge")
+        pool = ThreadPoolExecutor(self.threads, thread_name_prefix="geomerge", initializer=also_alone)
         try:
             with torch_alone():
                 for index, node in large:

@@ -18,7 +18,7 @@ from geomerge.checkpoint.header import TensorInfo
 from geomerge.engine.execute import cores
 from geomerge.engine.sources import FileSource
 from geomerge.engine.stored import stored_source
-from geomerge.late import torch_alone
+from geomerge.late import also_alone, torch_alone
 from geomerge.methods import native
 from geomerge.methods.tile import SEGMENT, TILE, Source, TensorSource, stored_of
 
@@ -79,7 +79,7 @@ def find_not_finite(
                     found[info.name] = found.get(info.name, NotFinite()) + bad
                 advance(count * DTYPES[info.dtype].itemsize)
 
-    pool = ThreadPoolExecutor(threads or cores(), thread_name_prefix="geomerge-scan")
+    pool = ThreadPoolExecutor(threads or cores(), thread_name_prefix="geomerge-scan", initializer=also_alone)
     try:
         with torch_alone():
             _settle([pool.submit(look, pieces) for pieces in _bundles(checkpoint)])

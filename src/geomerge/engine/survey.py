@@ -24,7 +24,7 @@ from geomerge.engine.matrices import ROOM, whole_matrices
 from geomerge.engine.memory import keep_freed_memory
 from geomerge.engine.plan import Node, Plan
 from geomerge.engine.processes import in_workers
-from geomerge.late import torch_alone, without_gradients
+from geomerge.late import also_alone, torch_alone, without_gradients
 from geomerge.methods.kernel import survey_scan
 from geomerge.methods.tile import Scan, block_sums
 from geomerge.methods.walk import Walk
@@ -72,7 +72,7 @@ Crew = Callable[[Callable[[int], Any], Sequence[int], Callable[[int, Any], None]
 
 @contextlib.contextmanager
 def _threads(count: int) -> Iterator[Crew]:
-    with ThreadPoolExecutor(count, thread_name_prefix="geomerge-survey") as pool:
+    with ThreadPoolExecutor(count, thread_name_prefix="geomerge-survey", initializer=also_alone) as pool:
 
         def crew(work: Callable[[int], Any], indices: Sequence[int], done: Callable[[int, Any], None]) -> None:
             futures = {pool.submit(work, i): i for i in indices}

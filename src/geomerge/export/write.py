@@ -25,7 +25,7 @@ from geomerge.errors import ModelError, NotFiniteError, UsageError, did_you_mean
 from geomerge.export.families import Described, Value, describe
 from geomerge.export.tensors import Entry, entries
 from geomerge.export.vocabulary import tokenizer_metadata
-from geomerge.late import torch_alone
+from geomerge.late import also_alone, torch_alone
 from geomerge.methods.tile import Source, TensorSource
 from geomerge.recipe.references import parse_reference
 from geomerge.recipe.values import NOWHERE
@@ -302,7 +302,7 @@ def _tensors(
         for part in range(max(len(entry.parts), 1))
         for first, last in _cut(entry)
     ]
-    with torch_alone(), ThreadPoolExecutor(threads, "geomerge-export") as pool:
+    with torch_alone(), ThreadPoolExecutor(threads, "geomerge-export", also_alone) as pool:
         waiting = [pool.submit(make, *piece) for piece in pieces]
         try:
             for each in waiting:

@@ -263,35 +263,41 @@ def _routine(library: str, name: str, count: int) -> Callable[..., None]:
     return ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * count)(pointer_of(capsule, name_of(capsule)))
 
 
-class Setting:
-    """A setting of the process: made by the first thread that enters, undone by the last that leaves.
+class _OneThread:
+    """One thread for SciPy's library, of which the number is the process's.
 
-    Args:
-        make: Makes it, and returns what undoes it.
+    It is set by the first thread that enters, and restored by the last that leaves.
     """
 
-    def __init__(self, make: Callable[[], Callable[[], object]]) -> None:
-        self._make = make
-        self._entering = threading.Lock()
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._inside = 0
-        self._undo: Callable[[], object]
+        self._restore: Callable[[], object]
 
     def __enter__(self) -> None:
-        with self._entering:
+        with self._lock:
             if not self._inside:
-                self._undo = self._make()
+                _take_control()
+                self._restore = _threads().limit(limits=1).restore_original_limits
             self._inside += 1
 
     def __exit__(self, *_: object) -> None:
-        with self._entering:
+        with self._lock:
             self._inside -= 1
             if not self._inside:
-                self._undo()
+                _take_control()
+                self._restore()
+                _take_control()
 
 
-def _limited() -> Callable[[], object]:
-    undo: Callable[[], object] = _threads().limit(limits=1).restore_original_limits
-    return undo
+def _take_control() -> None:
+    """From version 3.8 on threadpoolctl lets the thread that first set a number set it again, as long as it lives.
+
+    In any other it does nothing, without a word.
+    """
+    for library in _threads().lib_controllers:
+        if hasattr(library, "clear_controlling_thread"):
+            library.clear_controlling_thread(force=True)
 
 
 @functools.cache
@@ -303,4 +309,4 @@ def _threads() -> Any:
     return ThreadpoolController().select(user_api="blas")
 
 
-_one_thread = Setting(_limited)
+_one_thread = _OneThread()

@@ -8,12 +8,13 @@ tensors (`geomerge.engine.execute`).
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from geomerge.methods.eigen import Setting, Tridiagonal, eigh, gram, tridiagonal
+from geomerge.methods.eigen import Tridiagonal, eigh, gram, tridiagonal
 from geomerge.methods.roots import inverse_root
 
 if TYPE_CHECKING:
@@ -30,16 +31,39 @@ _NOISE = 1e-13
 """Eigenvalues of a Gram matrix below this share of the largest are zero but for rounding."""
 
 
-def _torch_alone() -> Callable[[], object]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    return lambda: torch.set_num_threads(before)
+class _Alone:
+    """One thread for torch, its BLAS and its LAPACK: each thread that enters has such a number of its own, and sets it.
+
+    What the first one finds is set by each that leaves. A thread may enter several times.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._before = 1
+        self._own = threading.local()
+
+    def __enter__(self) -> None:
+        self._own.depth = getattr(self._own, "depth", 0) + 1
+        if self._own.depth == 1:
+            with self._lock:
+                if not self._inside:
+                    self._before = torch.get_num_threads()
+                self._inside += 1
+                torch.set_num_threads(1)
+
+    def __exit__(self, *_: object) -> None:
+        self._own.depth -= 1
+        if not self._own.depth:
+            with self._lock:
+                self._inside -= 1
+                torch.set_num_threads(self._before)
 
 
-_alone = Setting(_torch_alone)
+_alone = _Alone()
 
 
-def one_thread() -> Setting:
+def one_thread() -> _Alone:
     """Within, torch, BLAS and LAPACK use one thread."""
     return _alone
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from geomerge.late import also_alone
 from geomerge.methods.tile import Scan, Tile
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ class Walk:
 
     def side_by_side(self, work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
         """Run `work` on what was gathered from all tensors; the results in order."""
-        with ThreadPoolExecutor(self._threads) as pool:
+        with ThreadPoolExecutor(self._threads, initializer=also_alone) as pool:
             return list(pool.map(work, items))
 
 
