@@ -62,6 +62,15 @@ def test_large_matrices(method: str) -> None:
     assert float(torch.linalg.matrix_norm(found - expected)) <= 1e-7 * float(change)
 
 
+@pytest.mark.parametrize("shape", [(6, 60), (60, 6)])
+def test_long_matrices(shape: tuple[int, int]) -> None:
+    """Which LoRE turns into the directions that its experts have."""
+    case = cases("lore")[2]
+    inputs = case.models(shape)
+    found = direct.merge_tensors(case.made(), [m.to(DEVICE) for m in inputs])
+    assert torch.equal(found.cpu(), direct.merge_tensors(case.made(), inputs))
+
+
 def recipe(root: Path, method: str, more: str) -> str:
     """Of as many experts as the method takes, up to three."""
     made = registry.get(method)

@@ -432,25 +432,49 @@ def test_complement() -> None:
 
 
 def test_one_thread_restores_the_setting() -> None:
-    """Once it was left as often as entered; and each thread that enters has one, whatever it had before."""
+    """Also when those inside leave in another order than they came."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        first, second = linalg.one_thread(), linalg.one_thread()
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert torch.get_num_threads() == 1
+        second.__exit__(None, None, None)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_each_thread_has_one() -> None:
+    """Whatever it had before, while others are inside, and whether these leave before it or after."""
     before, found = torch.get_num_threads(), list[int]()
     try:
         torch.set_num_threads(3)
         pool = ThreadPoolExecutor(1)
         pool.submit(torch.get_num_threads).result()  # is its own from now on
 
-        def other() -> None:
-            with linalg.one_thread():
-                found.append(torch.get_num_threads())
+        def enter() -> None:
+            linalg.one_thread().__enter__()
             found.append(torch.get_num_threads())
 
-        with linalg.one_thread():
+        def leave() -> None:
+            found.append(torch.get_num_threads())
+            linalg.one_thread().__exit__(None, None, None)
+            found.append(torch.get_num_threads())
+
+        for first in (True, False):
             with linalg.one_thread():
+                pool.submit(enter).result()
+                if first:
+                    pool.submit(leave).result()
                 assert torch.get_num_threads() == 1
-            pool.submit(other).result()
-            assert torch.get_num_threads() == 1
-        assert torch.get_num_threads() == 3
-        assert found == [1, 3]
+            assert torch.get_num_threads() == 3
+            if not first:
+                pool.submit(leave).result()
+            assert found == [1, 1, 3]
+            found.clear()
     finally:
         torch.set_num_threads(before)
 
