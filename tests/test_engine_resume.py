@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -11,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,8 +21,12 @@ import geomerge as gm
 import tiny
 from geomerge.engine import journal as journal_module
 from geomerge.engine import survey
+from geomerge.engine.findings import plain, restored
 from geomerge.engine.journal import Journal
 from geomerge.engine.plan import Plan
+from geomerge.methods import registry
+from geomerge.methods.combine import Surveyed
+from geomerge.methods.selection import Selection
 
 # Imports once; then each merge runs in a forked child that tells through a pipe when it has begun and, slowed down by its
 # progress, is killed after a random time. What is left is continued by the next child.
@@ -380,3 +387,63 @@ def test_what_lines_asks_of_a_tensor_is_asked_once(tmp_path: Path, monkeypatch: 
     assert tiny.read(tmp_path / "out").keys() == {*before, *asked}
     for name, tensor in tiny.read(tmp_path / "whole").items():
         assert torch.equal(tiny.read(tmp_path / "out")[name], tensor), name
+
+
+SURVEYS: dict[str, dict[str, Any]] = {
+    "ties": {"scope": "global", "density": 0.3, "weight": 1.0},
+    "pcb": {},
+    "emr": {"task": 1},
+    "tall_mask": {"task": 1, "merged": "ties"},
+    "consensus_ties": {},
+    "resm": {},
+    "knots": {"scope": "global", "full_weights": True},
+    "doge_ta": {"steps": 2},
+}
+
+
+def surveying(root: Path, method: str) -> str:
+    models = [{"model": str(root / name)} for name in "abc"]
+    head = {"merge_method": method, "base_model": str(root / "base"), "models": models}
+    return json.dumps(head | {"parameters": SURVEYS[method]}, indent=1)
+
+
+@pytest.mark.parametrize("method", SURVEYS)
+def test_what_surveys_found_outlives_the_run(tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resumed run goes on after the look at the whole model, and gives the same bytes."""
+    tiny.family(tmp_path)
+    text, cls = surveying(tmp_path, method), registry.get(method)
+    gm.merge(text, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        gm.merge(text, tmp_path / "out", threads=1, progress=tiny.Interrupt(0.9))
+    looked: list[str] = []
+    real = cls.survey
+    monkeypatch.setattr(cls, "survey", lambda self, walk: (looked.append(method), real(self, walk))[1])
+    shutil.copytree(tmp_path / "out.partial", tmp_path / "other.partial")
+    assert 0 < gm.merge(text, tmp_path / "out", threads=1, resume=True).resumed < len(tiny.read(tmp_path / "whole"))
+    assert not looked
+    assert tiny.same(tiny.read(tmp_path / "out"), tiny.read(tmp_path / "whole"))
+    # A line that no survey wrote is worth nothing: the run looks again.
+    journal = tmp_path / "other.partial" / "journal.jsonl"
+    lines = [line for line in journal.read_text().splitlines() if '"survey"' not in line]
+    journal.write_text("\n".join([lines[0], '{"survey":0,"found":{"Selection":[1]}}', *lines[1:], ""]))
+    gm.merge(text, tmp_path / "other", threads=1, resume=True)
+    assert looked == [method]
+    assert tiny.same(tiny.read(tmp_path / "other"), tiny.read(tmp_path / "whole"))
+
+
+def test_findings_round_trip() -> None:
+    """Numbers bit for bit, infinities among them; what is no number, word, tuple or dictionary is refused."""
+    found = {
+        "w": [Selection(0.1 + 0.2, 3, (1, 0)), Selection(math.inf, 0, (), last=5)],
+        "": [],
+        "numpy": [np.float64(1 / 3), np.int64(7), True, None],
+    }
+    text = json.dumps(plain(Surveyed(found, -1.0), (Surveyed, Selection)))
+    back = restored(json.loads(text), (Surveyed, Selection))
+    assert back == Surveyed({key: tuple(value) for key, value in found.items()}, -1.0)
+    for bad in (torch.ones(2), {1: 2.0}, Selection(1.0, 1, (1,)), object()):
+        with pytest.raises(TypeError):
+            plain([bad], (Surveyed,))
+    for text in ('{"Selection": [1]}', '{"Selection": {}}', '{"Other": []}', '{"": []}', '{"": {}, "Selection": []}'):
+        with pytest.raises(ValueError, match=r"missing|no finding"):
+            restored(json.loads(text), (Selection,))

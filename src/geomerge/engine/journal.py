@@ -1,6 +1,6 @@
 """What a run has finished, so that another can go on after it was killed.
 
-One line for each finished tensor, written after the tensor's bytes; before these lines what a survey has found. The first
+One line for each finished tensor, written after the tensor's bytes; before these lines what surveys have found. The first
 line names the plan, the machine's boot and the identity of the input files. Bytes that a process wrote outlive it, but a power
 cut may lose those that had not reached the disk, so after a reboot the journal is not believed (unless the run flushed its
 files). Nor is it when an input was touched since: a plan's fingerprint samples the files, and tensors of the old and of the new
@@ -26,6 +26,9 @@ COMPLETE = "complete"
 
 NORMS = "norms"
 """The key of a line with what LiNeS asks of a tensor."""
+
+SURVEY = "survey"
+"""The key of a line with what the survey of a method found."""
 
 _dense = json.JSONEncoder(separators=(",", ":")).encode
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
@@ -58,6 +61,7 @@ class Journal:
     Attributes:
         finished: For each finished tensor what the manifest shall say of it.
         norms: For tensors that LiNeS has looked at, ‖Σ τₜ‖₁ and ‖τ_merged‖₁.
+        surveys: What surveys have found (`geomerge.engine.findings`), by the first tensor of each.
         complete: The journal was concluded.
         durable: Each line is flushed.
     """
@@ -73,6 +77,7 @@ class Journal:
     ) -> None:
         self.finished: dict[int, dict[str, Any]] = {}
         self.norms: dict[int, tuple[float, float]] = {}
+        self.surveys: dict[int, Any] = {}
         self.complete = False
         self.durable = durable
         self._path = path
@@ -93,6 +98,7 @@ class Journal:
         if believed:
             self.finished, self.complete = _sorted(lines)
             self.norms = {line[NORMS]: (line["summed"], line["merged"]) for line in lines if NORMS in line}
+            self.surveys = {line[SURVEY]: line["found"] for line in lines if SURVEY in line}
         elif lost := len(_sorted(lines)[0]):
             same = lines[0].get("inputs") == head["inputs"]
             why = "the machine has been restarted" if same else "a parent's file has been changed, or touched,"
@@ -108,6 +114,8 @@ class Journal:
             self.record(self.finished.items())
             for index, norms in self.norms.items():
                 self.remember(index, norms)
+            for index, found in self.surveys.items():
+                self.remember_survey(index, found)
         else:
             # A line that was cut off by the kill must not swallow the next one.
             os.write(self._file, b"\n")
@@ -119,6 +127,10 @@ class Journal:
     def remember(self, index: int, norms: tuple[float, float]) -> None:
         """What LiNeS asks of a tensor of the plan."""
         self._write([{NORMS: index, "summed": norms[0], "merged": norms[1]}])
+
+    def remember_survey(self, index: int, found: Any) -> None:
+        """What a survey found, of which this is the first tensor of the plan."""
+        self._write([{SURVEY: index, "found": found}])
 
     def conclude(self) -> None:
         """All that this journal is for is finished, and has reached the disk: it is believed after any power cut."""
@@ -184,6 +196,6 @@ def _lines(path: Path) -> list[dict[str, Any]]:
             line = json.loads(raw)
         except ValueError:
             continue
-        if isinstance(line, dict) and (not found or line.keys() & {"tensor", NORMS, COMPLETE}):
+        if isinstance(line, dict) and (not found or line.keys() & {"tensor", NORMS, SURVEY, COMPLETE}):
             found.append(line)
     return found

@@ -1,8 +1,8 @@
 """The survey: statistics over the whole model that some methods need before the first tensor can be made.
 
 A survey reads and never writes. Its result goes into the nodes' methods (`Method.known`), so that all that follows is the
-same as for any other method. An interrupted run makes it again, with the same bits; only what LiNeS asks of every merged
-tensor, which may be decompositions of a whole model, is in the journal. Tensors are looked at by threads or, where the run may
+same as for any other method, and into the journal: a resumed run goes on after it. What LiNeS asks of every merged tensor,
+which may be decompositions of a whole model, is there tensor by tensor. Tensors are looked at by threads or, where the run may
 fork, by workers (`geomerge.engine.processes`), which do not wait for each other's interpreter.
 """
 
@@ -19,12 +19,14 @@ import torch
 
 from geomerge.engine.build import Builder
 from geomerge.engine.execute import Room, cores
+from geomerge.engine.findings import plain, restored
 from geomerge.engine.journal import Journal
 from geomerge.engine.matrices import ROOM, whole_matrices
 from geomerge.engine.memory import keep_freed_memory
 from geomerge.engine.plan import Node, Plan
 from geomerge.engine.processes import in_workers
 from geomerge.late import also_alone, torch_alone, without_gradients
+from geomerge.methods.base import Method
 from geomerge.methods.kernel import survey_scan
 from geomerge.methods.tile import Scan, block_sums
 from geomerge.methods.walk import Walk
@@ -61,7 +63,7 @@ def surveyed(
     keep_freed_memory()
     with torch_alone(), _workers(threads or cores()) if forks else _threads(threads or cores()) as crew:
         for stage in range(len(plan.stages)):
-            plan = _stage(plan, stage, make(plan), crew, advance, threads or cores())
+            plan = _stage(plan, stage, make(plan), crew, advance, threads or cores(), journal)
             plan = _lifted(plan, stage, make, crew, advance, journal)
     return plan
 
@@ -94,7 +96,15 @@ def _workers(count: int) -> Iterator[Crew]:
     yield crew
 
 
-def _stage(plan: Plan, stage: int, builder: Builder, crew: Crew, advance: Callable[[int], None], threads: int) -> Plan:
+def _stage(
+    plan: Plan,
+    stage: int,
+    builder: Builder,
+    crew: Crew,
+    advance: Callable[[int], None],
+    threads: int,
+    journal: Journal | None,
+) -> Plan:
     """Survey one stage's nodes; the earlier ones know what they have to."""
     groups: dict[Any, list[int]] = {}
     for index, node in enumerate(plan.nodes):
@@ -114,12 +124,34 @@ def _stage(plan: Plan, stage: int, builder: Builder, crew: Crew, advance: Callab
             _counted(plan, mine, crew, advance, passes=method.surveys),
             threads,
         )
-        known = method.survey(walk)
+        known = _remembered(journal, members[0], method)
+        if known is None:
+            known = method.survey(walk)
+            _remember(journal, members[0], method, known)
+        else:
+            advance(method.surveys * sum(node.nbytes for node in mine))
         for index, node in zip(members, mine, strict=True):
             assert node.method is not None
             mine_of_it = node.method.known_of(known, node.name)
             nodes[index] = replace(node, method=replace(node.method, known=mine_of_it))
     return replace(plan, nodes=tuple(nodes)) if groups else plan
+
+
+def _remembered(journal: Journal | None, index: int, method: Method) -> Any:
+    """What the survey that begins with a tensor found in an earlier run; `None` where that is not known."""
+    if journal is None or index not in journal.surveys:
+        return None
+    try:
+        return restored(journal.surveys[index], method.findings)
+    except ValueError:
+        return None
+
+
+def _remember(journal: Journal | None, index: int, method: Method, known: Any) -> None:
+    """Write it down, unless a method finds what the journal cannot hold: then a resumed run looks again."""
+    if journal is not None:
+        with contextlib.suppress(TypeError):
+            journal.remember_survey(index, plain(known, method.findings))
 
 
 def _opener(builder: Builder, node: Node) -> Callable[[], Scan]:

@@ -197,6 +197,7 @@ class Method:
     base_use: ClassVar[BaseUse] = "required"
     interpolates: ClassVar[bool] = False
     properties: ClassVar[frozenset[str]] = frozenset()
+    findings: ClassVar[tuple[type, ...]] = ()  # named tuples and dataclasses that `survey` gives: for the journal
     mergekit: ClassVar[Mapping[str, Any]] = {}
     example: ClassVar[str]
 

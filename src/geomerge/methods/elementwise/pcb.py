@@ -87,6 +87,7 @@ class Pcb(Elementwise):
         "Several experts of one base whose weights compete; a stronger TIES that looks at the model three times."
     )
     properties: ClassVar[frozenset[str]] = frozenset({PERMUTATION, BASE, SIGN})
+    findings: ClassVar[tuple[type, ...]] = (Bounds,)
     recorded: ClassVar[bool] = True
     example: ClassVar[str] = """\
 merge_method: pcb

@@ -28,6 +28,8 @@ def tall_mask(delta: Tensor, total: Tensor, threshold: float) -> Tensor:
 class TiesSum(Elementwise):
     """What can look at the merged vector of TIES, added up."""
 
+    findings: ClassVar[tuple[type, ...]] = (Surveyed, Selection)
+
     density: float = parameter(0.2, within=(0, 1), above=0, doc="share of each task vector that is kept")
     scope: str = parameter(
         "global",

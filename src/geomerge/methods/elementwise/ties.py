@@ -11,6 +11,7 @@ from geomerge.methods.combine import Surveyed, added, majority
 from geomerge.methods.elementwise.task_vectors import TaskVectors
 from geomerge.methods.properties import BASE, IDENTICAL, PERMUTATION, SCALE, SINGLE
 from geomerge.methods.registry import register
+from geomerge.methods.selection import Selection
 from geomerge.methods.sparsify import TOP_K, Everything, Magnitude, Sparsifier, measure
 from geomerge.methods.tile import Scan, Tile
 from geomerge.methods.walk import Walk
@@ -30,6 +31,7 @@ class Ties(TaskVectors):
     formula: ClassVar[str] = "θ = θ₀ + λ · mean{wₖτ̂ₖ : sgn wₖτ̂ₖ = sgn Σ wⱼτ̂ⱼ},  τ̂ = top-density(τ)"
     when: ClassVar[str] = "Three or more fine-tunes of one base that pull the same weights in different directions."
     properties: ClassVar[frozenset[str]] = frozenset({PERMUTATION, BASE, SINGLE, IDENTICAL, SCALE})
+    findings: ClassVar[tuple[type, ...]] = (Surveyed, Selection)
     mergekit: ClassVar[dict[str, Any]] = {"rescale_norm": "l1", "top_k": "binary_k"}
     elect: ClassVar[bool] = True
     chain: ClassVar[str] = "trim → ties (density: 1)"

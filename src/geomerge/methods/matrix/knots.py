@@ -17,14 +17,13 @@ from geomerge.methods.direct import merge_tensors
 from geomerge.methods.linalg import largest, one_thread
 from geomerge.methods.properties import BASE, PERMUTATION, SCALE, SIGN
 from geomerge.methods.registry import register
+from geomerge.methods.selection import Selection
 from geomerge.methods.sparsify import TOP_K, Magnitude
 from geomerge.methods.tile import Scan, TensorSource
 from geomerge.methods.walk import Walk, whole
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from geomerge.methods.selection import Selection
 
 
 @register
@@ -52,6 +51,7 @@ class Knots(Matrix):
         "`full_weights: true` says that they are as good as adapters; for full fine-tunes take ties."
     )
     properties: ClassVar[frozenset[str]] = frozenset({PERMUTATION, BASE, SCALE, SIGN})
+    findings: ClassVar[tuple[type, ...]] = (Selection,)
     example: ClassVar[str] = """\
 merge_method: knots
 base_model: ./base
