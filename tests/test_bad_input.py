@@ -231,7 +231,7 @@ CASES: dict[str, Case] = {
             LINEAR.replace("linear", name), gm.RecipeError, ("<recipe>:1", f"no method '{name}'", way)
         )
         for name, way in {
-            "opcm": "geomerge continue STATE EXPERT --method opcm",
+            "continual_opcm": "geomerge continue STATE EXPERT --method opcm",
             "greedy_soup": "geomerge soup",
             "trim": "steps: [trim: 0.5]",
             "lines": "steps: [lines: {alpha: 0.3, beta: 0.7}]",

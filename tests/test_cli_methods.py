@@ -28,7 +28,7 @@ def test_all_methods_are_listed(run: Program) -> None:
     lines = out.split("\n\n")[0].splitlines()
     assert [line.split()[0] for line in lines] == ["method", *catalogue()]
     assert [*catalogue()][-13:] == [
-        "continual_average", "continual_task_arithmetic", "continual_ties", "opcm", "greedy_soup",
+        "continual_average", "continual_opcm", "continual_task_arithmetic", "continual_ties", "greedy_soup",
         "trim", "step_dare", "step_della", "step_breadcrumbs", "step_svd_compress", "scale", "lines", "aim",
     ]  # fmt: skip
     assert next(line.split() for line in lines if line.startswith("slerp ")) == [
@@ -131,8 +131,8 @@ def test_json(run: Program) -> None:
     assert all(m["cost"].endswith(".") for m in everything)
     assert "read once" in next(m["cost"] for m in everything if m["name"] == "linear")
     whole = {m["name"] for m in everything if "whole model first" in m["cost"]}
-    assert whole >= {"ties", "pcb", "emr", "knots", "resm", "doge_ta"}
-    assert not whole & {"linear", "sce", "tsvm", "wudi", "trim", "opcm"}
+    assert whole >= {"ties", "pcb", "emr", "knots", "opcm", "resm", "doge_ta"}
+    assert not whole & {"linear", "sce", "tsvm", "wudi", "trim", "continual_opcm"}
     assert "read twice" in next(m["cost"] for m in everything if m["name"] == "model_stock")
     density = next(p for p in one["parameters"] if p["name"] == "density")
     assert density == {

@@ -24,6 +24,7 @@ from cli_samples import Program
 from geomerge.checkpoint import open_checkpoint
 from geomerge.continual import RULES, State, continue_merge
 from geomerge.continual.step import weight_matrices
+from geomerge.engine.matrices import whole_matrices
 from geomerge.errors import (
     DamagedCheckpoint,
     GeomergeError,
@@ -117,6 +118,88 @@ def test_published_algorithm(tmp_path: Path) -> None:
     np.testing.assert_allclose(found["fc1.weight"], case["out_w"], rtol=1e-9)
     np.testing.assert_allclose(found["fc1.bias"], case["out_b"], rtol=1e-9)
     assert 1 / step.state.factor == pytest.approx(case["lambda_T"], rel=1e-12)
+    base, *all_at_once = ({"w": t, "b": t[:, 0]} for t in (torch.zeros_like(taus[0]), *taus))
+    merged = gm.methods.opcm(base, all_at_once)
+    np.testing.assert_allclose(merged["w"], case["out_w"], rtol=1e-9)
+    np.testing.assert_allclose(merged["b"], case["out_b"], rtol=1e-9)
+
+
+def recipe(folder: Path, parameters: dict[str, Any] | None = None, **more: Any) -> str:
+    """OPCM of the three experts that `family` writes."""
+    models = [{"model": str(path)} for path in experts(folder)]
+    said = {"merge_method": "opcm", "base_model": str(folder / "0"), "models": models, "parameters": parameters or {}}
+    return json.dumps(said | more, indent=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"alpha": 0.8, "zero_diagonal": False}], ids=str)
+def test_a_recipe_gives_the_same_model(tmp_path: Path, options: dict[str, Any], dtype: torch.dtype) -> None:
+    """`merge_method: opcm` of all experts is `geomerge continue` of them, but for the last bit of float64."""
+    family(tmp_path, dtype=dtype)
+    continue_merge(tmp_path / "state", experts(tmp_path), base=tmp_path / "0", parameters=options)
+    gm.merge(recipe(tmp_path, options), tmp_path / "out", threads=2)
+    found, wanted = tiny.read(tmp_path / "out"), tiny.read(tmp_path / "state")
+    if dtype == torch.float64:
+        for name in wanted:
+            torch.testing.assert_close(found[name], wanted[name], rtol=0, atol=1e-15)
+    else:
+        assert tiny.same(found, wanted)
+
+
+class TestRecipe:
+    def test_one_norm_for_all_tensors(self, tmp_path: Path) -> None:
+        """Parameters may differ from tensor to tensor: together the task vectors have the experts' mean norm."""
+        base, *others = family(tmp_path)
+        some = [{"filter": "down_proj", "value": 0.1}, {"value": 0.9}]
+        gm.merge(recipe(tmp_path, {"alpha": some, "rest": "mean"}), tmp_path / "out")
+        found = change(tmp_path / "out", base)
+        sizes = [np.sqrt(sum(float(((m[n] - base[n]) ** 2).sum()) for n in base)) for m in others]
+        assert np.sqrt(sum(np.sum(c * c) for c in found.values())) == pytest.approx(np.mean(sizes), rel=1e-12)
+        taus = [{n: (m[n] - base[n]).numpy() for n in base} for m in others]
+        wanted: dict[str, Array] = {}
+        for name in base:
+            total = np.zeros_like(taus[0][name])
+            for tau in taus:
+                alpha = 0.1 if "down_proj" in name else 0.9
+                total = total + (project(total, tau[name], alpha) if "proj.weight" in name else tau[name] / 3)
+            wanted[name] = total
+        ratio = np.mean(sizes) / np.sqrt(sum(np.sum(t * t) for t in wanted.values()))
+        for name, each in found.items():
+            np.testing.assert_allclose(each, wanted[name] * ratio, atol=1e-13)
+
+    def test_what_the_base_keeps_counts_for_nothing(self, tmp_path: Path) -> None:
+        """With `rest: base` only the weights of linear layers are merged, and measured."""
+        base, *others = family(tmp_path)
+        gm.merge(recipe(tmp_path, {"rest": "base"}), tmp_path / "out")
+        found = change(tmp_path / "out", base)
+        weights = [n for n in base if "proj.weight" in n]
+        assert {n for n, c in found.items() if c.any()} == set(weights)
+        sizes = [np.sqrt(sum(float(((m[n] - base[n]) ** 2).sum()) for n in weights)) for m in others]
+        assert np.sqrt(sum(np.sum(found[n] ** 2) for n in weights)) == pytest.approx(np.mean(sizes), rel=1e-12)
+
+    def test_steps_and_lambda(self, tmp_path: Path) -> None:
+        """λ and LiNeS come after the division by the norm."""
+        base, *_ = family(tmp_path)
+        gm.merge(recipe(tmp_path), tmp_path / "plain")
+        plain = change(tmp_path / "plain", base)
+        gm.merge(recipe(tmp_path, {"lambda": 0.25}), tmp_path / "quarter")
+        gm.merge(recipe(tmp_path, steps=[{"lines": {"alpha": 0.5, "beta": 0.25}}]), tmp_path / "lines")
+        for name in base:
+            np.testing.assert_allclose(change(tmp_path / "quarter", base)[name], plain[name] / 4, atol=1e-14)
+            factor = 0.75 if ".layers." in name else 0.5
+            np.testing.assert_allclose(change(tmp_path / "lines", base)[name], plain[name] * factor, atol=1e-14)
+
+    def test_memory_of_the_rest(self, tmp_path: Path) -> None:
+        """The memory is that of the weights, not of an embedding or a head, however large; both are added up."""
+        shapes = {"model.embed_tokens.weight": (4000, 16), "model.layers.0.mlp.up_proj.weight": (24, 16)}
+        base = tiny.random_tensors(shapes, 0)
+        for i in range(4):
+            write(tmp_path / str(i), base if i == 0 else tiny.random_tensors(shapes, i, like=base))
+        plan = gm.plan(recipe(tmp_path))
+        nodes = {n.name: n for n in plan.output_nodes()}
+        assert nodes["model.embed_tokens.weight"].rule == "rest: sum"
+        assert whole_matrices(plan, nodes["model.embed_tokens.weight"]) == 0
+        assert whole_matrices(plan, nodes["model.layers.0.mlp.up_proj.weight"]) > 0
 
 
 @pytest.mark.parametrize("method", RULES)

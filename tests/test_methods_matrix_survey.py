@@ -1,4 +1,4 @@
-"""Matrix methods that look at all weights first: DOGE-TA's masks, RESM's ranks, KnOTS's common trimming."""
+"""Matrix methods that look at all weights first: DOGE-TA's masks, RESM's ranks, KnOTS's common trimming, OPCM's norm."""
 
 from __future__ import annotations
 
@@ -267,11 +267,14 @@ def family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, tiny.Te
 
 def recipe(method: str, **parameters: Any) -> str:
     experts = ", ".join(f"{{model: {n}}}" for n in "abc")
-    values = json.dumps(GLOBAL[method] | parameters)
+    values = json.dumps(ENGINE[method] | parameters)
     return f"merge_method: {method}\nbase_model: base\nmodels: [{experts}]\nparameters: {values}\n"
 
 
-@pytest.mark.parametrize("method", GLOBAL)
+ENGINE = GLOBAL | {"opcm": {"alpha": 0.4}}
+
+
+@pytest.mark.parametrize("method", ENGINE)
 class TestEngine:
     def test_the_same_bits_whoever_computes(
         self, method: str, family: dict[str, tiny.Tensors], monkeypatch: pytest.MonkeyPatch
@@ -291,13 +294,6 @@ class TestEngine:
         finalize("shards")
         assert tiny.same(found, tiny.read(Path("shards")))
 
-    def test_as_the_function(self, method: str, family: dict[str, tiny.Tensors]) -> None:
-        """`gm.methods` on the weight matrices' state dict."""
-        names = [n for n in family["base"] if "proj" in n]
-        base, *experts = ({n: m[n] for n in names} for m in family.values())
-        found = gm.merge_state_dicts(recipe(method))
-        assert tiny.same({n: found[n] for n in names}, getattr(gm.methods, method)(base, experts, **GLOBAL[method]))
-
     def test_resume(self, method: str, family: dict[str, tiny.Tensors]) -> None:
         """Killed in the middle and continued: the survey is made again, and the bytes are the same."""
         text = recipe(method)
@@ -316,6 +312,16 @@ class TestEngine:
             gm.merge(recipe(method), "out")
         assert caught.value.where == f"b: {name}"
         assert not list(Path().glob("out*"))
+
+
+@pytest.mark.parametrize("method", GLOBAL)
+class TestEngineOfWeights:
+    def test_as_the_function(self, method: str, family: dict[str, tiny.Tensors]) -> None:
+        """`gm.methods` on the weight matrices' state dict."""
+        names = [n for n in family["base"] if "proj" in n]
+        base, *experts = ({n: m[n] for n in names} for m in family.values())
+        found = gm.merge_state_dicts(recipe(method))
+        assert tiny.same({n: found[n] for n in names}, getattr(gm.methods, method)(base, experts, **GLOBAL[method]))
 
     def test_it_differs_from_a_look_at_each_weight(self, method: str, family: dict[str, tiny.Tensors]) -> None:
         """The option does something: of one layer the changes are larger than of the other, and sparser."""

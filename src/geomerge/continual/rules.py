@@ -14,7 +14,7 @@ import torch
 from geomerge.methods.base import Method, parameter
 from geomerge.methods.direct import Function
 from geomerge.methods.elementwise.ties import Ties
-from geomerge.methods.matrix.opcm import cleaned
+from geomerge.methods.matrix.opcm import cleaned, mean_norm
 from geomerge.methods.properties import BASE, IDENTICAL, PERMUTATION, ROTATION, SCALE, SIGN, SINGLE
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Opcm(Rule):
     """Add what of each task vector is orthogonal to the leading directions of the sum; keep the mean norm of the experts."""
 
     name: ClassVar[str] = "opcm"
-    title: ClassVar[str] = "OPCM (orthogonal projection-based continual merging)"
+    title: ClassVar[str] = "Continual OPCM (orthogonal projection-based merging)"
     paper: ClassVar[str] = "Tang et al. 2025, Merging Models on the Fly Without Retraining, arXiv:2501.09522"
     formula: ClassVar[str] = "θ = θ₀ + S/λ,  S ← S + P_S(τ_t),  λ = ‖S‖ / mean ‖τ‖"
     when: ClassVar[str] = (
@@ -89,7 +89,7 @@ geomerge continue ./merged ./birds
         return total.add_(delta)
 
     def factor(self, norm: float, norms: float, count: int) -> float:
-        return norms / count / norm if norm > 0 and norms > 0 else 1.0
+        return mean_norm(norm, norms, count)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from geomerge.methods.base import Elementwise, Matrix, Span
 from geomerge.methods.chain import thinned
 from geomerge.methods.gram import Gram
 from geomerge.methods.kernel import Open, Prepared, columnwise, measure_gram, merge_matrix, prepare
-from geomerge.methods.rest import is_matrix
+from geomerge.methods.rest import merges_whole
 from geomerge.methods.tile import TILE, Scan, Segment, Source
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ class Builder:
     def _kept_matrix(self, node: Node, method: Matrix) -> Tensor | None:
         """What a matrix method makes of the inputs' own tensors, computed once for all λ while there is room to keep it."""
         inputs = self._inputs_of(node)
-        if self._kept is None or inputs is None or not is_matrix(node.shape):
+        if self._kept is None or inputs is None or not merges_whole(method, node.shape):
             return None
         same = type(method).factor is Matrix.factor
         # What a survey found is no part of a method's equality.

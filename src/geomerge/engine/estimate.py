@@ -21,10 +21,9 @@ from geomerge.engine.matrices import ROOM, whole_matrices
 from geomerge.engine.plan import Node, Plan
 from geomerge.late import torch_alone
 from geomerge.methods import native
-from geomerge.methods.base import Matrix
 from geomerge.methods.chain import thinned
 from geomerge.methods.kernel import prepare
-from geomerge.methods.rest import is_matrix
+from geomerge.methods.rest import is_matrix, merges_whole
 from geomerge.methods.tile import TILE, Scan, Source, TensorSource, stored_of
 
 _SAMPLE = 1 << 19
@@ -68,16 +67,15 @@ def estimate(plan: Plan, inputs: Sequence[Checkpoint], *, threads: int | None = 
     threads = threads or cores()
     nodes = list(plan.output_nodes())
     loss = RoundingLoss()
-    spent: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    spent: dict[tuple[str, bool], list[float]] = defaultdict(lambda: [0.0, 0.0])
     builder = Builder(plan, inputs)
     with torch_alone():
         for node in _sampled(plan):
             seconds, work, found = _try(builder, node)
             # The second evaluation has its buffers and code paths warm.
             seconds = min(seconds, _try(builder, node)[0])
-            assert node.method is not None
-            spent[node.method.name][0] += seconds
-            spent[node.method.name][1] += work
+            spent[_kind(node)][0] += seconds
+            spent[_kind(node)][1] += work
             loss += found.checked(node.name, node.dtype)
     return Estimate(
         read=sum(_bytes_read(plan, n, inputs) for n in nodes),
@@ -91,22 +89,27 @@ def estimate(plan: Plan, inputs: Sequence[Checkpoint], *, threads: int | None = 
 def _sampled(plan: Plan) -> list[Node]:
     """Nodes to try: some of each method, of the larger ones; none that would have to decompose earlier stages' matrices."""
     outputs = set(plan.outputs)
-    by_method: dict[str, list[Node]] = defaultdict(list)
+    by_kind: dict[tuple[str, bool], list[Node]] = defaultdict(list)
     for index, node in enumerate(plan.nodes):
         wanted = index in outputs or _is_whole(node)
         if node.method is not None and node.numel and not node.scales and wanted and not _stages(plan, node):
-            by_method[node.method.name].append(node)
+            by_kind[_kind(node)].append(node)
     chosen = []
-    for nodes in by_method.values():
-        number = _MATRICES_SAMPLED if any(map(_is_whole, nodes)) else _TENSORS_SAMPLED
+    for (_, whole), nodes in by_kind.items():
+        number = _MATRICES_SAMPLED if whole else _TENSORS_SAMPLED
         by_size = sorted(nodes, key=lambda n: -n.numel)[: 8 * number]
         chosen += by_size[:: max(len(by_size) // number, 1)][:number]
     return chosen
 
 
 def _is_whole(node: Node) -> bool:
-    whole = isinstance(node.method, Matrix) or any(step.whole for step in node.chain)
-    return whole and is_matrix(node.shape)
+    return merges_whole(node.method, node.shape) or (is_matrix(node.shape) and any(step.whole for step in node.chain))
+
+
+def _kind(node: Node) -> tuple[str, bool]:
+    """What nodes have in common that cost alike: a method, which may make matrices and other tensors in two ways."""
+    assert node.method is not None
+    return node.method.name, _is_whole(node)
 
 
 def _stages(plan: Plan, node: Node) -> list[Node]:
@@ -115,10 +118,10 @@ def _stages(plan: Plan, node: Node) -> list[Node]:
     return [n for n in made if whole_matrices(plan, n)]
 
 
-def _seconds(plan: Plan, node: Node, spent: Mapping[str, Sequence[float]]) -> float:
+def _seconds(plan: Plan, node: Node, spent: Mapping[tuple[str, bool], Sequence[float]]) -> float:
     """What one core needs for a node: for matrices, operations grow with the elements times the shorter side."""
     total = sum(_seconds(plan, n, spent) for n in _stages(plan, node))
-    rate = spent.get(node.method.name) if node.method is not None else None
+    rate = spent.get(_kind(node)) if node.method is not None else None
     if rate is None:
         return total + node.nbytes / _COPY_RATE
     work = node.numel * (min(node.shape) if _is_whole(node) else 1)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from geomerge.engine.plan import REST
 from geomerge.methods import registry
 from geomerge.methods.base import Matrix, Method
-from geomerge.methods.rest import is_matrix, rest_method
+from geomerge.methods.rest import is_matrix, merges_whole, rest_method
 
 if TYPE_CHECKING:
     from geomerge.anatomy import Part
@@ -44,13 +45,15 @@ def rest(method: Matrix, operands: list[Operand]) -> tuple[str, Method, list[Ope
     count = len(operands) - (method.base_use == "required")
     if method.base_use == "required" and method.rest == "base":
         return f"{REST}base", registry.get("passthrough").make({}, count=1), operands[:1]
+    if method.surveys_rest:
+        return f"{REST}{method.rest}", replace(method, matrix=False), operands
     return f"{REST}{method.rest}", rest_method(method, count), operands
 
 
 def whole_matrices(plan: Plan, node: Node) -> int:
     """Bytes of the whole matrices that are in memory while a node is made: its own and those of the stages it reads."""
     found = 0
-    if isinstance(node.method, Matrix):
+    if isinstance(node.method, Matrix) and merges_whole(node.method, node.shape):
         count = len(node.operands)
         found = 8 * node.numel * (count + node.method.workspace(count))
     if is_matrix(node.shape) and any(step.whole for step in node.chain):

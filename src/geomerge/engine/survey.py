@@ -123,6 +123,7 @@ def _stage(
             len(mine[0].operands) - 1,
             _counted(plan, mine, crew, advance, passes=method.surveys),
             threads,
+            [node.method for node in mine if node.method is not None],
         )
         known = _remembered(journal, members[0], method)
         if known is None:

@@ -220,9 +220,9 @@ class Method:
         return tuple(self.values().items())
 
     def survey(self, walk: Walk) -> Any:
-        """Look at all tensors that are merged with these parameters (of a matrix method: at all matrices); the result becomes
-        `known`. A tensor that is merged on its own is all there is: an elementwise method's survey is then made of it alone, a
-        matrix method's `merge` finds `known` to be `None`.
+        """Look at all tensors that are merged alike (of a matrix method: at all matrices, or see `surveys_rest`); the result
+        becomes `known`. A tensor on its own is all there is: a survey is made of it alone, but the `merge` of a matrix method
+        finds `known` to be `None`.
 
         Args:
             walk: The tensors. It may be gone through any number of times.
@@ -450,19 +450,20 @@ class Elementwise(Method):
         return None
 
 
-RESTS = ("mean", "sum", "scaled_sum", "base")
-"""What may happen to tensors that are no weight matrices: see `Matrix.rest_weights`."""
+RESTS = ("mean", "sum", "scaled_sum", "base")  # for tensors that are no weight matrices: see `Matrix.rest_weights`
 
 
 @dataclass(frozen=True)
 class Matrix(Method):
     """The output is θ₀ + λ·g(τ₁ … τ_T) of whole 2-D weights: a method writes g.
 
-    What is no matrix (vectors, convolutions, embeddings, heads) gets the rest rule, a sum of task vectors. A method whose
-    `base_use` is ``ignored`` gets the weights themselves instead of task vectors, and what it returns is the output.
+    What is no matrix (vectors, convolutions, embeddings, heads) gets the rest rule, a sum of task vectors; with `surveys_rest`
+    the survey looks at it, too. A method whose `base_use` is ``ignored`` gets the weights themselves instead of task vectors,
+    and what it returns is the output.
     """
 
     family: ClassVar[str] = "matrix"
+    surveys_rest: ClassVar[bool] = False
 
     rest: str = parameter("mean", choices=RESTS, doc="what tensors that are no weight matrices get of the task vectors")
     matrix: bool | None = parameter(

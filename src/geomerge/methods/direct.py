@@ -14,7 +14,7 @@ from geomerge.errors import IncompatibleModels, UsageError, did_you_mean
 from geomerge.methods.base import Matrix, Method, Span
 from geomerge.methods.gram import Gram, together
 from geomerge.methods.kernel import Open, measure_gram, prepare, survey_scan
-from geomerge.methods.rest import is_matrix
+from geomerge.methods.rest import merges_whole
 from geomerge.methods.tile import TILE, Scan, TensorSource
 from geomerge.methods.walk import Walk
 
@@ -140,19 +140,22 @@ def _surveyed(
     tile: int,
 ) -> Method:
     """The method with what it has to know of all tensors together."""
-    mine = [
-        name
-        for name in names
-        if inputs[0][name].is_floating_point()
-        and (not isinstance(method, Matrix) or is_matrix(tuple(inputs[0][name].shape)))
-    ]
-    scans = []
-    for name in mine:
+    scans, mine, methods = [], [], []
+    for name in names:
         tensors = [m[name] for m in inputs]
+        if not tensors[0].is_floating_point():
+            continue
+        here = method
+        if isinstance(method, Matrix) and not merges_whole(method, tuple(tensors[0].shape)):
+            if not method.surveys_rest:
+                continue
+            here = replace(method, matrix=False)
+        mine.append(name)
+        methods.append(here)
         out, open_scan = _opened(tensors, str(name), seed=seed, dtype=dtype, tile=tile)
         scans.append(functools.partial(survey_scan, method, open_scan, tuple(tensors[0].shape), 1.0, from_torch(out)))
     numel = sum(inputs[0][name].numel() for name in mine)
-    walk = Walk(scans, [str(name) for name in mine], numel, len(inputs) - 1)
+    walk = Walk(scans, [str(name) for name in mine], numel, len(inputs) - 1, methods=methods)
     return replace(method, known=method.survey(walk))
 
 

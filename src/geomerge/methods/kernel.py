@@ -7,7 +7,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from geomerge.late import loaded
 from geomerge.methods import gram, native, program
 from geomerge.methods.base import Elementwise, Matrix, Method, Span
 from geomerge.methods.combine import exactly, weighted_sum
-from geomerge.methods.rest import is_matrix, rest_method
+from geomerge.methods.rest import merges_whole, rest_method
 from geomerge.methods.tile import Loop, Place, Scan, Segment, Tile
 from geomerge.methods.walk import Walk, whole
 
@@ -30,6 +30,8 @@ _NARROW = ("BF16", "F16")
 _UNDERFLOW = 1e-30
 _SMALL = 1e-4
 """Of the largest squared norm: smaller ones are lost to the differences of float32's products."""
+
+M = TypeVar("M", bound=Method)
 
 Open = Callable[..., Scan]
 """Makes the scan of one output tensor, with the tiling that a method asks for as keyword arguments."""
@@ -99,7 +101,9 @@ def prepare(
         measured: What the caller knows already: the Gram matrix of the inputs, or what `merge_matrix` gave.
     """
     if isinstance(method, Matrix):
-        if is_matrix(shape) and method.matrix is not False:
+        if method.surveys_rest and method.known is None:
+            method = _alone(method, open_scan())
+        if merges_whole(method, shape):
             assert not isinstance(measured, gram.Gram)
             return _prepare_matrix(method, open_scan, shape, scale, measured)
         count = len(open_scan().sources) - (method.base_use == "required")
@@ -140,8 +144,7 @@ def prepare(
         raise TypeError(f"{type(method).__name__} belongs to no family")
     scan = elementwise_scan(method, open_scan, shape, scale, dtype)
     if method.surveys and method.known is None:
-        # Nobody looked at the whole model: this tensor is all there is.
-        method = replace(method, known=method.survey(Walk([lambda: scan], [scan.name], scan.numel, scan.experts)))
+        method = _alone(method, scan)
     stats = method.measure(scan)
 
     def blend(tile: Tile) -> Tensor:
@@ -159,6 +162,12 @@ def prepare(
     if fused is None and method.recorded and scan.compiled:
         fused = program.loop(scan, blend)
     return Prepared(scan, blend, fused=fused, told=functools.partial(method.tell, stats))
+
+
+def _alone(method: M, scan: Scan) -> M:
+    """The method with what it finds in one tensor: nobody looked at the whole model, so this is all there is."""
+    walk = Walk([lambda: scan], [scan.name], scan.numel, scan.experts, methods=[method])
+    return replace(method, known=method.survey(walk))
 
 
 def columnwise(prepared: Prepared, factors: Tensor, stride: int) -> Prepared:

@@ -14,6 +14,11 @@ def is_matrix(shape: tuple[int, ...]) -> bool:
     return len(shape) == 2 and 0 not in shape
 
 
+def merges_whole(method: object, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor of that shape is a weight matrix to a matrix method, and no tensor that its rest rule is for."""
+    return isinstance(method, Matrix) and method.matrix is not False and is_matrix(shape)
+
+
 def rest_method(method: Matrix, count: int) -> Method:
     """The span method that stands in for a matrix method; `count` as in `Method.make`."""
     if method.base_use == "ignored":

@@ -18,6 +18,8 @@ from geomerge.methods.tile import Scan, Tile
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from geomerge.methods.base import Method
+
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -33,6 +35,7 @@ class Walk:
         experts: The number of inputs of each after the base.
         run: Maps a function over the scans, such as a thread pool's ``map``.
         threads: How many may work on what belongs to no scan.
+        methods: The method of each, with the parameters that it has for that tensor.
     """
 
     def __init__(
@@ -43,10 +46,12 @@ class Walk:
         experts: int,
         run: Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]] = map,
         threads: int = 1,
+        methods: Sequence[Method] = (),
     ) -> None:
         self._scans = scans
         self._run, self._threads = run, threads
         self.names = tuple(names)
+        self.methods = tuple(methods)
         self.numel = numel
         self.experts = experts
 
@@ -60,7 +65,8 @@ class Walk:
         def then(opened: Callable[[], Scan]) -> Callable[[], Scan]:
             return lambda: transform(opened())
 
-        return Walk([then(opened) for opened in self._scans], self.names, numel, self.experts, self._run, self._threads)
+        scans = [then(opened) for opened in self._scans]
+        return Walk(scans, self.names, numel, self.experts, self._run, self._threads, self.methods)
 
     def over_segments(self, work: Callable[[Iterator[Tile]], Result]) -> list[Result]:
         """Run `work` on the tiles of every segment of every tensor; the results in order."""

@@ -21,6 +21,7 @@ from torch import Tensor
 from geomerge.errors import NotFiniteError, UsageError
 from geomerge.methods import native, properties, registry
 from geomerge.methods.base import Method
+from geomerge.methods.direct import Function
 from geomerge.testing.inputs import KINDS, merge, models
 
 Transform = Callable[[Tensor], Tensor]
@@ -353,6 +354,12 @@ def _pairs(case: Case, name: str, kind: str, shape: tuple[int, int]) -> Iterator
             [experts[0]] * case.inputs if lone and case.method.models == (1, 1) else base + experts[:1] * case.count
         )
         yield "copies", merge(case.made(plain=True), several), experts[0]
+        if case.based and case.made(plain=True).surveys:
+            # What is found in all tensors may not fit each: here a vector beside the weight.
+            models = [{"weight": m, "vector": m[0]} for m in several]
+            found = Function(case.method)(models[0], models[1:], **case.made(plain=True).values())
+            assert isinstance(found, dict)
+            yield "copies with a vector", found["vector"], models[1]["vector"]
     elif name == properties.PERMUTATION:
         if lone and case.method.models == (1, 1):
             yield "exchange", merge(case.made(), inputs[::-1]), merge(case.made(), inputs)

@@ -1,18 +1,127 @@
-"""OPCM's projection: what of a new task vector is added to the sum of the earlier ones.
+"""OPCM: experts one after the other, of each what is orthogonal to the leading directions of the sum of the earlier ones.
 
-Tang et al. 2025, Merging Models on the Fly Without Retraining: A Sequential Approach to Scalable Continual Model Merging,
-arXiv:2501.09522. The method is sequential and needs norms over whole models, so it is no method of a recipe:
-`geomerge continue` (`geomerge.continual`) runs it, for one expert or for several in their order.
+`geomerge continue` (`geomerge.continual`) takes the same steps when the experts come one at a time.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
+from geomerge.methods.base import RESTS, Matrix, parameter
+from geomerge.methods.linalg import one_thread
+from geomerge.methods.properties import BASE, ROTATION, SCALE, SIGN, SINGLE
+from geomerge.methods.registry import register
+from geomerge.methods.rest import merges_whole
+from geomerge.methods.tile import Scan, Tile, block_sums
+from geomerge.methods.walk import Walk, whole
+
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from geomerge.methods.base import Method
+
+
+@register
+@dataclass(frozen=True)
+class Opcm(Matrix):
+    """Add up the task vectors in the order of the models, each without what the sum has in its leading directions.
+
+    The sum is then given the mean norm of the experts, over all tensors together: λ_T = ‖S‖ / mean ‖τₜ‖ (Tang et al. 2025).
+    That takes all of S, so the weights are decomposed twice, for the norm and for the output; `geomerge continue`, which keeps
+    S in a file, decomposes them once for each expert and gives the same model. Tensors that are no matrices are added up.
+    """
+
+    name: ClassVar[str] = "opcm"
+    title: ClassVar[str] = "OPCM (orthogonal projection-based continual merging)"
+    paper: ClassVar[str] = "Tang et al. 2025, Merging Models on the Fly Without Retraining, arXiv:2501.09522"
+    formula: ClassVar[str] = (
+        "θ = θ₀ + λ·S/λ_T,  S ← S + τₜ − Σ_{i,j<r or i=j} ⟨uᵢ, τₜvⱼ⟩ uᵢvⱼᵀ with S = UΣVᵀ,  λ_T = ‖S‖ / mean ‖τₜ‖"
+    )
+    when: ClassVar[str] = (
+        "Experts that were trained one after the other, when the merge is to be as far from the base as they are. Their order "
+        "matters a little. When they arrive one at a time, take `geomerge continue`; where all are there, TSV-M and the WUDI "
+        "methods keep more of them."
+    )
+    properties: ClassVar[frozenset[str]] = frozenset({BASE, SINGLE, SCALE, SIGN, ROTATION})
+    surveys_rest: ClassVar[bool] = True
+    example: ClassVar[str] = """\
+merge_method: opcm
+base_model: ./base
+models: [{model: ./cars}, {model: ./signs}, {model: ./digits}]
+parameters: {alpha: 0.5}
+dtype: bfloat16
+"""
+
+    rest: str = parameter(
+        "sum",
+        choices=RESTS,
+        doc="what tensors that are no weight matrices get of the task vectors, before they are divided",
+    )
+    alpha: float = parameter(
+        0.5, within=(0, 1), doc="share of the singular values that the protected directions make up"
+    )
+    zero_diagonal: bool = parameter(True, doc="remove the diagonal, too (false: the paper's published numbers)")
+
+    @property
+    def factor(self) -> float:
+        return self.lambda_ * (1.0 if self.known is None else self.known)
+
+    def rest_weights(self, count: int) -> tuple[float, ...]:
+        return tuple(w if self.known is None else w * self.known for w in super().rest_weights(count))
+
+    @property
+    def surveys(self) -> int:
+        return 1
+
+    @property
+    def surveyed_alike(self) -> Hashable:
+        return ()  # one norm for all tensors, whatever the parameters of each
+
+    def survey(self, walk: Walk) -> float:
+        """1/λ_T."""
+        method_of = dict(zip(walk.names, walk.methods, strict=True))
+        squares = [found for found in walk.over(lambda scan: _squares(method_of[scan.name], scan)) if found]
+        *own, total = [math.sqrt(math.fsum(column)) for column in zip(*squares, strict=True)] or [0.0]
+        return mean_norm(total, math.fsum(own), len(own))
+
+    def merge(self, deltas: Tensor) -> Tensor:
+        total = deltas[0].clone()
+        for delta in deltas[1:]:
+            total.add_(cleaned(total, delta, self.alpha, zero_diagonal=self.zero_diagonal))
+        return total
+
+
+def mean_norm(norm: float, norms: float, count: int) -> float:
+    """What a sum of that norm is multiplied by for the mean norm of `count` task vectors; `norms` is the sum of theirs."""
+    return norms / count / norm if norm > 0 and norms > 0 else 1.0
+
+
+def _squares(method: Method, scan: Scan) -> list[float]:
+    """‖τₜ‖² of one tensor for each expert, and ‖S‖²; nothing of a tensor without elements."""
+    assert isinstance(method, Opcm)
+    if not scan.numel:
+        return []
+    if merges_whole(method, scan.shape):
+        deltas = whole(scan, based=True)
+        own = [block_sums(delta.square()) for delta in deltas]
+        with one_thread():
+            total = method.merge(deltas.view(-1, *scan.shape)).reshape(-1)
+        return [math.fsum(sums) for sums in (*own, block_sums(total.square_()))]
+    weights = replace(method, lambda_=1.0, known=None).rest_weights(scan.experts)
+
+    def quantities(tile: Tile) -> list[Tensor]:
+        deltas = tile.task_vectors()
+        total = deltas[0] * weights[0]
+        for w, delta in zip(weights[1:], deltas[1:], strict=True):
+            total.add_(delta, alpha=w)
+        return [*(delta.square() for delta in deltas), total.square_()]
+
+    return scan.sums(quantities)
 
 
 def cleaned(total: Tensor, delta: Tensor, alpha: float, *, zero_diagonal: bool = True) -> Tensor:
