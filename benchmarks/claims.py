@@ -71,6 +71,7 @@ GRID: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
             "resm",
             "twin",
             "knots",
+            "opcm",
             "iwudi",
             "swudi",
             "aswudi",

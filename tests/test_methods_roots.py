@@ -51,12 +51,12 @@ def far(found: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("size", [1e-120, 1e-30, 1.0, 1e30, 1e70])
 @pytest.mark.parametrize("spectrum", SPECTRA)
 def test_is_the_inverse_root(spectrum: str, size: float) -> None:
-    """Symmetric, and together with A an isometry, to what rounding of A costs."""
+    """Together with A it is an isometry, to what rounding of A costs."""
     s = SPECTRA[spectrum]() * size
     matrix = (U * s) @ V.T
     root = roots.inverse_root(form_of(matrix))
     assert root is not None
-    assert far(root, root.T) < 1e-13
+    eigen.mirrored(root)
     bound = 2e-16 * float((s[0] / s).square().sum()) / math.sqrt(2 * N)
     assert far(root @ matrix, U @ V.T) < 4 * bound + 1e-12
     assert bound < 1e-7
@@ -86,7 +86,21 @@ def test_a_refusal_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     matrix = (U * HOPELESS["half weak"]()) @ V.T
     root = roots.inverse_root(form_of(matrix))
     assert root is not None
-    assert far(root @ matrix, U @ V.T) > 1e-7
+    assert far(eigen.mirrored(root) @ matrix, U @ V.T) > 1e-7
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("first", [False, True])
+def test_products_with_a_symmetric_matrix(first: bool, transposed: bool) -> None:
+    """From either side, of a matrix in any order in memory; what is below the diagonal is not looked at."""
+    random = np.random.default_rng(8)
+    upper = torch.from_numpy(random.standard_normal((N, N))).triu()
+    whole = upper + upper.triu(1).T
+    upper += torch.full_like(upper, 1e9).tril(-1)
+    matrix = torch.from_numpy(random.standard_normal((N, 300) if first != transposed else (300, N)))
+    matrix = matrix.T if transposed else matrix
+    found = eigen.symmetric_product(upper, matrix, first=first)
+    assert far(found, whole @ matrix if first else matrix @ whole) < 1e-14
 
 
 @pytest.mark.parametrize("size", [1e-120, 1.0, 1e120])

@@ -78,6 +78,20 @@ def gram(matrix: Tensor, *, upper: bool = False) -> Tensor:
     return made if upper else mirrored(made)
 
 
+def symmetric_product(upper: Tensor, matrix: Tensor, *, first: bool) -> Tensor:
+    """SA, or AS where S is not to be the `first`, of a symmetric S of which only the upper triangle is looked at.
+
+    It is no small matrix and none of a device. This library takes 0.8 to 0.9 of the time of torch's on some processors (AMD's).
+    """
+    (rows, columns), matrix = matrix.shape, matrix.contiguous()
+    made, side = torch.empty_like(matrix), b"R" if first else b"L"  # to Fortran, all are transposed
+    _call(
+        "blas", "dsymm", side, b"L", _int(columns), _int(rows), _double(1.0), upper.data_ptr(), _int(len(upper)),
+        matrix.data_ptr(), _int(columns), _double(0.0), made.data_ptr(), _int(columns),
+    )  # fmt: skip
+    return made
+
+
 def mirrored(matrix: Tensor) -> Tensor:
     """A square matrix whose lower triangle is made its upper one, in place."""
     for first in range(0, len(matrix), _PANEL):

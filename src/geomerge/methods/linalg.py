@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from geomerge.methods.eigen import Tridiagonal, eigh, gram, tridiagonal
+from geomerge.methods.eigen import Tridiagonal, eigh, gram, symmetric_product, tridiagonal
 from geomerge.methods.roots import inverse_root
 
 if TYPE_CHECKING:
@@ -259,7 +259,7 @@ def polar(matrix: Tensor) -> Tensor:
     root = inverse_root(square.form) if square.form else None
     if root is None:
         return scaled(matrix, lambda s: 1.0 / s, square=square)
-    return root @ matrix if wide is matrix else matrix @ root
+    return symmetric_product(root, matrix, first=wide is matrix)
 
 
 def shrink(matrix: Tensor, threshold: float) -> Tensor:

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from geomerge.methods.eigen import mirrored
 from geomerge.methods.native import call
 from geomerge.methods.native.resolvents import resolvents
 
@@ -36,7 +35,7 @@ _BLOCK = 64
 
 
 def inverse_root(form: Tridiagonal) -> Tensor | None:
-    """A^(−1/2) of a positive definite matrix A.
+    """A^(−1/2) of a positive definite matrix A, as its upper triangle: what lies below it is undefined.
 
     An error E in A is one of E/(σᵢ(σᵢ + σⱼ)) in the isometry A^(−1/2)B, B Bᵀ = A with the singular values σ. With rounding's
     E ≈ ε‖A‖ that is up to ε‖A‖·tr(A⁻¹)/√(2n) of its norm.
@@ -63,7 +62,7 @@ def inverse_root(form: Tridiagonal) -> Tensor | None:
         starts[:, end:] *= starts[:, end - 1 : end]
         if first:
             form.turn(made, starts, first, end)
-    return mirrored(made)
+    return made
 
 
 def _trace_of_inverse(diagonal: list[float], beside: list[float]) -> float:
