@@ -150,9 +150,10 @@ def cleaned(total: Tensor, delta: Tensor, alpha: float, *, zero_diagonal: bool =
         # The first direction with which the share exceeds α is not one of them.
         share = sigma.cumsum(0) / sigma.sum()
         r = int((share > alpha).int().argmax())
-    coupled = u.T @ delta @ vt.T
-    removed = torch.zeros_like(coupled)
-    removed[:r, :r] = coupled[:r, :r]
+    right = delta @ vt.T
+    block = u[:, :r].T @ right[:, :r]
     if zero_diagonal:
-        removed.diagonal().copy_(coupled.diagonal())
-    return torch.addmm(delta, u @ removed, vt, alpha=-1)
+        diagonal = torch.linalg.vecdot(u, right, dim=0)
+        block.diagonal().sub_(diagonal[:r])
+        delta = torch.addmm(delta, u * diagonal, vt, alpha=-1)
+    return torch.addmm(delta, u[:, :r] @ block, vt[:r], alpha=-1)
