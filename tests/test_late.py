@@ -66,6 +66,22 @@ def test_threads_that_need_it_at_once(slow: str, tmp_path: Path) -> None:
     assert (tmp_path / "loaded").read_text() == "x"
 
 
+def test_it_is_not_loaded_while_it_is_being_loaded(slow: str) -> None:
+    """A thread that begins meanwhile, as those of a pool do, sees no half of it."""
+    late.put_off(slow)
+    stand_in = sys.modules[slow]
+    loader = threading.Thread(target=lambda: stand_in.value)
+    loader.start()
+    halves = 0
+    while loader.is_alive():
+        there, now = late.loaded(slow), sys.modules.get(slow, stand_in)
+        if now is not stand_in and not hasattr(now, "value"):
+            halves += 1
+            assert not there
+    assert halves
+    assert late.loaded(slow)
+
+
 def test_what_cannot_be_put_off(slow: str, tmp_path: Path) -> None:
     """What is loaded stays; what is not installed stays missing; what fails to load fails each time it is used."""
     before = sys.modules["torch"]

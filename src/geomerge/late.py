@@ -19,6 +19,8 @@ from typing import Any
 _lock = threading.RLock()
 _then: dict[str, list[Callable[[], None]]] = {}
 """What is to be done as soon as a module is loaded."""
+_loading: set[str] = set()
+"""What a thread is loading: `sys.modules` has it, but not all of it."""
 
 
 class _Later(ModuleType):
@@ -28,12 +30,15 @@ class _Later(ModuleType):
         with _lock:
             name = self.__name__
             if sys.modules.get(name) is self:
+                _loading.add(name)
                 del sys.modules[name]
                 try:
                     importlib.import_module(name)
                 except BaseException:
                     sys.modules[name] = self
                     raise
+                finally:
+                    _loading.discard(name)
                 for act in _then.pop(name, []):
                     act()
             module = sys.modules[name]
@@ -116,6 +121,6 @@ def without_gradients() -> Iterator[None]:
 
 
 def loaded(name: str) -> bool:
-    """Whether a module is there already: neither missing nor put off."""
+    """Whether a module is there already: neither missing nor put off, nor being loaded by another thread."""
     module = sys.modules.get(name)
-    return module is not None and not isinstance(module, _Later)
+    return module is not None and not isinstance(module, _Later) and name not in _loading
