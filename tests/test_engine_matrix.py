@@ -13,6 +13,7 @@ import geomerge as gm
 import tiny
 from geomerge import anatomy
 from geomerge.cli.app import main
+from geomerge.engine import estimate as estimates
 from geomerge.engine import execute, live
 from geomerge.engine.estimate import estimate
 from geomerge.engine.matrices import weighs, whole_matrices
@@ -246,3 +247,49 @@ def test_the_estimate_counts_whole_matrices(family: dict[str, tiny.Tensors]) -> 
     assert largest < one.memory
     assert largest < two.memory - one.memory
     assert one.seconds > 0
+
+
+class TestWhatIsTried:
+    @pytest.fixture
+    def tried(self, family: dict[str, tiny.Tensors], monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+        """The shapes of the matrices that are merged."""
+        shapes: list[tuple[int, ...]] = []
+        merge = TsvMerge.merge
+        monkeypatch.setattr(estimates, "_SIDES", (12, 24, 24))
+        monkeypatch.setattr(
+            TsvMerge, "merge", lambda self, deltas: shapes.append(tuple(deltas.shape[1:])) or merge(self, deltas)
+        )
+        return shapes
+
+    def test_each_shape_in_its_proportions(self, tried: list[tuple[int, ...]]) -> None:
+        """Pieces of growing size of one matrix of each shape; all shapes are in the estimate with their own rates."""
+        plan, inputs = make_plan(gm.load_recipe(TSVM))
+        whole = {n.shape for n in plan.output_nodes() if n.method.name == "tsvm"}
+        assert estimate(plan, inputs, threads=1).seconds > 0
+        wanted = []
+        for rows, columns in whole:
+            for side in (12, 24, 24):
+                share = min(side / min(rows, columns), 1)
+                wanted.append((round(rows * share), round(columns * share)))
+        assert sorted(tried) == sorted(wanted)
+        assert len(whole) > 2
+
+    def test_no_larger_piece_of_what_is_slow(
+        self, tried: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The second piece takes too long for a third."""
+        monkeypatch.setattr(estimates, "_LONG", 0.0)
+        plan, inputs = make_plan(gm.load_recipe(TSVM))
+        estimate(plan, inputs, threads=1)
+        assert len(tried) == 2 * len({n.shape for n in plan.output_nodes() if n.method.name == "tsvm"})
+
+    def test_shapes_that_were_not_tried(self, tried: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+        """They are taken to cost what the others do for their operations."""
+        monkeypatch.setattr(estimates, "_SHAPES_SAMPLED", 1)
+        plan, inputs = make_plan(gm.load_recipe(TSVM))
+        assert estimate(plan, inputs, threads=1).seconds > 0
+        assert len(tried) == 3
+        node = next(n for n in plan.output_nodes() if n.name == Q)
+        assert estimates._rate(node, {("tsvm", (5, 7)): [2.0, 8.0], ("tsvm", ()): [9.0, 1.0]}) == (2.0, 8.0)
+        assert estimates._rate(node, {("tsvm", node.shape): [1.0, 2.0], ("tsvm", (5, 7)): [2.0, 8.0]}) == (1.0, 2.0)
+        assert estimates._rate(node, {("iso_c", node.shape): [1.0, 2.0]}) is None

@@ -6,9 +6,9 @@ import math
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -28,13 +28,24 @@ from geomerge.methods.tile import TILE, Scan, Source, TensorSource, stored_of
 
 _SAMPLE = 1 << 19
 _TENSORS_SAMPLED = 8
-_MATRICES_SAMPLED = 2
-_MATRIX = 256
-"""Rows and columns of the corner of a matrix that is tried."""
+_SHAPES_SAMPLED = 6
+_SIDES = (64, 128, 256, 256)
+"""The shorter sides of the corners of a matrix that are tried; the other ones are longer as the matrix's is, ..."""
+_LONGEST = 4096
+"""... but for this."""
+_LONG = 0.5
+"""Seconds of an evaluation after which no larger corner is tried."""
 _COPY_RATE = 1.5e9
 """Bytes each second that one core moves from page cache to page cache; only for what is copied without arithmetic."""
 _WRITE_RATE = 5e9
 """Bytes each second that one core moves into the page cache."""
+
+
+Kind: TypeAlias = tuple[str, tuple[int, ...]]
+"""The name of a method, and the shape of a matrix; none for other tensors."""
+
+Spent: TypeAlias = dict[Kind, list[float]]
+"""Seconds, and elements or for matrices operations."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +68,8 @@ class Estimate:
 
 
 def estimate(plan: Plan, inputs: Sequence[Checkpoint], *, threads: int | None = None) -> Estimate:
-    """Estimate cost and loss by merging half a million elements of up to 8 tensors for each method, or corners of matrices.
+    """Estimate cost and loss by merging half a million elements of up to 8 tensors for each method, or corners of matrices of
+    up to 6 shapes.
 
     Args:
         plan: The plan.
@@ -67,13 +79,18 @@ def estimate(plan: Plan, inputs: Sequence[Checkpoint], *, threads: int | None = 
     threads = threads or cores()
     nodes = list(plan.output_nodes())
     loss = RoundingLoss()
-    spent: dict[tuple[str, bool], list[float]] = defaultdict(lambda: [0.0, 0.0])
+    spent: Spent = defaultdict(lambda: [0.0, 0.0])
     builder = Builder(plan, inputs)
     with torch_alone():
         for node in _sampled(plan):
-            seconds, work, found = _try(builder, node)
-            # The second evaluation has its buffers and code paths warm.
-            seconds = min(seconds, _try(builder, node)[0])
+            seconds, work, found = _try(builder, node, _SIDES[0])
+            for side in _SIDES[1:] if _is_whole(node) else _SIDES[:1]:
+                # With buffers and code paths warm, and of matrices a larger piece.
+                again, more, found = _try(builder, node, side)
+                if again / more < seconds / work:
+                    seconds, work = again, more
+                if again > _LONG:
+                    break
             spent[_kind(node)][0] += seconds
             spent[_kind(node)][1] += work
             loss += found.checked(node.name, node.dtype)
@@ -87,18 +104,21 @@ def estimate(plan: Plan, inputs: Sequence[Checkpoint], *, threads: int | None = 
 
 
 def _sampled(plan: Plan) -> list[Node]:
-    """Nodes to try: some of each method, of the larger ones; none that would have to decompose earlier stages' matrices."""
+    """Nodes to try: some of each method, of the larger ones, or a matrix of each of the shapes that have most elements; none
+    that would have to decompose earlier stages' matrices."""
     outputs = set(plan.outputs)
-    by_kind: dict[tuple[str, bool], list[Node]] = defaultdict(list)
+    by_kind: dict[Kind, list[Node]] = defaultdict(list)
     for index, node in enumerate(plan.nodes):
         wanted = index in outputs or _is_whole(node)
         if node.method is not None and node.numel and not node.scales and wanted and not _stages(plan, node):
             by_kind[_kind(node)].append(node)
-    chosen = []
-    for (_, whole), nodes in by_kind.items():
-        number = _MATRICES_SAMPLED if whole else _TENSORS_SAMPLED
-        by_size = sorted(nodes, key=lambda n: -n.numel)[: 8 * number]
-        chosen += by_size[:: max(len(by_size) // number, 1)][:number]
+    matrices = [nodes for (_, shape), nodes in by_kind.items() if shape]
+    matrices.sort(key=lambda alike: -sum(n.numel for n in alike))
+    chosen = [nodes[len(nodes) // 2] for nodes in matrices[:_SHAPES_SAMPLED]]
+    for (_, shape), nodes in by_kind.items():
+        if not shape:
+            by_size = sorted(nodes, key=lambda n: -n.numel)[: 8 * _TENSORS_SAMPLED]
+            chosen += by_size[:: max(len(by_size) // _TENSORS_SAMPLED, 1)][:_TENSORS_SAMPLED]
     return chosen
 
 
@@ -106,10 +126,21 @@ def _is_whole(node: Node) -> bool:
     return merges_whole(node.method, node.shape) or (is_matrix(node.shape) and any(step.whole for step in node.chain))
 
 
-def _kind(node: Node) -> tuple[str, bool]:
-    """What nodes have in common that cost alike: a method, which may make matrices and other tensors in two ways."""
+def _kind(node: Node) -> Kind:
+    """What nodes have in common that cost alike: the method, and of whole matrices the shape."""
     assert node.method is not None
-    return node.method.name, _is_whole(node)
+    return node.method.name, tuple(node.shape) if _is_whole(node) else ()
+
+
+def _rate(node: Node, spent: Spent) -> tuple[float, float] | None:
+    """Seconds and work of what was tried of a node's kind; of matrices of other shapes, where it was none of this one."""
+    if node.method is None:
+        return None
+    name, shape = _kind(node)
+    tried = [spent[name, shape]] if (name, shape) in spent else []
+    tried = tried or [found for (each, other), found in spent.items() if each == name and bool(other) == bool(shape)]
+    seconds, work = (sum(column) for column in zip(*tried, strict=True)) if tried else (0.0, 0.0)
+    return (seconds, work) if work else None
 
 
 def _stages(plan: Plan, node: Node) -> list[Node]:
@@ -118,10 +149,10 @@ def _stages(plan: Plan, node: Node) -> list[Node]:
     return [n for n in made if whole_matrices(plan, n)]
 
 
-def _seconds(plan: Plan, node: Node, spent: Mapping[tuple[str, bool], Sequence[float]]) -> float:
+def _seconds(plan: Plan, node: Node, spent: Spent) -> float:
     """What one core needs for a node: for matrices, operations grow with the elements times the shorter side."""
     total = sum(_seconds(plan, n, spent) for n in _stages(plan, node))
-    rate = spent.get(_kind(node)) if node.method is not None else None
+    rate = _rate(node, spent)
     if rate is None:
         return total + node.nbytes / _COPY_RATE
     work = node.numel * (min(node.shape) if _is_whole(node) else 1)
@@ -133,23 +164,23 @@ def _matrix_memory(needs: list[int], threads: int) -> int:
     return max(max(needs, default=0), min(sum(sorted(needs)[-threads:]), ROOM))
 
 
-def _try(builder: Builder, node: Node) -> tuple[float, int, RoundingLoss]:
+def _try(builder: Builder, node: Node, side: int) -> tuple[float, int, RoundingLoss]:
     """Merge a piece of a tensor as if it were the whole, as a run does.
 
     Returns:
-        Seconds (reading included), elements or for matrices operations, rounding loss.
+        Seconds (reading included, but for matrices), elements or for matrices operations, rounding loss.
     """
     assert node.method is not None
-    begun = time.perf_counter()
     width = node.shape[-1] if len(node.shape) > 1 else 1
-    corner = (min(node.shape[0], _MATRIX), min(width, _MATRIX)) if _is_whole(node) else None
+    corner = _corner_of(node.shape, side) if _is_whole(node) else None
     count = min(node.numel, max(_SAMPLE // width, 1) * width) if corner is None else corner[0] * width
     start = (node.numel - count) // 2 // width * width
     shape = corner or ((count // width, width) if len(node.shape) > 1 else (count,))
     whole = [builder.source(operand, node) for operand in node.operands]
     sources: list[Source] = [_Piece(source, start) for source in whole]
-    if corner is not None:
+    if corner is not None:  # of whole rows, of which a matrix method reads no more than it computes with
         sources = [_corner(source, start, (corner[0], width), corner[1]) for source in whole]
+    begun = time.perf_counter()
 
     def open_scan(**tiling: Any) -> Scan:
         return Scan(sources, shape, name=node.name, seed=builder.plan.stages[node.stage].seed, **tiling)
@@ -161,6 +192,13 @@ def _try(builder: Builder, node: Node) -> tuple[float, int, RoundingLoss]:
     loss = sum((work.segment(node, prepared, segment) for segment in prepared.scan.segments), RoundingLoss())
     done = count if corner is None else corner[0] * corner[1] * min(corner)
     return time.perf_counter() - begun, done, loss
+
+
+def _corner_of(shape: Sequence[int], side: int) -> tuple[int, int]:
+    """Rows and columns of a piece of a matrix in its proportions, of which the shorter is at most `side`."""
+    share = min(side / min(shape), 1.0)
+    rows, columns = (min(max(round(side * share), 1), max(_LONGEST, min(shape))) for side in shape)
+    return rows, columns
 
 
 def _corner(source: Source, start: int, shape: tuple[int, int], columns: int) -> TensorSource:
