@@ -26,6 +26,8 @@ from geomerge.engine.journal import Journal
 from geomerge.engine.plan import Plan
 from geomerge.methods import registry
 from geomerge.methods.combine import Surveyed
+from geomerge.methods.elementwise.emr import Emr
+from geomerge.methods.matrix import opcm
 from geomerge.methods.selection import Selection
 
 # Imports once; then each merge runs in a forked child that tells through a pipe when it has begun and, slowed down by its
@@ -366,6 +368,7 @@ def test_what_lines_asks_of_a_tensor_is_asked_once(tmp_path: Path, monkeypatch: 
     head = {"merge_method": "task_arithmetic", "base_model": str(tmp_path / "base"), "models": models}
     text = json.dumps(head | {"steps": [{"lines": {"alpha": "auto", "beta": 0.5}}]}, indent=1)
     gm.merge(text, tmp_path / "whole")
+    monkeypatch.setattr(survey, "_LONG", 0.0)
     asked: list[str] = []
     real = survey._norms
 
@@ -398,6 +401,7 @@ SURVEYS: dict[str, dict[str, Any]] = {
     "resm": {},
     "knots": {"scope": "global", "full_weights": True},
     "doge_ta": {"steps": 2},
+    "opcm": {},
 }
 
 
@@ -429,6 +433,41 @@ def test_what_surveys_found_outlives_the_run(tmp_path: Path, method: str, monkey
     gm.merge(text, tmp_path / "other", threads=1, resume=True)
     assert looked == [method]
     assert tiny.same(tiny.read(tmp_path / "other"), tiny.read(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize(("method", "place", "look"), [("opcm", opcm, "_squares"), ("emr", Emr, "_norms")])
+def test_a_survey_goes_on_where_it_was_interrupted(
+    tmp_path: Path, method: str, place: Any, look: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it found in single tensors is not looked for again, unless that line of the journal is damaged."""
+    tiny.family(tmp_path)
+    text = surveying(tmp_path, method)
+    gm.merge(text, tmp_path / "whole")
+    monkeypatch.setattr(survey, "_LONG", 0.0)
+    real, asked, limit = getattr(place, look), list[str](), 5
+
+    def looked(first: Any, scan: Any) -> Any:
+        if len(asked) == limit:
+            raise KeyboardInterrupt
+        asked.append(scan.name)
+        return real(first, scan)
+
+    monkeypatch.setattr(place, look, looked)
+    with pytest.raises(KeyboardInterrupt):
+        gm.merge(text, tmp_path / "out", threads=1)
+    before, asked, limit = asked, list[str](), -1
+    journal = tmp_path / "out.partial" / "journal.jsonl"
+    written = journal.read_text().splitlines()
+    damaged = next(i for i, line in enumerate(written) if '"look"' in line)
+    line = json.loads(written[damaged])
+    written[damaged] = json.dumps(line | {"found": {"Other": []}})
+    journal.write_text("\n".join([*written, ""]))
+    gm.merge(text, tmp_path / "out", threads=1, resume=True)
+    again = [name for name in before if name in asked]
+    assert len(before) == 5
+    assert len(again) == 1
+    assert set(asked) | set(before) == set(tiny.read(tmp_path / "out"))
+    assert tiny.same(tiny.read(tmp_path / "out"), tiny.read(tmp_path / "whole"))
 
 
 def test_findings_round_trip() -> None:

@@ -1,10 +1,10 @@
 """What a run has finished, so that another can go on after it was killed.
 
-One line for each finished tensor, written after the tensor's bytes; before these lines what surveys have found. The first
-line names the plan, the machine's boot and the identity of the input files. Bytes that a process wrote outlive it, but a power
-cut may lose those that had not reached the disk, so after a reboot the journal is not believed (unless the run flushed its
-files). Nor is it when an input was touched since: a plan's fingerprint samples the files, and tensors of the old and of the new
-content must not be mixed.
+One line for each finished tensor, written after the tensor's bytes; before these lines what surveys have found, tensor by
+tensor where that is little, and in all. The first line names the plan, the machine's boot and the identity of the input files.
+Bytes that a process wrote outlive it, but a power cut may lose those that had not reached the disk, so after a reboot the
+journal is not believed (unless the run flushed its files). Nor is it when an input was touched since: a plan's fingerprint
+samples the files, and tensors of the old and of the new content must not be mixed.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from geomerge.errors import UsageError
 COMPLETE = "complete"
 """The key of a concluded journal's last line."""
 
-NORMS = "norms"
-"""The key of a line with what LiNeS asks of a tensor."""
+LOOK = "look"
+"""The key of a line with what a survey, or LiNeS, found in one tensor."""
 
 SURVEY = "survey"
 """The key of a line with what the survey of a method found."""
@@ -60,8 +60,8 @@ class Journal:
 
     Attributes:
         finished: For each finished tensor what the manifest shall say of it.
-        norms: For tensors that LiNeS has looked at, ‖Σ τₜ‖₁ and ‖τ_merged‖₁.
         surveys: What surveys have found (`geomerge.engine.findings`), by the first tensor of each.
+        looks: What they have found in single tensors, likewise, by the look that it was and the tensor.
         complete: The journal was concluded.
         durable: Each line is flushed.
     """
@@ -76,8 +76,8 @@ class Journal:
         durable: bool = False,
     ) -> None:
         self.finished: dict[int, dict[str, Any]] = {}
-        self.norms: dict[int, tuple[float, float]] = {}
         self.surveys: dict[int, Any] = {}
+        self.looks: dict[str, dict[int, Any]] = {}
         self.complete = False
         self.durable = durable
         self._path = path
@@ -97,8 +97,10 @@ class Journal:
         )
         if believed:
             self.finished, self.complete = _sorted(lines)
-            self.norms = {line[NORMS]: (line["summed"], line["merged"]) for line in lines if NORMS in line}
             self.surveys = {line[SURVEY]: line["found"] for line in lines if SURVEY in line}
+            for line in lines:
+                if LOOK in line:
+                    self.looks.setdefault(line[LOOK], {})[line["at"]] = line["found"]
         elif lost := len(_sorted(lines)[0]):
             same = lines[0].get("inputs") == head["inputs"]
             why = "the machine has been restarted" if same else "a parent's file has been changed, or touched,"
@@ -112,10 +114,11 @@ class Journal:
         elif weaker:
             self._write([head])
             self.record(self.finished.items())
-            for index, norms in self.norms.items():
-                self.remember(index, norms)
             for index, found in self.surveys.items():
                 self.remember_survey(index, found)
+            for look, by_index in self.looks.items():
+                for index, found in by_index.items():
+                    self.remember_look(look, index, found)
         else:
             # A line that was cut off by the kill must not swallow the next one.
             os.write(self._file, b"\n")
@@ -124,13 +127,13 @@ class Journal:
         """Tensors are finished: their indices and what the manifest shall say of them."""
         self._write([{"tensor": index, **facts} for index, facts in entries])
 
-    def remember(self, index: int, norms: tuple[float, float]) -> None:
-        """What LiNeS asks of a tensor of the plan."""
-        self._write([{NORMS: index, "summed": norms[0], "merged": norms[1]}])
-
     def remember_survey(self, index: int, found: Any) -> None:
         """What a survey found, of which this is the first tensor of the plan."""
         self._write([{SURVEY: index, "found": found}])
+
+    def remember_look(self, look: str, index: int, found: Any) -> None:
+        """What a survey, or LiNeS, found in a tensor of the plan."""
+        self._write([{LOOK: look, "at": index, "found": found}])
 
     def conclude(self) -> None:
         """All that this journal is for is finished, and has reached the disk: it is believed after any power cut."""
@@ -196,6 +199,6 @@ def _lines(path: Path) -> list[dict[str, Any]]:
             line = json.loads(raw)
         except ValueError:
             continue
-        if isinstance(line, dict) and (not found or line.keys() & {"tensor", NORMS, SURVEY, COMPLETE}):
+        if isinstance(line, dict) and (not found or line.keys() & {"tensor", LOOK, SURVEY, COMPLETE}):
             found.append(line)
     return found

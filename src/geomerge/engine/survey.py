@@ -1,15 +1,17 @@
 """The survey: statistics over the whole model that some methods need before the first tensor can be made.
 
-A survey reads and never writes. Its result goes into the nodes' methods (`Method.known`), so that all that follows is the
-same as for any other method, and into the journal: a resumed run goes on after it. What LiNeS asks of every merged tensor,
-which may be decompositions of a whole model, is there tensor by tensor. Tensors are looked at by threads or, where the run may
-fork, by workers (`geomerge.engine.processes`), which do not wait for each other's interpreter.
+A survey reads and never writes. Its result goes into the nodes' methods (`Method.known`), so that all that follows is the same
+as for any other method, and into the journal: a resumed run goes on after it. Where what is found in a tensor is a few
+numbers, and has taken a while (OPCM, and LiNeS of matrix methods, decompose each), that is there tensor by tensor.
+Tensors are looked at by threads or, where the run may fork, by workers (`geomerge.engine.processes`), which do not wait for
+each other's interpreter.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
@@ -121,7 +123,7 @@ def _stage(
             [node.name for node in mine],
             sum(node.numel for node in mine),
             len(mine[0].operands) - 1,
-            _counted(plan, mine, crew, advance, passes=method.surveys),
+            _counted(plan, mine, crew, advance, _Looks(journal, members, "survey", method), passes=method.surveys),
             threads,
             [node.method for node in mine if node.method is not None],
         )
@@ -155,6 +157,47 @@ def _remember(journal: Journal | None, index: int, method: Method, known: Any) -
             journal.remember_survey(index, plain(known, method.findings))
 
 
+class _Looks:
+    """What looks at single tensors find, in the journal: what is no more than a few numbers is not looked for again.
+
+    Args:
+        journal: `None`: there is none.
+        indices: The tensors in the plan.
+        name: What looks at them.
+        method: For what surveys find.
+    """
+
+    def __init__(
+        self, journal: Journal | None, indices: Sequence[int], name: str, method: Method | None = None
+    ) -> None:
+        self._journal, self._indices, self._name = journal, indices, name
+        self._kinds = () if method is None else method.findings
+
+    def known(self, look: int) -> dict[int, Any]:
+        """What an earlier run found in a look (they are numbered), by places in `indices`."""
+        there = {} if self._journal is None else self._journal.looks.get(f"{self._name} {look}", {})
+        found = {}
+        for place, index in enumerate(self._indices):
+            if index in there:
+                with contextlib.suppress(ValueError):
+                    found[place] = restored(there[index], self._kinds)
+        return found
+
+    def keep(self, look: int, place: int, found: Any) -> None:
+        """Write down what a look found, unless that is too much."""
+        if self._journal is not None:
+            with contextlib.suppress(TypeError):
+                written = plain(found, self._kinds)
+                if len(repr(written)) <= _FEW:
+                    self._journal.remember_look(f"{self._name} {look}", self._indices[place], written)
+
+
+_FEW = 2000
+"""Characters that are worth a line for each tensor, ..."""
+_LONG = 0.05
+"""... where the look has taken so many seconds."""
+
+
 def _opener(builder: Builder, node: Node) -> Callable[[], Scan]:
     method = node.method
     assert method is not None
@@ -174,12 +217,11 @@ def _counted(
     nodes: list[Node],
     crew: Crew,
     advance: Callable[[int], None],
+    looks: _Looks,
     *,
     passes: int = 1,
-    keep: Callable[[int, Any], None] = lambda index, result: None,
 ) -> Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]:
-    """A map over the tensors, the largest first, that tells how far it is (a method may go on for longer than it said), and
-    `keep` of each result."""
+    """A map over the tensors, the largest first, that tells how far it is (a method may go on for longer than it said)."""
     weights = [whole_matrices(plan, node) for node in nodes]
     room = Room(ROOM)
     made = 0
@@ -188,18 +230,24 @@ def _counted(
         nonlocal made
         listed = list(items)
         results: list[Any] = [None] * len(listed)
+        known = looks.known(made)
 
-        def one(index: int) -> Any:
+        def one(index: int) -> tuple[Any, float]:
             with without_gradients(), room.taken(weights[index]) if weights[index] else contextlib.nullcontext():
-                return work(listed[index])
+                begun = time.perf_counter()
+                return work(listed[index]), time.perf_counter() - begun
 
-        def done(index: int, result: Any) -> None:
-            results[index] = result
-            keep(index, result)
+        def done(index: int, found: tuple[Any, float]) -> None:
+            results[index], seconds = found
+            if seconds >= _LONG:
+                looks.keep(made, index, results[index])
             if made < passes:
                 advance(nodes[index].nbytes)
 
-        crew(one, sorted(range(len(listed)), key=lambda i: -nodes[i].numel), done)
+        for index, result in known.items():
+            done(index, (result, 0.0))
+        left = [i for i in range(len(listed)) if i not in known]
+        crew(one, sorted(left, key=lambda i: -nodes[i].numel), done)
         made += 1
         return results
 
@@ -219,19 +267,9 @@ def _lifted(
     if not members:
         return plan
     builder = make(plan)
-    found = {i: journal.norms[i] for i in members if i in journal.norms} if journal is not None else {}
-    left = [i for i in members if i not in found]
-    for i in found:
-        advance(plan.nodes[i].nbytes)
-    mine = [replace(plan.nodes[i], scale=1.0, columns=()) for i in left]
-
-    def keep(index: int, norms: tuple[float, float]) -> None:
-        found[left[index]] = norms
-        if journal is not None:
-            journal.remember(left[index], norms)
-
-    _counted(plan, mine, crew, advance, keep=keep)(lambda node: _norms(builder, node), mine)
-    summed, merged = (math.fsum(column) for column in zip(*found.values(), strict=True))
+    mine = [replace(plan.nodes[i], scale=1.0, columns=()) for i in members]
+    run = _counted(plan, mine, crew, advance, _Looks(journal, members, "lines"))
+    summed, merged = (math.fsum(column) for column in zip(*run(lambda node: _norms(builder, node), mine), strict=True))
     count = max(len(plan.nodes[members[0]].operands) - 1, 1)
     alpha = summed / (count * merged) if merged > 0 else 1 / count
     nodes = list(plan.nodes)
