@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -70,14 +71,14 @@ def test_it_is_not_loaded_while_it_is_being_loaded(slow: str) -> None:
     """A thread that begins meanwhile, as those of a pool do, sees no half of it."""
     late.put_off(slow)
     stand_in = sys.modules[slow]
-    loader = threading.Thread(target=lambda: stand_in.value)
-    loader.start()
     halves = 0
-    while loader.is_alive():
-        there, now = late.loaded(slow), sys.modules.get(slow, stand_in)
-        if now is not stand_in and not hasattr(now, "value"):
-            halves += 1
-            assert not there
+    with ThreadPoolExecutor(1) as pool:
+        loading = pool.submit(lambda: stand_in.value)
+        while not loading.done():
+            there, now = late.loaded(slow), sys.modules.get(slow, stand_in)
+            if now is not stand_in and not hasattr(now, "value"):
+                halves += 1
+                assert not there
     assert halves
     assert late.loaded(slow)
 
