@@ -67,7 +67,7 @@ class Opcm(Rule):
     formula: ClassVar[str] = "θ = θ₀ + S/λ,  S ← S + P_S(τ_t),  λ = ‖S‖ / mean ‖τ‖"
     when: ClassVar[str] = (
         "Experts of one base that arrive one after the other, when the earlier ones are gone: time and memory of a step "
-        "do not grow. Their order matters a little; with all experts at hand TSV-M or a WUDI method is better."
+        "do not grow. Their order matters a little; with all experts at hand compare TSV-M or a WUDI method."
     )
     properties: ClassVar[frozenset[str]] = frozenset({BASE, SINGLE, SCALE, SIGN, ROTATION})
     example: ClassVar[str] = """\
