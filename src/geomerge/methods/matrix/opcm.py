@@ -45,7 +45,7 @@ class Opcm(Matrix):
     when: ClassVar[str] = (
         "Experts that were trained one after the other, when the merge is to be as far from the base as they are. Their order "
         "matters a little. When they arrive one at a time, take `geomerge continue`; where all are there, try TSV-M and a WUDI "
-        "method, too: on the lab's suites these keep more of experts that differ much, and less of those that differ little."
+        "method, too: of the lab's language and image experts these keep more, of its small networks less."
     )
     properties: ClassVar[frozenset[str]] = frozenset({BASE, SINGLE, SCALE, SIGN, ROTATION})
     surveys_rest: ClassVar[bool] = True
