@@ -293,3 +293,28 @@ class TestWhatIsTried:
         assert estimates._rate(node, {("tsvm", (5, 7)): [2.0, 8.0], ("tsvm", ()): [9.0, 1.0]}) == (2.0, 8.0)
         assert estimates._rate(node, {("tsvm", node.shape): [1.0, 2.0], ("tsvm", (5, 7)): [2.0, 8.0]}) == (1.0, 2.0)
         assert estimates._rate(node, {("iso_c", node.shape): [1.0, 2.0]}) is None
+
+    def test_progress(self, tried: list[tuple[int, ...]]) -> None:
+        """Of each tensor that is tried, and only where matrices are."""
+        told: list[tuple[str, int]] = []
+
+        class Told:
+            def start(self, total: int, done: int) -> None:
+                told.append(("start", total))
+
+            def advance(self, nbytes: int) -> None:
+                told.append(("advance", nbytes))
+
+            def finish(self) -> None:
+                told.append(("finish", 0))
+
+        estimate(*make_plan(gm.load_recipe(TSVM)), progress=Told())
+        assert told[0] == ("start", len(told) - 1)
+        assert set(told[1:]) == {("advance", 1)}
+        assert len(told) > 1 + len(set(tried)) // 2
+        told.clear()
+        estimate(
+            *make_plan(gm.load_recipe(TSVM.replace("tsvm", "task_arithmetic") + "parameters: {weight: 1}\n")),
+            progress=Told(),
+        )
+        assert not [what for what, _ in told if what == "start"]

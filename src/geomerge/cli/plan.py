@@ -41,6 +41,7 @@ def plan(
     """
     from geomerge.cli.console import write_json
     from geomerge.cli.plan_page import as_json, show_plan, show_tensors
+    from geomerge.cli.steps import watch_steps
     from geomerge.engine.estimate import estimate as measure
     from geomerge.errors import UsageError
 
@@ -55,7 +56,10 @@ def plan(
             check_file(figure, "picture", b"PNG", "a file, such as plan.png")
     made, opened = planned(recipe, compat=compat, requantize=requantize, allow_pickle=allow_pickle, reopen=estimate)
     try:
-        expected = measure(made, opened, threads=threads) if estimate else None
+        expected = None
+        if estimate:
+            with watch_steps("trying", "pieces") as progress:
+                expected = measure(made, opened, threads=threads, progress=progress)
     finally:
         for checkpoint in opened:
             checkpoint.close()

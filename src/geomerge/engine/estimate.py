@@ -8,7 +8,7 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
@@ -25,6 +25,9 @@ from geomerge.methods.chain import thinned
 from geomerge.methods.kernel import prepare
 from geomerge.methods.rest import is_matrix, merges_whole
 from geomerge.methods.tile import TILE, Scan, Source, TensorSource, stored_of
+
+if TYPE_CHECKING:
+    from geomerge.engine.run import Progress
 
 _SAMPLE = 1 << 19
 _TENSORS_SAMPLED = 8
@@ -67,7 +70,9 @@ class Estimate:
     rounding_loss: float | None
 
 
-def estimate(plan: Plan, inputs: Sequence[Checkpoint], *, threads: int | None = None) -> Estimate:
+def estimate(
+    plan: Plan, inputs: Sequence[Checkpoint], *, threads: int | None = None, progress: Progress | None = None
+) -> Estimate:
     """Estimate cost and loss by merging half a million elements of up to 8 tensors for each method, or corners of matrices of
     up to 6 shapes.
 
@@ -75,14 +80,18 @@ def estimate(plan: Plan, inputs: Sequence[Checkpoint], *, threads: int | None = 
         plan: The plan.
         inputs: Its opened inputs.
         threads: As the run will have them.
+        progress: Told of each tensor that is tried, where some are matrices: these may take seconds.
     """
     threads = threads or cores()
     nodes = list(plan.output_nodes())
     loss = RoundingLoss()
     spent: Spent = defaultdict(lambda: [0.0, 0.0])
     builder = Builder(plan, inputs)
+    sampled = _sampled(plan)
+    if progress is not None and any(map(_is_whole, sampled)):
+        progress.start(len(sampled), 0)
     with torch_alone():
-        for node in _sampled(plan):
+        for node in sampled:
             seconds, work, found = _try(builder, node, _SIDES[0])
             for side in _SIDES[1:] if _is_whole(node) else _SIDES[:1]:
                 # With buffers and code paths warm, and of matrices a larger piece.
@@ -94,6 +103,8 @@ def estimate(plan: Plan, inputs: Sequence[Checkpoint], *, threads: int | None = 
             spent[_kind(node)][0] += seconds
             spent[_kind(node)][1] += work
             loss += found.checked(node.name, node.dtype)
+            if progress is not None:
+                progress.advance(1)
     return Estimate(
         read=sum(_bytes_read(plan, n, inputs) for n in nodes),
         written=plan.nbytes,
