@@ -245,7 +245,9 @@ def _counted(
                 advance(nodes[index].nbytes)
 
         for index, result in known.items():
-            done(index, (result, 0.0))
+            results[index] = result
+        if known and made < passes:
+            advance(sum(nodes[index].nbytes for index in known))  # at once: it says nothing about the pace
         left = [i for i in range(len(listed)) if i not in known]
         crew(one, sorted(left, key=lambda i: -nodes[i].numel), done)
         made += 1
