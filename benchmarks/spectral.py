@@ -211,6 +211,7 @@ def pieces(rounds: int = 5) -> None:
             "a fortieth": lambda: eigen.eigh(square, n // 40),  # noqa: B023
             "Gram matrix": lambda: eigen.gram(delta),  # noqa: B023
             "inverse root": lambda: root(square),  # noqa: B023
+            "symmetric": lambda: eigen.symmetric_product(square, delta, first=True),  # noqa: B023
             "Cholesky": lambda: torch.linalg.cholesky(square + torch.eye(n, dtype=torch.float64)),  # noqa: B023
         }
         print(f"n = {n}, a product {product * 1e3:.0f} ms:", flush=True)

@@ -295,7 +295,7 @@ class TestEngine:
         assert tiny.same(found, tiny.read(Path("shards")))
 
     def test_resume(self, method: str, family: dict[str, tiny.Tensors]) -> None:
-        """Killed in the middle and continued: the survey is made again, and the bytes are the same."""
+        """Killed in the middle and continued: the bytes are the same."""
         text = recipe(method)
         gm.merge(text, "whole")
         with pytest.raises(KeyboardInterrupt):

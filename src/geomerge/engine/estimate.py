@@ -88,8 +88,9 @@ def estimate(
     spent: Spent = defaultdict(lambda: [0.0, 0.0])
     builder = Builder(plan, inputs)
     sampled = _sampled(plan)
-    if progress is not None and any(map(_is_whole, sampled)):
-        progress.start(len(sampled), 0)
+    told = progress if any(map(_is_whole, sampled)) else None
+    if told is not None:
+        told.start(len(sampled), 0)
     with torch_alone():
         for node in sampled:
             seconds, work, found = _try(builder, node, _SIDES[0])
@@ -103,8 +104,8 @@ def estimate(
             spent[_kind(node)][0] += seconds
             spent[_kind(node)][1] += work
             loss += found.checked(node.name, node.dtype)
-            if progress is not None:
-                progress.advance(1)
+            if told is not None:
+                told.advance(1)
     return Estimate(
         read=sum(_bytes_read(plan, n, inputs) for n in nodes),
         written=plan.nbytes,
@@ -208,7 +209,7 @@ def _try(builder: Builder, node: Node, side: int) -> tuple[float, int, RoundingL
 def _corner_of(shape: Sequence[int], side: int) -> tuple[int, int]:
     """Rows and columns of a piece of a matrix in its proportions, of which the shorter is at most `side`."""
     share = min(side / min(shape), 1.0)
-    rows, columns = (min(max(round(side * share), 1), max(_LONGEST, min(shape))) for side in shape)
+    rows, columns = (min(max(round(length * share), 1), _LONGEST) for length in shape)
     return rows, columns
 
 

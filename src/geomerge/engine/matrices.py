@@ -53,7 +53,7 @@ def rest(method: Matrix, operands: list[Operand]) -> tuple[str, Method, list[Ope
 def whole_matrices(plan: Plan, node: Node) -> int:
     """Bytes of the whole matrices that are in memory while a node is made: its own and those of the stages it reads."""
     found = 0
-    if isinstance(node.method, Matrix) and merges_whole(node.method, node.shape):
+    if merges_whole(node.method, node.shape):
         count = len(node.operands)
         found = 8 * node.numel * (count + node.method.workspace(count))
     if is_matrix(node.shape) and any(step.whole for step in node.chain):

@@ -458,8 +458,7 @@ class Matrix(Method):
     """The output is θ₀ + λ·g(τ₁ … τ_T) of whole 2-D weights: a method writes g.
 
     What is no matrix (vectors, convolutions, embeddings, heads) gets the rest rule, a sum of task vectors; with `surveys_rest`
-    the survey looks at it, too. A method whose `base_use` is ``ignored`` gets the weights themselves instead of task vectors,
-    and what it returns is the output.
+    the survey looks at it, too. A method whose `base_use` is ``ignored`` gets the weights themselves, and gives the output.
     """
 
     family: ClassVar[str] = "matrix"

@@ -5,6 +5,8 @@ A method that knows no base averages the models.
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 from geomerge.methods import registry
 from geomerge.methods.base import Matrix, Method
 
@@ -14,7 +16,7 @@ def is_matrix(shape: tuple[int, ...]) -> bool:
     return len(shape) == 2 and 0 not in shape
 
 
-def merges_whole(method: object, shape: tuple[int, ...]) -> bool:
+def merges_whole(method: object, shape: tuple[int, ...]) -> TypeGuard[Matrix]:
     """Whether a tensor of that shape is a weight matrix to a matrix method, and no tensor that its rest rule is for."""
     return isinstance(method, Matrix) and method.matrix is not False and is_matrix(shape)
 

@@ -56,7 +56,10 @@ class Walk:
         self.experts = experts
 
     def over(self, work: Callable[[Scan], Result]) -> list[Result]:
-        """Ask something of every tensor: the answers in the tensors' order."""
+        """Ask something of every tensor: the answers in the tensors' order.
+
+        What an interrupted run has found is not asked again; in its answers sequences are tuples.
+        """
         return list(self._run(lambda opened: work(opened()), self._scans))
 
     def mapped(self, transform: Callable[[Scan], Scan], numel: int) -> Walk:
